@@ -1,0 +1,86 @@
+"""The command line: one module for each command, imported when the command is used.
+
+Nothing here imports torch, so that every ``--help`` answers at once; a command imports what it runs
+inside its function. To add a command, write ``qaroma/cli/<name>.py`` with a click command called
+``command`` and name it in :data:`COMMANDS`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+
+from qaroma import __version__
+from qaroma.cli.lazy import LazyGroup
+from qaroma.errors import QaromaError
+
+COMMANDS = {
+    "finetune": "Fine-tune a model on your data.",
+    "generate": "Answer prompts with a fine-tuned model.",
+    "evaluate": "Score a fine-tuned model on a data set.",
+    "data": "Look at data as training sees it.",
+}
+
+_EPILOG = """\b
+Examples:
+  qaroma finetune --config configs/quickstart.yaml
+  qaroma generate runs/quickstart "Dim the lights in the attic to 35 percent."
+"""
+
+_INTERRUPTED = 130
+
+
+def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        click.echo(f"qaroma {__version__}")
+        context.exit()
+
+
+@click.group(
+    cls=LazyGroup,
+    package="qaroma.cli",
+    commands_help=COMMANDS,
+    epilog=_EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.option(
+    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version, help="Show the version."
+)
+def root() -> None:
+    """Fine-tune a 4-bit large language model on one consumer GPU, without choosing a rank."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: What was typed after ``qaroma``; None takes it from the process.
+
+    Returns:
+        The exit code: 0, 2 for a mistake that the user can mend (its sentence is on stderr), or
+        130 after an interruption.
+    """
+    _speak_utf8()
+    try:
+        code = root.main(args=arguments, prog_name="qaroma", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except QaromaError as error:
+        click.echo(f"error: {error}", err=True)
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return _INTERRUPTED
+    # What a command gave to context.exit(); commands return nothing.
+    return code if isinstance(code, int) else 0
+
+
+def _speak_utf8() -> None:
+    """Windows consoles and pipes have other encodings, in which half of a model's answers cannot be written."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(encoding="utf-8", errors="replace")

@@ -1,0 +1,92 @@
+"""``qaroma data preview``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qaroma.cli.options import CONFIG_OPTION, SET_OPTION, config_options, read_config, require_model_and_data
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qaroma.data.encode import Encoded
+
+_EPILOG = """\b
+Examples:
+  qaroma data preview --model smollm2-135m --data demo:calendar
+  qaroma data preview --config my.yaml --examples 5 --set data.template=plain
+"""
+
+
+@click.command(epilog=_EPILOG)
+@CONFIG_OPTION
+@config_options(
+    "model.name",
+    "data.train",
+    "data.format",
+    "data.template",
+    "data.train_on",
+    "data.max_length",
+    "data.on_too_long",
+    "data.skip_bad_rows",
+    "model.trust_remote_code",
+)
+@click.option("--examples", type=click.IntRange(min=1), default=2, show_default=True, metavar="INTEGER",
+              help="Examples shown.")  # fmt: skip
+@click.option("--rows", type=click.IntRange(min=1), default=1000, show_default=True, metavar="INTEGER",
+              help="Only the first so many rows are looked at.")  # fmt: skip
+@SET_OPTION
+def command(config: str | None, examples: int, rows: int, sets: tuple[str, ...], **parameters: Any) -> None:
+    """Show examples as the model sees them: rendered with the template, decoded from their tokens,
+    what is trained marked.
+
+    Takes the settings of finetune, so that --config shows what that run will train on.
+    """
+    settings = read_config(config, parameters, sets)
+    name = require_model_and_data(settings)
+
+    from rich.console import Console
+
+    from qaroma.data.encode import encode_rows
+    from qaroma.data.preview import preview
+    from qaroma.data.sources import read_rows
+    from qaroma.data.templates import Template
+    from qaroma.model.base import load_tokenizer
+
+    model, data = settings.model, settings.data
+    tokenizer = load_tokenizer(name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    sources = [(source.path, source.weight) for source in data.train]
+    found = read_rows(sources, seed=settings.training.seed)
+    encoded = encode_rows(
+        found.head(rows),
+        tokenizer,
+        Template.choose(tokenizer, data.template),
+        form=data.format,
+        train_on=data.train_on,
+        max_length=data.max_length,
+        on_too_long=data.on_too_long,
+        skip_bad=data.skip_bad_rows,
+    )
+    console = Console()
+    for example in encoded.examples[:examples]:
+        # Soft wrapping: the line breaks shown are the example's own.
+        console.print(preview(example, tokenizer), soft_wrap=True)
+        console.print()
+    _print_counts(console, encoded, min(rows, len(found.rows)), len(found.rows))
+
+
+def _print_counts(console: Console, encoded: Encoded, looked_at: int, rows: int) -> None:
+    lengths = sorted(encoded.lengths)
+    lines = [
+        f"{looked_at:,} of {rows:,} rows, form {encoded.form}, template {encoded.template.kind}",
+        f"{len(lengths):,} examples of {lengths[0]:,} to {lengths[-1]:,} tokens, half of them up to "
+        f"{lengths[len(lengths) // 2]:,}; {encoded.trained_tokens:,} of {sum(lengths):,} tokens trained",
+    ]
+    if encoded.dropped_too_long or encoded.truncated:
+        lines.append(f"too long: {encoded.dropped_too_long:,} dropped, {encoded.truncated:,} truncated")
+    if encoded.bad:
+        lines.append(f"{len(encoded.bad):,} bad rows left out, the first: {encoded.bad[0]}")
+    for line in [*lines, *encoded.notes]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,62 @@
+"""``qaroma finetune``."""
+
+from __future__ import annotations
+
+import click
+
+from qaroma.cli.options import CONFIG_OPTION, SET_OPTION, config_options, read_config, require_model_and_data
+from qaroma.cli.output import JSON_OPTION, figures_only
+
+_EPILOG = """\b
+Examples:
+  qaroma finetune --config configs/quickstart.yaml
+  qaroma finetune --model smollm2-135m --data mine.jsonl --output runs/mine --set growth.eps_out=1e-3
+"""
+
+
+@click.command(epilog=_EPILOG)
+@CONFIG_OPTION
+@config_options(
+    "model.name",
+    "data.train",
+    "data.format",
+    "data.validation",
+    "output",
+    "method",
+    "rank",
+    "training.max_steps",
+    "training.epochs",
+    "training.learning_rate",
+    "training.micro_batch",
+    "training.grad_accum",
+    "data.max_length",
+    "data.on_too_long",
+    "data.skip_bad_rows",
+    "data.train_on",
+    "training.seed",
+    "training.device",
+    "model.quantization",
+    "model.trust_remote_code",
+)
+@click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint of the run in --output.")
+@SET_OPTION
+@JSON_OPTION
+def command(
+    config: str | None, resume: bool, sets: tuple[str, ...], json_output: bool, **parameters: str | float | bool | None
+) -> None:
+    """Fine-tune a model on your data.
+
+    Settings come from the YAML file, overridden by the options below, overridden by --set. A
+    setting that is nowhere given follows from the data, the model and the device; what was chosen
+    is printed with its reason.
+    """
+    settings = read_config(config, parameters, sets)
+    if not resume:  # a run that goes on has them in its own configuration
+        require_model_and_data(settings)
+
+    from qaroma.training.run import finetune
+
+    with figures_only(json_output) as write:
+        figures = finetune(settings, resume=resume)
+        if json_output:
+            write(figures)

@@ -1,0 +1,143 @@
+"""Command-line options made from the fields of the configuration.
+
+Type, bounds, default and help text of such an option come from the field, so that none of them is
+written twice.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import click
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
+
+from qaroma.config import Config
+from qaroma.configfile import config_fields, load_config
+from qaroma.errors import QaromaError
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_FIELDS = config_fields()
+_SEPARATOR = "__"
+
+# The option is the key's last name where none is given here.
+_NAMES = {"model.name": "--model", "data.train": "--data", "data.format": "--data-format"}
+
+CONFIG_OPTION = click.option("--config", metavar="FILE", help="YAML file, or the name of one that comes with qaroma.")
+SET_OPTION = click.option(
+    "--set", "sets", metavar="KEY=VALUE", multiple=True, help="Any setting, as growth.eps_out=1e-3. Repeatable."
+)
+
+
+def config_option(key: str, *, text: str | None = None) -> Callable[[_Function], _Function]:
+    """The click option of one configuration field.
+
+    Its value arrives under a parameter name that :func:`read_config` understands. It has no default
+    of its own: one that was not typed leaves the configuration as it is.
+
+    Args:
+        key: The dotted key, as ``training.learning_rate``.
+        text: Help text where the field's description does not fit the command.
+    """
+    field = _FIELDS[key]
+    kind, bounds = _kind(field)
+    name = _NAMES.get(key, "--" + key.rsplit(".", 1)[-1].replace("_", "-"))
+    help_text = (text or field.description or "") + _default(field)
+    parameter = key.replace(".", _SEPARATOR)
+    if key == "data.train":
+        return click.option(name, parameter, metavar="PATH[:WEIGHT]", multiple=True, help=help_text + " Repeatable.")
+    if kind is bool:
+        return click.option(name, parameter, is_flag=True, default=None, help=help_text)
+    return click.option(name, parameter, type=_click_type(kind, bounds), metavar=_metavar(kind), help=help_text)
+
+
+def config_options(*keys: str) -> Callable[[_Function], _Function]:
+    """Several :func:`config_option` in the order in which the help lists them."""
+
+    def decorate(function: _Function) -> _Function:
+        for key in reversed(keys):
+            function = config_option(key)(function)
+        return function
+
+    return decorate
+
+
+def read_config(config: str | None, parameters: Mapping[str, Any], sets: Sequence[str]) -> Config:
+    """The configuration from ``--config``, the options made by :func:`config_option`, and ``--set``.
+
+    Args:
+        config: YAML file or name, or None.
+        parameters: The command's remaining parameters.
+        sets: ``key=value`` texts.
+
+    Raises:
+        QaromaError: All problems at once.
+    """
+    context = click.get_current_context()
+    typed = click.core.ParameterSource.COMMANDLINE
+    flags = {
+        name.replace(_SEPARATOR, "."): list(value) if isinstance(value, tuple) else value
+        for name, value in parameters.items()
+        if context.get_parameter_source(name) == typed
+    }
+    return load_config(config, flags, sets)
+
+
+def require_model_and_data(config: Config) -> str:
+    """The name of the model; a run needs that and data, all else has a default.
+
+    Checked here, so that who forgot one is told before torch is imported.
+
+    Raises:
+        QaromaError: One of the two is missing, or both.
+    """
+    missing = {}
+    if config.model.name is None:
+        missing["no model"] = "--model FOLDER_OR_HUB_ID (smollm2-135m is built in)"
+    if not config.data.train:
+        missing["no data"] = "--data FILE"
+    if config.model.name is None or missing:
+        raise QaromaError(
+            f"got {' and '.join(missing)}; expected {' and '.join(missing.values())}; "
+            "to see a whole run first, type qaroma finetune --config quickstart"
+        )
+    return config.model.name
+
+
+def _kind(field: FieldInfo) -> tuple[Any, list[Any]]:
+    """The type of a field without ``None``, and its bounds."""
+    annotation: Any = field.annotation
+    bounds = list(field.metadata)
+    if get_origin(annotation) in (Union, types.UnionType):
+        annotation = next(member for member in get_args(annotation) if member is not type(None))
+    if hasattr(annotation, "__metadata__"):
+        bounds += annotation.__metadata__
+        annotation = get_args(annotation)[0]
+    return annotation, bounds
+
+
+def _click_type(kind: Any, bounds: Sequence[Any]) -> click.ParamType[Any]:
+    if get_origin(kind) is Literal:
+        return click.Choice(get_args(kind))
+    if kind not in (int, float):
+        return click.STRING
+    low = next((bound for bound in bounds if isinstance(bound, (Ge, Gt))), None)
+    high = next((bound for bound in bounds if isinstance(bound, (Le, Lt))), None)
+    least: Any = None if low is None else low.ge if isinstance(low, Ge) else low.gt
+    most: Any = None if high is None else high.le if isinstance(high, Le) else high.lt
+    if kind is int:
+        return click.IntRange(least, most, min_open=isinstance(low, Gt), max_open=isinstance(high, Lt))
+    return click.FloatRange(least, most, min_open=isinstance(low, Gt), max_open=isinstance(high, Lt))
+
+
+def _metavar(kind: Any) -> str | None:
+    names = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
+    return names.get(kind)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required() or field.default_factory is not None or field.default is None or field.default is False:
+        return ""
+    return f"  [default: {field.default}]"

@@ -1,0 +1,153 @@
+"""Every setting of a run, its default and its explanation.
+
+A run is configured by one YAML file and by flags that override it. The classes below are the only
+list of what can be set: the loader refuses what they do not name, `--help` prints their
+descriptions, and the run directory keeps the resolved result. A value of ``None`` means "decided
+from the data, the model or the device", and what was decided is printed with its reason
+(see :mod:`qaroma.presets`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+
+class Section(BaseModel):
+    """A section of the configuration: unknown keys are errors, values are validated."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelSection(Section):
+    """The base model and how it is held in memory."""
+
+    name: str | None = Field(
+        None, description="Local folder, hub id, or .gguf file of the base model; 'smollm2-135m' is built in."
+    )
+    quantization: Literal["nf4", "fp4", "none"] = Field("nf4", description="4-bit data type of the base, or none.")
+    double_quantization: bool = Field(True, description="Quantise the quantisation constants too (0.4 bit a weight less).")
+    compute_dtype: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="Arithmetic of the base and the adapter; auto is bf16 where the device has it."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Never on by itself.")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention implementation.")
+
+
+class DataSource(Section):
+    """One file, folder or hub data set, and its share."""
+
+    path: str = Field(description="A .jsonl, .json, .csv, .parquet or .txt file (also .gz), a folder of them, or a hub id.")
+    weight: PositiveFloat = Field(1.0, description="How often its rows appear in an epoch: 2 is twice, 0.5 a random half.")
+
+
+class DataSection(Section):
+    """What is trained on, and how it is rendered."""
+
+    train: list[DataSource] = Field(default_factory=list, description="Training data, one or several sources.")
+    validation: str | None = Field(None, description="A file or hub id to validate on, instead of a split.")
+    validation_share: NonNegativeFloat = Field(
+        0.05, le=0.5, description="Share of the training rows set aside for validation (0: none)."
+    )
+    validation_max: PositiveInt = Field(500, description="At most so many rows are set aside.")
+    format: Literal["auto", "alpaca", "completion", "messages", "sharegpt", "text"] = Field(
+        "auto", description="Form of the rows; auto recognises it and says which."
+    )
+    template: Literal["auto", "chat", "plain", "none"] = Field(
+        "auto",
+        description="chat: the tokenizer's own template; plain: qaroma's '### Instruction' one; "
+        "none: prompt and completion joined as they are; auto: chat where the tokenizer has one, else plain.",
+    )
+    train_on: Literal["answer", "all"] = Field("answer", description="Tokens that the loss counts.")
+    max_length: PositiveInt | None = Field(None, description="Longest example in tokens; None follows the data.")
+    on_too_long: Literal["drop", "truncate", "error"] = Field("drop", description="What happens to longer examples.")
+    skip_bad_rows: bool = Field(False, description="Leave out rows that cannot be read instead of stopping.")
+
+
+class GrowthSection(Section):
+    """AROMA's growth (METHOD: inner loop, outer loop). None follows the preset."""
+
+    preset: Literal["auto", "paper"] = Field(
+        "auto", description="auto: settings follow the data's size; paper: the published LLaMA3-8B table."
+    )
+    target_modules: str | list[str] | None = Field(
+        None, description="all-linear, or names, name suffixes or one regular expression of linear layers."
+    )
+    inner_rank: PositiveInt | None = Field(None, description="Rank r of one component (paper: 1, or 8 on hard tasks).")
+    alpha: PositiveFloat | None = Field(None, description="Scale numerator: the update is alpha / r times B A.")
+    t_in: PositiveInt | None = Field(None, description="Longest inner loop, in optimiser steps.")
+    check_every: PositiveInt | None = Field(None, description="Steps between two checks of inner convergence.")
+    eps_in: PositiveFloat | None = Field(None, description="Inner criterion: relative change below which a component has converged.")
+    eps_out: NonNegativeFloat | None = Field(
+        None, description="Outer criterion: a component smaller than this share of its weight ends its module's growth."
+    )
+    inner_criterion: Literal["norm", "product"] | None = Field(
+        None, description="norm: change of ||BA|| (eq. 5); product: norm of the change of BA."
+    )
+    schedule: Literal["lockstep", "independent"] | None = Field(
+        None, description="lockstep: all modules grow together (paper); independent: each by itself."
+    )
+    on_converged: Literal["discard", "keep"] | None = Field(
+        None, description="What becomes of the last, small component of a module that is done."
+    )
+    reset: Literal["prune", "full", "none"] | None = Field(
+        None, description="Optimiser state at a new component: prune 99.9 % of the moments, full (with the step count), or none."
+    )
+    check_first: bool | None = Field(None, description="Apply the outer criterion to the first component too.")
+    max_rank: PositiveInt | None = Field(None, description="Upper bound of a module's rank; None is no bound.")
+    dropout: NonNegativeFloat | None = Field(None, lt=1.0, description="Dropout before A, on the active component only.")
+    warmup: NonNegativeInt | None = Field(None, description="Steps of the first learning-rate warm-up.")
+    restart_warmup: NonNegativeInt | None = Field(None, description="Steps of the warm-up after each new component.")
+    min_lr_ratio: NonNegativeFloat | None = Field(None, le=1.0, description="Where the cosine ends, as a share of the peak.")
+    max_update: PositiveFloat | None = Field(
+        None, description="Bound on one Adam update of one element, in learning rates (guards the steps after a reset)."
+    )
+
+
+class TrainingSection(Section):
+    """Optimiser, batches and length of the run."""
+
+    learning_rate: PositiveFloat | None = Field(None, description="Peak learning rate.")
+    max_steps: PositiveInt | None = Field(None, description="Step budget T; None follows epochs.")
+    epochs: PositiveFloat | None = Field(None, description="Passes over the data; ignored where max_steps is given.")
+    micro_batch: PositiveInt = Field(4, description="Examples in one forward pass.")
+    grad_accum: PositiveInt = Field(4, description="Forward passes in one optimiser step.")
+    weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay of the active factors.")
+    max_grad_norm: PositiveFloat = Field(1.0, description="Gradients are clipped to this norm.")
+    gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass: less memory.")
+    evaluate_every: PositiveInt | None = Field(None, description="Steps between validations; None is a tenth of the run.")
+    patience: PositiveInt | None = Field(None, description="Stop after so many validations without a better loss.")
+    seed: NonNegativeInt = Field(0, description="Seed of everything random.")
+    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="Where to train.")
+
+
+class EvaluationSection(Section):
+    """A generation test before and after training: the answers themselves, not only the loss."""
+
+    data: str | None = Field(None, description="File, hub id or 'demo:calendar-test' whose answers are generated greedily.")
+    rows: PositiveInt = Field(100, description="At most so many of its rows.")
+    show: NonNegativeInt = Field(3, description="Examples printed, before beside after.")
+    max_new_tokens: PositiveInt | None = Field(None, description="Longest answer; None follows the longest expected one.")
+
+
+class CheckpointSection(Section):
+    """Saving a run so that it can be killed."""
+
+    every: PositiveInt | None = Field(None, description="Steps between checkpoints; None is a tenth of the run.")
+    keep: PositiveInt = Field(2, description="Newest checkpoints kept.")
+
+
+class Config(Section):
+    """One fine-tuning run."""
+
+    model: ModelSection = Field(default_factory=ModelSection)
+    data: DataSection = Field(default_factory=DataSection)
+    method: Literal["aroma", "lora"] = Field("aroma", description="aroma grows ranks; lora is plain LoRA in the same loop.")
+    rank: PositiveInt = Field(8, description="Rank of method lora; aroma needs none.")
+    growth: GrowthSection = Field(default_factory=GrowthSection)
+    training: TrainingSection = Field(default_factory=TrainingSection)
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    output: str | None = Field(None, description="Run directory; None is runs/<model>-<data>.")

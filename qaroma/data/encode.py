@@ -1,0 +1,362 @@
+"""From rows to examples: token ids, and for each token whether the loss counts it.
+
+Which tokens are trained is found by spans, never by token id: of every answer, the tokens from the
+end of its prompt to the end of its turn. The end-of-turn token is among them even where it is also
+the padding token.
+
+The tokens of a prompt as generation sees them are a prefix of the example, by construction: where the
+text, tokenised whole, would join the prompt's last characters with the answer's first ones into one
+token, the answer is tokenised as a continuation instead. An earlier turn of a conversation is trained
+inside the example of a later turn where that example begins with its very tokens; where it does not
+(Qwen3's template takes the thoughts out of earlier turns), the turn becomes an example of its own.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+from transformers import PreTrainedTokenizerBase
+
+from qaroma.data.forms import BadRow, Message, Parsed, parse_rows, report_bad_rows
+from qaroma.data.sources import Row, RowSet
+from qaroma.data.templates import Template, added_bos, tokenize, tokenize_continuation
+from qaroma.errors import QaromaError
+
+IGNORED = -100
+TEXT_CHUNK = 1024
+
+_ROWS_AT_ONCE = 512
+_SHOWN_TOO_LONG = 5
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training sequence.
+
+    Attributes:
+        input_ids: Token ids, of length L.
+        labels: Aligned with ``input_ids``: the same id where the loss counts the token, else -100.
+            The first is always -100, since nothing predicts it.
+        origin: ``file:line`` of its row (of plain text: of the document that it begins in).
+        conversation: The turns in it, the last one the assistant's; empty for plain text.
+        weight: How often it appears in an epoch.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    origin: str = ""
+    conversation: tuple[Message, ...] = ()
+    weight: float = 1.0
+
+    @property
+    def trained(self) -> int:
+        """Number of tokens that the loss counts."""
+        return len(self.labels) - self.labels.count(IGNORED)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Examples, and what became of the rows they were made of.
+
+    Attributes:
+        examples: In the order of the rows.
+        template: The template they were rendered with; the one the adapter must remember.
+        forms: The form of each file.
+        dropped_too_long: Examples left out because of their length.
+        truncated: Examples cut at the greatest length.
+        bad: ``file:line: what is wrong`` of the rows left out.
+        notes: Sentences to print.
+    """
+
+    examples: list[Example]
+    template: Template
+    forms: dict[str, str] = field(default_factory=dict)
+    dropped_too_long: int = 0
+    truncated: int = 0
+    bad: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def form(self) -> str:
+        """The form of the rows, or the forms joined by ``+``."""
+        return " + ".join(sorted(set(self.forms.values())))
+
+    @property
+    def lengths(self) -> list[int]:
+        """The number of tokens of each example."""
+        return [len(example.input_ids) for example in self.examples]
+
+    @property
+    def trained_tokens(self) -> int:
+        """The number of tokens that the loss counts, in all examples."""
+        return sum(example.trained for example in self.examples)
+
+    @property
+    def conversations(self) -> list[tuple[Message, ...]]:
+        """The conversation of each example (empty for plain text)."""
+        return [example.conversation for example in self.examples]
+
+
+def encode_rows(
+    rows: RowSet | Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    *,
+    form: str = "auto",
+    train_on: str = "answer",
+    max_length: int | None = None,
+    on_too_long: str = "drop",
+    skip_bad: bool = False,
+) -> Encoded:
+    """Recognise, render and tokenise rows.
+
+    Args:
+        rows: What :func:`qaroma.data.sources.read_rows` returned, or rows.
+        tokenizer: The base's tokenizer.
+        template: From :meth:`Template.choose`, or the one an adapter remembers.
+        form: A form to force, or ``auto``: each file by its keys.
+        train_on: ``answer``: the loss counts the assistant's turns; ``all``: every token.
+        max_length: Greatest length in tokens, see :func:`limit_length`; None is no limit, and chunks of
+            1024 for plain text.
+        on_too_long: See :func:`limit_length`.
+        skip_bad: Leave bad rows out instead of raising.
+
+    Returns:
+        The examples; ``template`` of the result is the one to remember.
+
+    Raises:
+        QaromaError: Bad rows (all of them reported together), mixed forms, or nothing left to train on.
+    """
+    if train_on not in ("answer", "all"):
+        raise QaromaError(f"got train_on '{train_on}'; expected answer or all.")
+    given = rows if isinstance(rows, RowSet) else RowSet(list(rows))
+    parsed = parse_rows(given.rows, form)
+    template = template.fitted(messages for _, messages in parsed.conversations)
+    examples = list(_conversation_examples(parsed, tokenizer, template, train_on))
+    bad = [*given.bad, *parsed.bad]
+    if bad and not skip_bad:
+        raise report_bad_rows(bad, len(given.rows) + len(given.bad))
+    examples += _text_examples(parsed.documents, tokenizer, max_length or TEXT_CHUNK)
+    if not examples:
+        raise report_bad_rows(bad, len(bad)) if bad else QaromaError("the data holds no rows; expected at least one.")
+    encoded = Encoded(examples, template, parsed.forms, bad=bad, notes=list(given.notes))
+    _require_trained(encoded, "a row needs an answer (or plain text) of at least two tokens")
+    return limit_length(encoded, max_length, on_too_long)
+
+
+def limit_length(encoded: Encoded, max_length: int | None, on_too_long: str = "drop") -> Encoded:
+    """Deal with the examples longer than a limit.
+
+    Plain text is never dropped: its chunks are cut again.
+
+    Args:
+        encoded: The examples.
+        max_length: Greatest length in tokens, or None for no limit.
+        on_too_long: ``drop`` them, ``truncate`` them at the right (those left with no trained token are
+            dropped), or raise an ``error``.
+
+    Returns:
+        The examples within the limit, with the counts of those dropped and truncated added.
+
+    Raises:
+        QaromaError: An example is too long and ``on_too_long`` is error, or no trained token is left.
+    """
+    if on_too_long not in ("drop", "truncate", "error"):
+        raise QaromaError(f"got on_too_long '{on_too_long}'; expected drop, truncate or error.")
+    if max_length is None:
+        return encoded
+    too_long = [e for e in encoded.examples if len(e.input_ids) > max_length and e.conversation]
+    if too_long and on_too_long == "error":
+        places = ", ".join(f"{e.origin} ({len(e.input_ids)})" for e in too_long[:_SHOWN_TOO_LONG])
+        raise QaromaError(
+            f"{len(too_long)} examples are longer than {max_length} tokens: {places}"
+            f"{', ...' if len(too_long) > _SHOWN_TOO_LONG else ''}. Type a greater --max-length, "
+            "or --on-too-long truncate or drop."
+        )
+    kept: list[Example] = []
+    truncated = dropped = 0
+    for example in encoded.examples:
+        if len(example.input_ids) <= max_length:
+            kept.append(example)
+        elif not example.conversation:
+            kept += [_example(piece, [(0, len(piece))], example) for piece in _pieces(example.input_ids, max_length)]
+        else:
+            cut = replace(example, input_ids=example.input_ids[:max_length], labels=example.labels[:max_length])
+            if on_too_long == "truncate" and cut.trained:
+                kept.append(cut)
+                truncated += 1
+            else:
+                dropped += 1
+    limited = replace(
+        encoded,
+        examples=kept,
+        truncated=encoded.truncated + truncated,
+        dropped_too_long=encoded.dropped_too_long + dropped,
+    )
+    longest = max(encoded.lengths)
+    _require_trained(limited, f"--max-length is {max_length} and the longest example has {longest}; raise it")
+    return limited
+
+
+def split_validation(
+    encoded: Encoded, *, share: float = 0.05, at_most: int = 500, seed: int = 0
+) -> tuple[Encoded, Encoded]:
+    """Set a random part of the rows aside for validation, and give the rest its weights.
+
+    All examples of one row fall on the same side, and copies are made after the split, so that no row
+    is in both. Chunks of plain text count as rows.
+
+    Args:
+        encoded: The examples.
+        share: Share of the rows set aside; 0 sets none aside.
+        at_most: Greatest number of rows set aside.
+        seed: Seed of the choice.
+
+    Returns:
+        Training and validation examples, each in their former order; the training ones as :func:`weigh`
+        repeats them.
+    """
+    keys: list[Hashable] = [e.origin if e.conversation else tuple(e.input_ids) for e in encoded.examples]
+    groups = list(dict.fromkeys(keys))
+    count = min(at_most, int(share * len(groups)), len(groups) - 1)
+    chosen = set(random.Random(seed).sample(groups, max(count, 0)))
+    pairs = list(zip(keys, encoded.examples, strict=True))
+    train = replace(encoded, examples=[example for key, example in pairs if key not in chosen])
+    held_out: dict[Hashable, list[Example]] = defaultdict(list)
+    for key, example in pairs:
+        if key in chosen and example not in held_out[key]:
+            held_out[key].append(example)
+    validation = replace(encoded, examples=[example for group in held_out.values() for example in group])
+    return weigh(train, seed=seed), validation
+
+
+def weigh(encoded: Encoded, *, seed: int = 0) -> Encoded:
+    """Repeat each example as its weight says: 2 is twice, 0.5 a random half of the file, 1.5 both.
+
+    Args:
+        encoded: The examples.
+        seed: Seed of the choice of the fractional part.
+
+    Returns:
+        The examples of an epoch, all with weight 1, copies side by side.
+    """
+    files: dict[tuple[str, float], list[int]] = defaultdict(list)
+    for index, example in enumerate(encoded.examples):
+        files[example.origin.rpartition(":")[0], example.weight].append(index)
+    copies = [0] * len(encoded.examples)
+    chooser = random.Random(seed)
+    for (_, weight), indices in files.items():
+        extra = set(chooser.sample(indices, round((weight - int(weight)) * len(indices))))
+        for index in indices:
+            copies[index] = int(weight) + (index in extra)
+    repeated = [
+        replace(example, weight=1.0)
+        for example, count in zip(encoded.examples, copies, strict=True)
+        for _ in range(count)
+    ]
+    return replace(encoded, examples=repeated)
+
+
+def _conversation_examples(
+    parsed: Parsed, tokenizer: PreTrainedTokenizerBase, template: Template, train_on: str
+) -> Iterator[Example]:
+    """Render and tokenise the conversations, some hundreds at a time; refused ones join the bad rows."""
+    same: dict[int, int] = {}  # one int object for each id, or a large data set takes three times the memory
+    for start in range(0, len(parsed.conversations), _ROWS_AT_ONCE):
+        rendered = []
+        for row, messages in parsed.conversations[start : start + _ROWS_AT_ONCE]:
+            try:
+                rendered.append((row, messages, template.turns(messages)))
+            except BadRow as error:
+                parsed.bad.append(f"{row.place}: {error}")
+        texts = [
+            text for _, _, turns in rendered for turn in turns for text in (turn.prompt, turn.prompt + turn.answer)
+        ]
+        if not texts:
+            continue
+        ids = iter([[same.setdefault(token, token) for token in row] for row in tokenize(tokenizer, texts)])
+        for row, messages, turns in rendered:
+            spans = []
+            for turn in turns:
+                prompt, whole = next(ids), next(ids)
+                if whole[: len(prompt)] != prompt:
+                    whole = prompt + tokenize_continuation(tokenizer, turn.answer)
+                spans.append((len(prompt), whole))
+            yield from _examples_of_row(row, messages, spans, train_on)
+
+
+def _examples_of_row(
+    row: Row, messages: Sequence[Message], spans: Sequence[tuple[int, list[int]]], train_on: str
+) -> list[Example]:
+    """The example of the last turn and of every earlier one that is not part of it, in their order.
+
+    Args:
+        row: Where they come from.
+        messages: The conversation.
+        spans: For each turn of the assistant, the length of its prompt and the ids of prompt and answer.
+        train_on: answer or all.
+    """
+    ends = [index + 1 for index, message in enumerate(messages) if message.role == "assistant"]
+    found: list[tuple[int, list[int], list[tuple[int, int]]]] = []
+    for end, (prompt_length, ids) in reversed(list(zip(ends, spans, strict=True))):
+        span = (prompt_length if train_on == "answer" else 0, len(ids))
+        if found and found[-1][1][: len(ids)] == ids:
+            found[-1][2].append(span)
+        else:
+            found.append((end, ids, [span]))
+    return [
+        _example(ids, trained, Example([], [], row.place, tuple(messages[:end]), row.weight))
+        for end, ids, trained in reversed(found)
+    ]
+
+
+def _text_examples(
+    documents: Sequence[tuple[Row, str]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[Example]:
+    """Join documents (BOS where the base expects one, text, end of text) and cut them into chunks."""
+    bos, eos = added_bos(tokenizer), tokenizer.eos_token_id
+    streams: dict[float, tuple[list[int], list[tuple[int, str]]]] = {}
+    for row, text in documents:
+        stream, starts = streams.setdefault(row.weight, ([], []))
+        starts.append((len(stream), row.place))
+        ids = tokenize(tokenizer, [text])[0]
+        stream += ids if eos is None or ids[-1:] == [eos] != [bos] else [*ids, int(eos)]
+    examples = []
+    for weight, (stream, starts) in streams.items():
+        position, document = 0, 0
+        for piece in _pieces(stream, max_length):
+            while document + 1 < len(starts) and starts[document + 1][0] <= position:
+                document += 1
+            examples.append(_example(piece, [(0, len(piece))], Example([], [], starts[document][1], (), weight)))
+            position += len(piece)
+    return examples
+
+
+def _pieces(ids: list[int], length: int) -> list[list[int]]:
+    """Cut into consecutive pieces, nothing dropped.
+
+    A last piece of a single token would train nothing (nothing predicts it): it takes one from the
+    piece before.
+    """
+    cuts = [*range(0, len(ids), length), len(ids)]
+    if len(cuts) > 2 and cuts[-1] - cuts[-2] == 1 and length > 2:
+        cuts[-2] -= 1
+    return [ids[start:end] for start, end in pairwise(cuts)]
+
+
+def _example(ids: list[int], trained: Sequence[tuple[int, int]], like: Example) -> Example:
+    """An example whose labels are the ids inside the trained spans; the first is never trained."""
+    labels = [IGNORED] * len(ids)
+    for start, end in trained:
+        labels[max(start, 1) : end] = ids[max(start, 1) : end]
+    return replace(like, input_ids=ids, labels=labels)
+
+
+def _require_trained(encoded: Encoded, advice: str) -> None:
+    if not any(example.trained for example in encoded.examples):
+        dropped = f" ({encoded.dropped_too_long} examples dropped as too long)" if encoded.dropped_too_long else ""
+        raise QaromaError(f"the data has no token to train on{dropped}: {advice}.")

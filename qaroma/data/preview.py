@@ -1,0 +1,57 @@
+"""Showing an example as the model sees it, with the trained tokens marked."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from qaroma.data.encode import IGNORED, Example
+
+TRAINED_STYLE = "bold green"
+MARKS = ("⟦", "⟧")
+
+
+def preview(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """An example decoded, what is trained in green and between ⟦ and ⟧.
+
+    Args:
+        example: The example.
+        tokenizer: The base's tokenizer.
+
+    Returns:
+        A heading with the counts and the origin, then the text with its special tokens. The marks show
+        without colour too.
+    """
+    origin = f", from {example.origin}" if example.origin else ""
+    shown = Text(f"{len(example.input_ids)} tokens, {example.trained} trained{origin}\n", style="dim")
+    for trained, piece in trained_pieces(example, tokenizer):
+        if trained:
+            shown.append(f"{MARKS[0]}{piece}{MARKS[1]}", style=TRAINED_STYLE)
+        else:
+            shown.append(piece, style="not dim")
+    return shown
+
+
+def trained_pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[bool, str]]:
+    """The decoded text in pieces that are all trained or all not.
+
+    Args:
+        example: The example.
+        tokenizer: The base's tokenizer.
+
+    Returns:
+        Pairs of (trained, text); the texts joined are the whole text.
+    """
+    pieces: list[tuple[bool, str]] = []
+    end, before = 0, ""
+    for trained, group in groupby(example.labels, key=lambda label: label != IGNORED):
+        end += len(list(group))
+        # Decoded from the start each time: alone, a piece would lose its leading space in SentencePiece.
+        text = str(
+            tokenizer.decode(example.input_ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
+        pieces.append((trained, text[len(before) :]))
+        before = text
+    return pieces

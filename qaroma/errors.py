@@ -1,0 +1,11 @@
+"""The one exception that the command line turns into a sentence and exit code 2."""
+
+from __future__ import annotations
+
+
+class QaromaError(Exception):
+    """A problem that the user can mend.
+
+    Its text says what was got, what was expected, and what to type next. The command line prints
+    it without a traceback and exits with code 2; library users catch it like any exception.
+    """

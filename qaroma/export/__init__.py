@@ -1,0 +1,1 @@
+"""Adapters as other tools read them."""

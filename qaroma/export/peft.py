@@ -1,0 +1,149 @@
+"""The adapter folder: a PEFT LoRA as it stands, with ``growth.json`` beside it.
+
+Each module has its own rank, so ``rank_pattern`` and ``alpha_pattern`` name every one, with alpha
+equal to the rank: PEFT's factor alpha / r is 1 and our scale stands folded into B.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qaroma.errors import QaromaError
+from qaroma.method.adapter import Adapter
+from qaroma.runs import directory_written_aside
+
+VERSION = 1
+WEIGHTS, CONFIG, GROWTH = "adapter_model.safetensors", "adapter_config.json", "growth.json"
+
+
+def adapter_tensors(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
+    """Factors of every module of rank > 0: name -> A (R, N) and B (M, R), fp32 on the CPU."""
+    found = {}
+    for name, layer in adapter.layers.items():
+        A_RN, B_RM = layer.factors()
+        if layer.rank:
+            found[name] = (A_RN.detach().float().cpu().contiguous(), B_RM.detach().float().cpu().T.contiguous())
+    return found
+
+
+def save_adapter(adapter: Adapter, folder: str | Path, *, base: str | None = None, growth: Mapping[str, Any] | None = None) -> Path:
+    """Write an adapter that ``PeftModel.from_pretrained(model, folder)`` loads.
+
+    Modules of rank 0 are left out; where all are 0, one zero pair is written, since PEFT refuses an
+    adapter without any. The folder appears whole or not at all.
+
+    Args:
+        adapter: active components count as they stand.
+        folder: replaced where it exists.
+        base: name of the base model, for PEFT's config.
+        growth: what else ``growth.json`` says (base, template, settings).
+
+    Returns:
+        The folder.
+    """
+    pairs = adapter_tensors(adapter)
+    if not pairs:
+        name, layer = next(iter(adapter.layers.items()))
+        pairs = {name: (torch.zeros(1, layer.in_features), torch.zeros(layer.out_features, 1))}
+    ranks = {name: A.shape[0] for name, (A, _) in pairs.items()}
+    weights = {}
+    for name, (A, B) in pairs.items():
+        weights[f"base_model.model.{name}.lora_A.weight"] = A
+        weights[f"base_model.model.{name}.lora_B.weight"] = B
+    components = {
+        name: [*layer.components, *([layer.active_rank] if layer.active_rank else [])]
+        for name, layer in adapter.layers.items()
+    }
+    info = {"version": VERSION, "inner_rank": adapter.inner_rank, "alpha": adapter.alpha, "components": components}
+    with directory_written_aside(Path(folder)) as aside:
+        save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
+        (aside / CONFIG).write_text(json.dumps(peft_config(ranks, base), indent=2), encoding="utf-8")
+        (aside / GROWTH).write_text(json.dumps({**info, **(growth or {})}, indent=2), encoding="utf-8")
+    return Path(folder)
+
+
+def peft_config(ranks: Mapping[str, int], base: str | None) -> dict[str, Any]:
+    """``adapter_config.json`` for modules of these ranks, the scale folded in."""
+    largest = max(ranks.values())
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": largest,
+        "lora_alpha": largest,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "target_modules": list(ranks),
+        "rank_pattern": dict(ranks),
+        "alpha_pattern": dict(ranks),
+    }
+
+
+def read_growth(folder: str | Path) -> dict[str, Any]:
+    """``growth.json`` of an adapter folder.
+
+    Raises:
+        QaromaError: not an adapter folder of qaroma, or one of a newer version.
+    """
+    path = Path(folder) / GROWTH
+    if not path.is_file():
+        raise QaromaError(f"{folder} is no adapter of qaroma (it has no {GROWTH}); give a run directory such as runs/NAME")
+    growth: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if growth["version"] > VERSION:
+        raise QaromaError(f"{path} has version {growth['version']}, this qaroma reads up to {VERSION}; upgrade qaroma")
+    return growth
+
+
+def load_adapter(model: torch.nn.Module, folder: str | Path) -> Adapter:
+    """Attach a saved adapter to its base model, all components frozen.
+
+    Args:
+        model: as :func:`qaroma.load_base` returns it; changed in place.
+        folder: as :func:`save_adapter` wrote it.
+
+    Raises:
+        QaromaError: no adapter there, or one of another model.
+    """
+    growth = read_growth(folder)
+    components: dict[str, list[int]] = growth["components"]
+    modules = dict(model.named_modules())
+    missing = [name for name in components if name not in modules]
+    if missing:
+        raise QaromaError(f"{folder} adapts {missing[0]}, which this model does not have; give the base it was trained on")
+    adapter = Adapter(model, components, inner_rank=growth["inner_rank"], alpha=growth["alpha"])
+    load_factors(adapter, folder)
+    return adapter
+
+
+def load_factors(adapter: Adapter, folder: str | Path) -> None:
+    """Give an adapter without active components the factors of a saved one of the same modules.
+
+    Raises:
+        QaromaError: a module of another shape.
+    """
+    components: dict[str, list[int]] = read_growth(folder)["components"]
+    weights = load_file(Path(folder) / WEIGHTS)
+    for name, layer in adapter.layers.items():
+        A, B = layer.A[:0], layer.B[:0]
+        if sum(components[name]):
+            A = weights[f"base_model.model.{name}.lora_A.weight"]
+            B = weights[f"base_model.model.{name}.lora_B.weight"].T
+        if A.shape[1] != layer.in_features or B.shape[1] != layer.out_features:
+            raise QaromaError(
+                f"{folder} has {name} of {B.shape[1]} x {A.shape[1]}, this model's is "
+                f"{layer.out_features} x {layer.in_features}; give the base it was trained on"
+            )
+        layer.load_factors(A, B, components[name])

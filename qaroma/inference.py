@@ -1,0 +1,129 @@
+"""Using what a run left: its model with the adapter on, answers, and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qaroma.answers import AnswerTest, read_conversations
+from qaroma.data.encode import encode_rows
+from qaroma.data.forms import Message
+from qaroma.data.sources import read_rows
+from qaroma.data.templates import Template
+from qaroma.errors import QaromaError
+from qaroma.evaluate import evaluate_loss, generate
+from qaroma.export.peft import GROWTH, load_adapter, read_growth
+from qaroma.model.base import fingerprint, load_base, load_tokenizer, resolve_dtype, resolve_device
+from qaroma.runs import RunDirectory
+from qaroma.tasks.causal_lm import CausalLM
+
+MICRO_BATCH = 8
+
+
+@dataclass(frozen=True)
+class TunedModel:
+    """A base with an adapter on, ready to answer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+
+
+def adapter_folder(run: str | Path) -> Path:
+    """The adapter of a run directory, or the folder itself if it is an adapter.
+
+    Raises:
+        QaromaError: neither.
+    """
+    path = Path(run)
+    for folder in (path, RunDirectory(path).adapter):
+        if (folder / GROWTH).is_file():
+            return folder
+    if RunDirectory(path).exists():
+        raise QaromaError(
+            f"{run} has no adapter yet; finish it with: qaroma finetune --resume --output {path.as_posix()}"
+        )
+    raise QaromaError(f"{run} is neither a run nor an adapter folder; give a run directory such as runs/NAME")
+
+
+def open_run(run: str | Path, *, base: str | None = None, device: str = "auto") -> TunedModel:
+    """Load the base that a run names, as it was quantised, with the run's adapter on.
+
+    Args:
+        run: run directory or adapter folder.
+        base: where the base lies now, if not where it was; None is the name that the run remembers.
+        device: ``auto``, ``cuda`` or ``cpu``.
+
+    Raises:
+        QaromaError: no adapter, or a base that is not the one it was trained on.
+    """
+    folder = adapter_folder(run)
+    growth = read_growth(folder)
+    remembered = growth["base"]
+    name = base or remembered["name"]
+    target = resolve_device(device)
+    model = load_base(
+        name,
+        quantization=remembered["quantization"],
+        double_quantization=remembered["double_quantization"],
+        compute_dtype=resolve_dtype(remembered["compute_dtype"], target),
+        device=target,
+        revision=None if base else remembered["revision"],
+    )
+    found = fingerprint(model)
+    if found != remembered["fingerprint"]:
+        raise QaromaError(
+            f"{folder} was trained on {remembered['name']} (fingerprint {remembered['fingerprint']}), but {name} is another "
+            f"model ({found}); give the right one with --base"
+        )
+    load_adapter(model, folder)
+    tokenizer = load_tokenizer(name, revision=None if base else remembered["revision"])
+    return TunedModel(model.eval(), tokenizer, Template.from_json(growth["template"]))
+
+
+def generate_from_run(
+    run: str, prompts: Sequence[str], *, max_new_tokens: int, base: str | None = None, device: str = "auto"
+) -> list[str]:
+    """Greedy answers of a run's model to user prompts, in their order."""
+    tuned = open_run(run, base=base, device=device)
+    conversations = [[Message("user", prompt)] for prompt in prompts]
+    return generate(tuned.model, tuned.tokenizer, tuned.template, conversations, max_new_tokens=max_new_tokens)
+
+
+def evaluate_run(
+    run: str,
+    data: Sequence[tuple[str, float]],
+    *,
+    data_format: str = "auto",
+    rows: int | None = None,
+    max_new_tokens: int | None = None,
+    base: str | None = None,
+    device: str = "auto",
+    skip_bad: bool = False,
+) -> dict[str, Any]:
+    """Loss and perplexity on the answers of some data, and how many are given exactly.
+
+    Returns:
+        ``rows, tokens, loss, perplexity`` and, unless the data is plain text, ``exact_match``.
+    """
+    folder = adapter_folder(run)
+    read = read_rows(data)
+    if rows is not None:
+        read = read.head(rows)
+    tuned = open_run(folder, base=base, device=device)
+    encoded = encode_rows(read, tuned.tokenizer, tuned.template, form=data_format, skip_bad=skip_bad)
+    task = CausalLM(tuned.tokenizer.pad_token_id or 0)
+    examples = sorted(encoded.examples, key=lambda e: len(e.input_ids))
+    batches = (task.collate(examples[i : i + MICRO_BATCH]) for i in range(0, len(examples), MICRO_BATCH))
+    target = tuned.model.device
+    loss = evaluate_loss(lambda batch: task.loss(tuned.model, batch.to(target)), batches, tuned.model)
+    figures: dict[str, Any] = {"rows": len(examples), **task.metrics(loss.sum, loss.count)}
+    if encoded.form != "text":
+        conversations = read_conversations(data, form=data_format, rows=rows, skip_bad=skip_bad)
+        answers = AnswerTest(conversations, tuned.tokenizer, tuned.template, max_new_tokens).run(tuned.model)
+        figures["exact_match"] = answers.exact_match
+    return figures

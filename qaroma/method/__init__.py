@@ -1,0 +1,1 @@
+"""AROMA itself: growth, criteria, factors, optimiser. Knows nothing of files, data or commands."""

@@ -1,0 +1,238 @@
+"""Low-rank adapters that grow: frozen components, one active component, and the layers that hold them.
+
+Dimensions: N in_features, M out_features, R rank, r inner rank. W = W0 + B^T A with B (R, M), A (R, N).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qaroma.method.lowrank import Active, lowrank_linear
+
+# Factors lie in zero-filled blocks of so many rows: growing inside a block changes no shape, so the
+# same kernels run and the logits stay bit-identical.
+BLOCK = 16
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer with low-rank components, of which at most the last one trains.
+
+    The compute factors ``A`` (capacity, N) and ``B`` (capacity, M) are in the base's compute dtype,
+    with the scale alpha / r folded into B. The active component is *updated* in fp32
+    (``active_A``, ``active_B``) and copied, rounded, into its rows by :meth:`Adapter.refresh`;
+    committing it is therefore only a matter of counting: no number moves.
+
+    Args:
+        base: ``nn.Linear`` or ``Linear4bit``; kept as it is and never trained.
+        scale: alpha / inner rank.
+        dtype: compute dtype of the factors.
+        dropout: probability, applied before A, on the active component only.
+    """
+
+    A: Tensor
+    B: Tensor
+    active_A: nn.Parameter | None
+    active_B: nn.Parameter | None
+
+    def __init__(self, base: nn.Module, *, scale: float, dtype: torch.dtype, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.base = base
+        self.in_features: int = base.in_features  # type: ignore[assignment]
+        self.out_features: int = base.out_features  # type: ignore[assignment]
+        self.scale, self.dropout = scale, dropout
+        device = base.weight.device
+        self.register_buffer("A", torch.zeros(0, self.in_features, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("B", torch.zeros(0, self.out_features, dtype=dtype, device=device), persistent=False)
+        self.register_parameter("active_A", None)
+        self.register_parameter("active_B", None)
+        self.components: list[int] = []  # inner ranks of the frozen components, in order
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight; some model code asks a layer for its dtype or device."""
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias  # type: ignore[return-value]
+
+    @property
+    def frozen_rank(self) -> int:
+        return sum(self.components)
+
+    @property
+    def active_rank(self) -> int:
+        return 0 if self.active_A is None else self.active_A.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.frozen_rank + self.active_rank
+
+    @property
+    def active(self) -> Active | None:
+        if self.active_A is None or self.active_B is None:
+            return None
+        return Active(self.active_A, self.active_B, self.frozen_rank, self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., N) -> (..., M). One product for all components, or two where dropout acts on the active one."""
+        active = self.active
+        x = x.to(self.A.dtype)
+        if active is None or not (self.training and self.dropout > 0):
+            return lowrank_linear(x, self.base, self.A, self.B, active)
+        start, stop = active.start, self.rank
+        frozen = lowrank_linear(x, self.base, self.A[:start], self.B[:start], None)
+        own = lowrank_linear(
+            F.dropout(x, self.dropout), None, self.A[start:stop], self.B[start:stop], active._replace(start=0)
+        )
+        return frozen + own
+
+    def frozen_factors(self) -> tuple[Tensor, Tensor]:
+        """(R_frozen, N) and (R_frozen, M) in the compute dtype, scale folded into B."""
+        return self.A[: self.frozen_rank], self.B[: self.frozen_rank]
+
+    def active_factors(self) -> tuple[Tensor, Tensor]:
+        """(r, N) and (r, M) of the active component as the forward pass uses it."""
+        return self.A[self.frozen_rank : self.rank], self.B[self.frozen_rank : self.rank]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(R, N) and (R, M) of every component, the active one included."""
+        return self.A[: self.rank], self.B[: self.rank]
+
+    def start_component(self, A_init: Tensor) -> None:
+        """Begin a component: A as given (r, N), B zero, so that the output does not change."""
+        device = self.A.device
+        self.active_A = nn.Parameter(A_init.to(device=device, dtype=torch.float32))
+        self.active_B = nn.Parameter(torch.zeros(A_init.shape[0], self.out_features, device=device))
+        self.reserve(self.rank)
+        self.place_active()
+
+    def restart_component(self, A_init: Tensor) -> None:
+        """Commit the active component and begin the next one in the same fp32 storage."""
+        assert self.active_A is not None and self.active_B is not None
+        self.components.append(self.active_rank)
+        self.reserve(self.rank)
+        with torch.no_grad():
+            self.active_A.copy_(A_init)
+            self.active_B.zero_()
+        self.place_active()
+
+    def end(self, *, keep: bool) -> None:
+        """Stop training this layer; its active component is kept as a frozen one, or discarded."""
+        start, rank = self.frozen_rank, self.active_rank
+        self.active_A = self.active_B = None
+        if keep:
+            self.components.append(rank)
+        else:
+            self.A[start : start + rank] = 0
+            self.B[start : start + rank] = 0
+        self.reserve(self.rank)
+
+    def load_factors(self, A_RN: Tensor, B_RM: Tensor, components: list[int]) -> None:
+        """Replace the frozen components by these (B with its scale folded in)."""
+        assert self.active_A is None and sum(components) == A_RN.shape[0] == B_RM.shape[0]
+        self.components = []
+        self.reserve(0)
+        self.components = list(components)
+        self.reserve(self.frozen_rank)
+        self.A[: self.frozen_rank].copy_(A_RN)
+        self.B[: self.frozen_rank].copy_(B_RM)
+
+    def reserve(self, rank: int) -> None:
+        """Set the capacity to the smallest whole number of blocks that holds ``rank`` rows."""
+        capacity = math.ceil(rank / BLOCK) * BLOCK
+        if capacity != self.A.shape[0]:
+            self.A, self.B = (_resized(factor, capacity) for factor in (self.A, self.B))
+
+    @torch.no_grad()
+    def place_active(self) -> None:
+        """Copy the fp32 component, rounded and scaled, into its rows of the compute factors."""
+        assert self.active_A is not None and self.active_B is not None
+        A_rows, B_rows = self.active_factors()
+        A_rows.copy_(self.active_A)
+        B_rows.copy_(self.active_B * self.scale)
+
+
+def _resized(factor: Tensor, rows: int) -> Tensor:
+    resized = factor.new_zeros(rows, factor.shape[1])
+    kept = min(rows, factor.shape[0])
+    resized[:kept] = factor[:kept]
+    return resized
+
+
+class Adapter:
+    """The adapted layers of one model.
+
+    Puts an :class:`AdaptedLinear` in the place of each named layer and freezes everything else.
+    Nothing grows by itself: a method (:mod:`qaroma.method.aroma`, :mod:`qaroma.method.lora`) does that.
+
+    Args:
+        model: any module tree; changed in place.
+        names: full names of its linear layers to adapt, as in ``model.named_modules()``.
+        inner_rank: rank r of one component.
+        alpha: the update is alpha / r times B A.
+        dropout: see :class:`AdaptedLinear`.
+        dtype: compute dtype of the factors; None is each layer's own.
+        seed: of the Kaiming-uniform initial values.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Iterable[str],
+        *,
+        inner_rank: int = 1,
+        alpha: float = 2.0,
+        dropout: float = 0.0,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.inner_rank, self.alpha, self.dropout = model, inner_rank, alpha, dropout
+        self.generator = torch.Generator().manual_seed(seed)
+        self.layers: dict[str, AdaptedLinear] = {}
+        model.requires_grad_(False)
+        for name in names:
+            base = model.get_submodule(name)
+            layer = AdaptedLinear(base, scale=alpha / inner_rank, dtype=dtype or _compute_dtype(base), dropout=dropout)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.train(base.training))
+            self.layers[name] = layer
+
+    def initial_A(self, layer: AdaptedLinear, rank: int | None = None) -> Tensor:
+        """Kaiming-uniform(a = sqrt 5) values of shape (r, N), drawn on the CPU so that devices agree."""
+        A_RN = torch.empty(rank or self.inner_rank, layer.in_features)
+        bound = math.sqrt(1 / layer.in_features)
+        return A_RN.uniform_(-bound, bound, generator=self.generator)
+
+    def active_layers(self) -> Iterator[tuple[str, AdaptedLinear]]:
+        return ((name, layer) for name, layer in self.layers.items() if layer.active is not None)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Bring the compute copies of all active components up to date after an update."""
+        layers = [layer for _, layer in self.active_layers()]
+        if not layers:
+            return
+        rows = [layer.active_factors() for layer in layers]
+        torch._foreach_copy_([A for A, _ in rows], [layer.active_A for layer in layers])
+        scaled = torch._foreach_mul([layer.active_B for layer in layers], [layer.scale for layer in layers])
+        torch._foreach_copy_([B for _, B in rows], scaled)
+
+    def ranks(self) -> dict[str, int]:
+        """Rank of each layer, frozen and active components together."""
+        return {name: layer.rank for name, layer in self.layers.items()}
+
+    def trainable_parameters(self) -> int:
+        return sum(p.numel() for _, layer in self.active_layers() for p in (layer.active_A, layer.active_B) if p is not None)
+
+
+def _compute_dtype(base: nn.Module) -> torch.dtype:
+    weight: Tensor = base.weight  # type: ignore[assignment]
+    if weight.is_floating_point():
+        return weight.dtype
+    return base.compute_dtype or torch.bfloat16  # type: ignore[return-value]

@@ -1,0 +1,175 @@
+"""AROMA: the controller that measures, decides and grows after every optimiser step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qaroma.method.adapter import Adapter
+from qaroma.method.base import FactorTrainer, MethodState
+from qaroma.method.criteria import (
+    change_norm_sq,
+    dense_inner_product,
+    dense_norm_sq,
+    inner_product,
+    product_norm_sq,
+)
+from qaroma.method.growth import GrowthEvent, GrowthSettings, GrowthState, Measurement
+from qaroma.method.lowrank import dense_weight
+from qaroma.method.schedule import jagged_cosine
+
+
+class GrowthController:
+    """Trains an adapter by AROMA (Algorithm 1), one call of :meth:`step` after each backward pass.
+
+    Usable in any loop::
+
+        adapter = attach(model)
+        growth = GrowthController(adapter, GrowthSettings(t_in=40, ...), learning_rate=1e-2, total_steps=500)
+        for batch in batches:
+            loss(model, batch).backward()
+            events = growth.step()
+            if growth.finished:
+                break
+
+    Args:
+        adapter: as :func:`qaroma.attach` returns it; its first components are begun here.
+        settings: of the two loops.
+        learning_rate: peak of the jagged cosine.
+        total_steps: step budget T.
+        weight_decay, max_grad_norm: of the optimiser.
+    """
+
+    name = "aroma"
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        settings: GrowthSettings,
+        *,
+        learning_rate: float,
+        total_steps: int,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+    ) -> None:
+        self.adapter, self.settings = adapter, settings
+        self.peak, self.total_steps, self.learning_rate = learning_rate, total_steps, 0.0
+        self.growth = GrowthState.start(list(adapter.layers), settings, adapter.inner_rank)
+        self._rows = {name: row for row, name in enumerate(adapter.layers)}
+        self._weight_norm_sq = self._initial_weight_norms()
+        self._previous: dict[str, tuple[Tensor, Tensor]] = {}  # factors at the last check, criterion "product"
+        self.trainer = FactorTrainer(
+            adapter, max_grad_norm=max_grad_norm, weight_decay=weight_decay, max_update=settings.max_update
+        )
+
+    @property
+    def finished(self) -> bool:
+        return self.growth.finished
+
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rate of each active module's next update."""
+        s = self.settings
+        return {
+            name: self.peak
+            * jagged_cosine(
+                self.growth.step,
+                self.growth.modules[name].age,
+                first=self.growth.modules[name].component == 1,
+                total=self.total_steps,
+                warmup=s.warmup,
+                restart_warmup=s.restart_warmup,
+                min_ratio=s.min_lr_ratio,
+            )
+            for name in self.growth.active()
+        }
+
+    def step(self) -> list[GrowthEvent]:
+        """Clip, update, zero the gradients; check and grow where that is due.
+
+        A check synchronises with the device once, for all modules together.
+
+        Returns:
+            The growth events of this step, often none.
+        """
+        rates = self.learning_rates()
+        self.learning_rate = max(rates.values(), default=0.0)
+        self.trainer.update(rates)
+        due = self.growth.tick()
+        if not due or self.growth.step >= self.total_steps:  # a component begun now would never train
+            return []
+        events = self.growth.observe(self._measure(due))
+        self._carry_out(events)
+        return events
+
+    def finish(self) -> list[GrowthEvent]:
+        """The step budget is spent: keep every active component, rounded as the forward pass uses it."""
+        events = self.growth.finish()
+        self._carry_out(events)
+        return events
+
+    def _initial_weight_norms(self) -> Tensor:
+        """``||W0 + frozen||_F^2`` of every layer, fp64 on the device, as the compute dtype holds it."""
+        norms = []
+        for layer in self.adapter.layers.values():
+            W_MN = dense_weight(layer.base, layer.A.dtype)
+            A, B = layer.frozen_factors()
+            norm = dense_norm_sq(W_MN)
+            if len(A):
+                norm = norm + 2 * dense_inner_product(W_MN, A, B) + product_norm_sq(A, B)
+            norms.append(norm)
+        return torch.stack(norms)
+
+    @torch.no_grad()
+    def _measure(self, names: list[str]) -> dict[str, Measurement]:
+        """Both criteria's norms of these modules, with a single copy to the host."""
+        squares = []
+        for name in names:
+            A, B = self.adapter.layers[name].active_factors()
+            change = torch.full((), torch.nan, dtype=torch.float64, device=A.device)
+            if self.settings.inner_criterion == "product":
+                if name in self._previous:
+                    change = change_norm_sq(A, B, *self._previous[name])
+                self._previous[name] = (A.clone(), B.clone())
+            squares += [product_norm_sq(A, B), self._weight_norm_sq[self._rows[name]], change]
+        values = torch.stack(squares).sqrt().view(-1, 3).tolist()
+        return {
+            name: Measurement(norm, weight_norm, None if change != change else change)
+            for name, (norm, weight_norm, change) in zip(names, values, strict=True)
+        }
+
+    @torch.no_grad()
+    def _carry_out(self, events: list[GrowthEvent]) -> None:
+        """Merge, reinit and reset where a component was committed; give back where a module is done."""
+        committed = [e.module for e in events if e.decision == "commit"]
+        for name in committed:
+            layer = self.adapter.layers[name]
+            self._weight_norm_sq[self._rows[name]] += self._norm_sq_gain(name)
+            layer.restart_component(self.adapter.initial_A(layer))
+        self.trainer.optimiser.reset(committed, self.settings.reset, self.adapter.generator)
+        for event in events:
+            self._previous.pop(event.module, None)
+        self.trainer.end({e.module: e.decision == "keep" for e in events if e.decision != "commit"})
+
+    def _norm_sq_gain(self, name: str) -> Tensor:
+        """``||W_p||^2 - ||W_{p-1}||^2``; W0 goes through the quantised weight, the rest stays factors."""
+        layer = self.adapter.layers[name]
+        A, B = layer.active_factors()
+        cross = dense_inner_product(dense_weight(layer.base, layer.A.dtype), A, B)
+        return 2 * (cross + inner_product(A, B, *layer.frozen_factors())) + product_norm_sq(A, B)
+
+    def state(self) -> MethodState:
+        state = self.trainer.state()
+        tensors = {**state.tensors, "weight_norm_sq": self._weight_norm_sq}
+        for name, (A, B) in self._previous.items():
+            tensors[f"previous.{name}.A"], tensors[f"previous.{name}.B"] = A, B
+        return MethodState(tensors, {**state.values, "growth": self.growth.to_json()})
+
+    def load_state(self, state: MethodState) -> None:
+        self.trainer.load_state(state)
+        self.growth.load_json(state.values["growth"])
+        self._weight_norm_sq.copy_(state.tensors["weight_norm_sq"])
+        self._previous = {
+            name: (state.tensors[f"previous.{name}.A"].to(layer.A), state.tensors[f"previous.{name}.B"].to(layer.A))
+            for name, layer in self.adapter.layers.items()
+            if f"previous.{name}.A" in state.tensors
+        }

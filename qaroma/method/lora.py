@@ -1,0 +1,69 @@
+"""Plain LoRA (Hu et al., 2021) through the same adapter, optimiser and loop: growth off."""
+
+from __future__ import annotations
+
+from qaroma.method.adapter import Adapter
+from qaroma.method.base import FactorTrainer, MethodState
+from qaroma.method.growth import GrowthEvent
+from qaroma.method.schedule import jagged_cosine
+
+
+class PlainLora:
+    """One component of fixed rank per layer, trained to the end of the step budget.
+
+    Args:
+        adapter: its ``inner_rank`` is LoRA's rank.
+        learning_rate: peak of a cosine with one warm-up.
+        total_steps: step budget.
+        warmup: steps of the warm-up.
+        min_lr_ratio: where the cosine ends.
+        weight_decay, max_grad_norm: of the optimiser.
+    """
+
+    name = "lora"
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        *,
+        learning_rate: float,
+        total_steps: int,
+        warmup: int = 0,
+        min_lr_ratio: float = 0.1,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+    ) -> None:
+        self.adapter, self.peak, self.total_steps, self.learning_rate = adapter, learning_rate, total_steps, 0.0
+        self.warmup, self.min_lr_ratio, self.steps_done = warmup, min_lr_ratio, 0
+        self.trainer = FactorTrainer(adapter, max_grad_norm=max_grad_norm, weight_decay=weight_decay, max_update=None)
+
+    finished = False
+
+    def step(self) -> list[GrowthEvent]:
+        """Clip, update, zero the gradients. LoRA grows nothing."""
+        factor = jagged_cosine(
+            self.steps_done,
+            self.steps_done,
+            first=True,
+            total=self.total_steps,
+            warmup=self.warmup,
+            restart_warmup=0,
+            min_ratio=self.min_lr_ratio,
+        )
+        self.learning_rate = self.peak * factor
+        self.trainer.update(dict.fromkeys(self.adapter.layers, self.learning_rate))
+        self.steps_done += 1
+        return []
+
+    def finish(self) -> list[GrowthEvent]:
+        """Nothing to decide: the component stays."""
+        self.trainer.end(dict.fromkeys([name for name, _ in self.adapter.active_layers()], True))
+        return []
+
+    def state(self) -> MethodState:
+        state = self.trainer.state()
+        return MethodState(state.tensors, {**state.values, "steps_done": self.steps_done})
+
+    def load_state(self, state: MethodState) -> None:
+        self.trainer.load_state(state)
+        self.steps_done = state.values["steps_done"]

@@ -1,0 +1,109 @@
+"""The one adapted projection: a frozen (4-bit or dense) weight plus low-rank factors.
+
+Dimensions: T tokens, N in_features, M out_features, R rank (capacity), r inner rank.
+Both factors are stored rank-major, A_RN and B_RM, so that a component is a block of contiguous rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Active(NamedTuple):
+    """The component that trains, as the projection needs to see it.
+
+    ``A`` (r, N) and ``B`` (r, M) are the fp32 parameters that receive the gradient; their rounded
+    copies stand in rows ``start`` .. ``start + r`` of the compute factors, B's times ``scale``.
+    """
+
+    A: nn.Parameter
+    B: nn.Parameter
+    start: int
+    scale: float
+
+
+def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The weight of a linear layer as a dense matrix.
+
+    Args:
+        module: ``nn.Linear`` or bitsandbytes ``Linear4bit``.
+        dtype: dtype of the result; a 4-bit weight is dequantised in its own compute dtype first.
+
+    Returns:
+        Tensor of shape (M, N).
+    """
+    weight: Any = module.weight
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight.detach().to(dtype)  # type: ignore[no-any-return]
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, state).to(dtype)  # type: ignore[no-any-return]
+
+
+def lowrank_linear(x: Tensor, base: nn.Module | None, A_RN: Tensor, B_RM: Tensor, active: Active | None) -> Tensor:
+    """``x W0^T + bias + (x A^T) B``, with gradients for the input and the active rows only.
+
+    Equivalent to, and tested against::
+
+        y = F.linear(x, dense_weight(base), base.bias) + (x @ A_RN.T) @ B_RM
+
+    with ``A_RN`` and ``B_RM`` requiring grad, where ``active.A.grad`` is the active rows of dA and
+    ``active.B.grad`` is ``scale`` times those of dB. The input is all that is saved; the base
+    weight is dequantised again in the backward pass, so no dense weight outlives a call.
+
+    Args:
+        x: (..., N) in the compute dtype.
+        base: linear layer that is never trained; None leaves its term out.
+        A_RN: (R, N) compute factor.
+        B_RM: (R, M) compute factor, the scale folded in.
+        active: where the gradient of the training component goes; None trains nothing.
+
+    Returns:
+        (..., M) in the compute dtype.
+    """
+    A_param, B_param = (active.A, active.B) if active is not None else (None, None)
+    return _LowRankLinear.apply(x, A_param, B_param, base, A_RN, B_RM, active)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _LowRankLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        A_param: Tensor | None,
+        B_param: Tensor | None,
+        base: nn.Module | None,
+        A_RN: Tensor,
+        B_RM: Tensor,
+        active: Active | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.base, ctx.A_RN, ctx.B_RM, ctx.active = base, A_RN, B_RM, active
+        low = (x @ A_RN.T) @ B_RM if A_RN.shape[0] else None
+        if base is None:
+            return x.new_zeros(*x.shape[:-1], B_RM.shape[1]) if low is None else low
+        bias: Any = base.bias
+        y = F.linear(x, dense_weight(base, x.dtype), None if bias is None else bias.to(x.dtype))
+        return y if low is None else y.add_(low)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        grad_x = grad_A = grad_B = None
+        # (..., R): the gradient at the output of A, shared by both gradients below.
+        grad_low = grad_y @ ctx.B_RM.T if ctx.A_RN.shape[0] else None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_y @ dense_weight(ctx.base, x.dtype) if ctx.base is not None else torch.zeros_like(x)
+            if grad_low is not None:
+                grad_x = grad_x.add_(grad_low @ ctx.A_RN)
+        if ctx.active is not None and grad_low is not None:
+            rows = slice(ctx.active.start, ctx.active.start + ctx.active.A.shape[0])
+            x_TN, grad_TM = x.flatten(0, -2), grad_y.flatten(0, -2)
+            grad_A = (grad_low[..., rows].flatten(0, -2).T @ x_TN).float()
+            grad_B = ((x_TN @ ctx.A_RN[rows].T).T @ grad_TM).float().mul_(ctx.active.scale)
+        return grad_x, grad_A, grad_B, None, None, None, None

@@ -1,0 +1,370 @@
+"""Loading a base model so that its linear layers lie in 4 bits and everything else in the compute dtype.
+
+Legend: M out-features, N in-features of a linear layer, whose weight W is (M, N).
+
+The weights come parameter by parameter from the mapped files: one tensor is read, quantised on its
+device and let go before the next, so that the host needs the quantised model and a tensor or two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qaroma.errors import QaromaError
+from qaroma.model.bnb import bnb
+from qaroma.model.builtin import ResolvedModel, resolve_model
+from qaroma.model.failures import explained
+from qaroma.model.gguf import load_gguf, load_gguf_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_SAMPLES = 4096
+_NO_LIMIT = 10**9
+
+
+def resolve_device(name: str | torch.device | None) -> torch.device:
+    """Turn the name of a device into a device that exists.
+
+    Args:
+        name: 'auto' or None (CUDA where there is one), 'cpu', 'cuda', 'cuda:1', or a device.
+
+    Returns:
+        The device; a CUDA device always with its index.
+
+    Raises:
+        QaromaError: CUDA was asked for and there is none.
+    """
+    if name is None or name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise QaromaError("Got device cuda, but torch sees no CUDA device. Type: --device cpu")
+        return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    return device
+
+
+def resolve_dtype(name: str, device: str | torch.device | None = None) -> torch.dtype:
+    """Choose the arithmetic of base and adapter.
+
+    Args:
+        name: 'auto' (bf16), 'bf16' or 'fp32'.
+        device: where it will run; None is CUDA where there is one.
+
+    Returns:
+        torch.bfloat16 or torch.float32.
+
+    Raises:
+        QaromaError: an unknown name, or bf16 on a GPU whose hardware has none.
+    """
+    if name == "fp32":
+        return torch.float32
+    if name not in ("auto", "bf16"):
+        raise QaromaError(f"Got compute dtype '{name}'; expected auto, bf16 or fp32")
+    target = resolve_device(device)
+    if target.type == "cuda":
+        with torch.cuda.device(target):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        if not native:
+            raise QaromaError(
+                f"The GPU {torch.cuda.get_device_name(target)} has no bf16 arithmetic; expected one of the Ampere "
+                "generation (RTX 30) or later. Type: --set model.compute_dtype=fp32"
+            )
+    return torch.bfloat16
+
+
+def load_config(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Load a model's configuration alone, for what must be known before any weight is read.
+
+    Args:
+        model: 'smollm2-135m', a folder, a .gguf file, or a hub id.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run Python code that comes with the model.
+
+    Returns:
+        transformers' configuration.
+
+    Raises:
+        QaromaError: no such model, no network, or one that cannot be read; the sentence says what to do.
+    """
+    return _config(model, resolve_model(model), revision, trust_remote_code)
+
+
+def _config(model: str | Path, place: ResolvedModel, revision: str | None, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    with explained(str(model), gguf=place.gguf_file is not None):
+        return AutoConfig.from_pretrained(place.folder_or_id, **_where(place, revision, trust_remote_code))
+
+
+def _where(place: ResolvedModel, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """The keywords that every transformers loader takes. `trust_remote_code` is never None, which would ask."""
+    keywords: dict[str, Any] = {"trust_remote_code": bool(trust_remote_code)}
+    if place.gguf_file is not None:
+        keywords["gguf_file"] = place.gguf_file
+    if place.offline:
+        keywords["local_files_only"] = True
+    if revision is not None:
+        keywords["revision"] = revision
+    return keywords
+
+
+def load_tokenizer(
+    model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Args:
+        model: 'smollm2-135m', a folder, a .gguf file, or a hub id.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run Python code that comes with the model.
+
+    Returns:
+        transformers' tokenizer.
+
+    Raises:
+        QaromaError: as :func:`load_config`, and a model that brings no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    place = resolve_model(model)
+    with explained(str(model), gguf=place.gguf_file is not None):
+        if place.gguf_file is not None:
+            tokenizer = load_gguf_tokenizer(place.folder_or_id, place.gguf_file)
+        else:
+            _require_tokenizer(model, place)
+            where = _where(place, revision, trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(place.folder_or_id, **where)
+    if tokenizer.model_max_length > _NO_LIMIT:
+        limit = getattr(_config(model, place, revision, trust_remote_code), "max_position_embeddings", None)
+        tokenizer.model_max_length = limit or tokenizer.model_max_length
+    return tokenizer
+
+
+def _require_tokenizer(model: str | Path, place: ResolvedModel) -> None:
+    """A folder without tokenizer files makes transformers build an empty one for some models."""
+    folder = Path(place.folder_or_id)
+    patterns = ("tokenizer*", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in patterns):
+        raise QaromaError(
+            f"'{model}' has no tokenizer files; expected tokenizer.json. Copy them from the original model"
+        )
+
+
+def load_base(
+    model: str | Path,
+    *,
+    quantization: str = "nf4",
+    double_quantization: bool = True,
+    compute_dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    attention: str = "sdpa",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a causal language model, frozen, its linear layers in 4 bits but for the output head.
+
+    A checkpoint that bitsandbytes quantised to 4 bits before is loaded as it is, byte for byte.
+
+    Args:
+        model: 'smollm2-135m', a folder, a .gguf file, or a hub id.
+        quantization: 'nf4', 'fp4', or 'none' for the compute dtype throughout.
+        double_quantization: quantise the quantisation constants too.
+        compute_dtype: dtype of embeddings, norms, head and arithmetic; None is bf16.
+        device: 'cuda', 'cpu' or a device; None is CUDA where there is one.
+        attention: 'sdpa', 'eager' or 'flash_attention_2'.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run Python code that comes with the model.
+
+    Returns:
+        The model in eval mode; no parameter requires a gradient.
+
+    Raises:
+        QaromaError: a model that is missing, gated, damaged, incomplete, quantised in another way, or
+            needs remote code that was not allowed; the sentence says what to do.
+    """
+    if quantization not in ("nf4", "fp4", "none"):
+        raise QaromaError(f"Got quantization '{quantization}'; expected nf4, fp4 or none")
+    target = resolve_device(device)
+    dtype = compute_dtype if compute_dtype is not None else resolve_dtype("auto", target)
+    place = resolve_model(model)
+    config = _config(model, place, revision, trust_remote_code)
+    stored = stored_quantization(config, str(model))
+    if stored is not None:
+        _tell_stored(str(model), stored, quantization, double_quantization)
+    bnb_config = None
+    if stored is None and quantization != "none":
+        bnb_config = _bnb_config(quantization, double_quantization, dtype)
+    with explained(str(model), gguf=place.gguf_file is not None):
+        network, info = _read(place, config, bnb_config, dtype, target, attention, revision, trust_remote_code)
+    _require_complete(str(model), info)
+    _settle(network, dtype)
+    return network
+
+
+def _bnb_config(quantization: str, double_quantization: bool, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _read(
+    place: ResolvedModel, config: Any, bnb_config: Any, dtype: torch.dtype, device: torch.device,
+    attention: str, revision: str | None, trust_remote_code: bool,
+) -> tuple[Any, Any]:  # fmt: skip
+    from transformers import AutoModelForCausalLM
+
+    if place.gguf_file is not None:
+        return load_gguf(
+            place.folder_or_id, place.gguf_file, config,
+            dtype=dtype, device=device, attention=attention, bnb_config=bnb_config,
+        )  # fmt: skip
+    loaded: tuple[Any, Any] = AutoModelForCausalLM.from_pretrained(
+        place.folder_or_id,
+        dtype=dtype,
+        device_map={"": device},
+        attn_implementation=attention,
+        output_loading_info=True,
+        # Given as None, it would overwrite what a quantised checkpoint says of itself.
+        **({} if bnb_config is None else {"quantization_config": bnb_config}),
+        **_where(place, revision, trust_remote_code),
+    )
+    return loaded
+
+
+def stored_quantization(config: Any, model: str) -> dict[str, Any] | None:
+    """Tell how a checkpoint is quantised already.
+
+    Args:
+        config: the model's configuration.
+        model: the name that the user gave.
+
+    Returns:
+        Its bitsandbytes 4-bit settings, or None for a plain checkpoint.
+
+    Raises:
+        QaromaError: quantised in any other way; its weights cannot carry an adapter here.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        stored = getattr(config.get_text_config(), "quantization_config", None)
+    if stored is None:
+        return None
+    settings: dict[str, Any] = stored if isinstance(stored, dict) else stored.to_dict()
+    if settings.get("quant_method") == "gguf":
+        return None
+    if settings.get("load_in_4bit") or settings.get("_load_in_4bit"):
+        return settings
+    kind = "bitsandbytes 8-bit" if settings.get("load_in_8bit") else str(settings.get("quant_method"))
+    raise QaromaError(
+        f"'{model}' is quantised already ({kind}); expected plain weights or bitsandbytes 4-bit ones. "
+        "Give --model the original model: qaroma quantises it while loading"
+    )
+
+
+def _tell_stored(model: str, stored: dict[str, Any], quantization: str, double_quantization: bool) -> None:
+    kind, double = stored.get("bnb_4bit_quant_type", "fp4"), bool(stored.get("bnb_4bit_use_double_quant", False))
+    if kind != quantization or double != double_quantization:
+        asked = quantization + (" with double quantisation" if double_quantization and quantization != "none" else "")
+        has = kind + (" with double quantisation" if double else " without double quantisation")
+        logger.warning("'%s' is stored in %s and is used so, though %s was asked for.", model, has, asked)
+
+
+def _require_complete(model: str, info: Any) -> None:
+    """transformers fills missing tensors with random numbers and only warns."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise QaromaError(
+            f"The checkpoint '{model}' lacks {len(missing)} of its model's tensors ({names}); expected all of them. "
+            "Download or copy it again, or name a causal language model"
+        )
+
+
+def _settle(network: Any, dtype: torch.dtype) -> None:
+    for module in network.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            # On CPUs with AVX512-BF16 an eval forward would repack the weight in place into a form that has no
+            # backward: training after it would get no gradient through the base.
+            module.support_avx512bf16_for_cpu = False
+            module.compute_dtype = dtype  # a stored checkpoint brings its own
+            module.compute_type_is_set = True
+    network.requires_grad_(False)
+    network.eval()
+
+
+def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
+    """A linear layer's weight as a plain matrix, W (M, N).
+
+    Args:
+        module: a 4-bit or plain linear layer, or transformers' Conv1D, whose weight is transposed.
+        dtype: dtype of the result.
+
+    Returns:
+        (M, N) on the layer's device, without gradient: dequantised, or the weight itself where it is
+        plain and of that dtype already.
+
+    Raises:
+        QaromaError: the module is no such layer.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise QaromaError(f"Got a {type(module).__name__}, which has no weight; expected a linear layer")
+    if isinstance(weight, bnb.nn.Params4bit):
+        dense: Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        return dense.to(dtype)
+    if type(module).__name__ == "Conv1D":
+        return weight.detach().t().to(dtype)
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise QaromaError(
+            f"Got a {type(module).__name__} with a {weight.dtype} weight of shape {tuple(weight.shape)}; "
+            "expected a linear layer, plain or in 4 bits"
+        )
+    return weight.detach().to(dtype)
+
+
+def fingerprint(model: Any) -> str:
+    """Name a base by what no quantisation, device, compute dtype or adapter changes.
+
+    A hash of its architecture and of samples, rounded to bf16, of its embeddings and norms. Linear
+    layers are not looked at, since 4 bits do not give them back: two bases that differ in nothing
+    else have one fingerprint.
+
+    Args:
+        model: a model from :func:`load_base`, or one that wraps it.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    config = model.config.get_text_config()
+    names = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    digest = hashlib.sha256(json.dumps({name: getattr(config, name, None) for name in names}).encode())
+    digest.update(_sample(model.get_input_embeddings().weight, _SAMPLES))
+    for module in model.modules():
+        if "norm" in type(module).__name__.lower():
+            for parameter in module.parameters(recurse=False):
+                digest.update(_sample(parameter, _SAMPLES // 64))
+    return digest.hexdigest()[:32]
+
+
+def _sample(parameter: Tensor, count: int) -> bytes:
+    flat = parameter.detach().reshape(-1)
+    # An odd stride visits all columns of a matrix whose width is a power of two.
+    stride = max(1, flat.numel() // count) | 1
+    picked = flat[::stride].to(torch.bfloat16).cpu().contiguous()
+    return picked.view(torch.int16).numpy().astype("<i2").tobytes()

@@ -1,0 +1,139 @@
+"""Which of a model's layers an adapter takes."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any
+
+from torch import nn
+
+from qaroma.errors import QaromaError
+
+_ALL = "--set growth.target_modules=all-linear"
+
+
+def find_targets(model: Any, targets: str | list[str] = "all-linear") -> list[str]:
+    """Choose the linear layers that get an adapter.
+
+    The output head is never among them. 'all-linear' means those of the language model: a vision
+    tower beside it is left alone unless its layers are named.
+
+    Args:
+        model: a transformers model, with plain or 4-bit linear layers.
+        targets: 'all-linear'; or names or name suffixes ('q_proj', 'mlp.down_proj'), one or a list;
+            or one string that is a regular expression for the whole name.
+
+    Returns:
+        Full module names, in the model's order, without repetition.
+
+    Raises:
+        QaromaError: a name that matches nothing (the nearest ones are said), a layer that cannot carry
+            an adapter here (Conv1D, fused experts, the head), or a model without linear layers.
+    """
+    linear = _linear_names(model)
+    if not linear:
+        raise QaromaError(_nothing_to_adapt(model))
+    if targets == "all-linear":
+        return _in_language_model(model, linear)
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    if not wanted:
+        raise QaromaError(f"Got no target modules; expected at least one name. Type: {_ALL}")
+    chosen = {name for name in linear if any(_matches(name, target) for target in wanted)}
+    if not chosen and isinstance(targets, str):
+        chosen = set(_by_expression(linear, targets))
+    unknown = [target for target in wanted if not any(_matches(name, target) for name in linear)]
+    if unknown and not (isinstance(targets, str) and chosen):
+        raise QaromaError(" ".join(_why_not(model, target, linear) for target in unknown))
+    return [name for name in linear if name in chosen]
+
+
+def unadaptable(model: Any) -> list[str]:
+    """Say what of a model no adapter can take, though it holds weights like a linear layer's.
+
+    Args:
+        model: a transformers model.
+
+    Returns:
+        One sentence for each kind, for the caller to print; empty for most models.
+    """
+    notes = []
+    experts = _fused_experts(model)
+    if experts:
+        notes.append(
+            f"{len(experts)} fused expert weights ({experts[0]}, ...) are not linear layers: "
+            "they get no adapter and are not quantised."
+        )
+    convolutions = _conv1d_names(model)
+    if convolutions:
+        notes.append(f"{len(convolutions)} Conv1D layers ({convolutions[0]}, ...) get no adapter.")
+    return notes
+
+
+def _head(model: Any) -> Any:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def _linear_names(model: Any) -> list[str]:
+    head = _head(model)
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+
+
+def _conv1d_names(model: Any) -> list[str]:
+    return [name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"]
+
+
+def _fused_experts(model: Any) -> list[str]:
+    """Names of 3-D parameters of experts: (experts, out, in), multiplied group by group, not by a linear layer."""
+    return [name for name, parameter in model.named_parameters() if parameter.ndim == 3 and "expert" in name]
+
+
+def _in_language_model(model: Any, linear: list[str]) -> list[str]:
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    inside = {id(module) for module in decoder.modules()}
+    modules = dict(model.named_modules())
+    return [name for name in linear if id(modules[name]) in inside] or linear
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
+
+
+def _by_expression(linear: list[str], expression: str) -> list[str]:
+    try:
+        pattern = re.compile(expression)
+    except re.error as error:
+        raise QaromaError(
+            f"Got target modules '{expression}'; expected a name or a regular expression ({error}). Type: {_ALL}"
+        ) from error
+    return [name for name in linear if pattern.fullmatch(name)]
+
+
+def _nothing_to_adapt(model: Any) -> str:
+    kind = type(model).__name__
+    if _conv1d_names(model):
+        return (
+            f"{kind} keeps its weights in Conv1D layers, which cannot be adapted unquantised; "
+            "expected linear layers. Type: --set model.quantization=nf4"
+        )
+    if _fused_experts(model):
+        return f"{kind} keeps its weights in fused experts, which cannot be adapted. Name another base with --model"
+    return f"{kind} has no linear layers to adapt; expected at least one. Name another base with --model"
+
+
+def _why_not(model: Any, target: str, linear: list[str]) -> str:
+    """Explain why a target takes no adapter: because of what it is, or because there is nothing of that name."""
+    if any(_matches(name, target) for name in _fused_experts(model)):
+        return f"'{target}' is a fused expert weight, which cannot be adapted. Type: {_ALL}"
+    for name, module in model.named_modules():
+        if _matches(name, target):
+            if module is _head(model):
+                return f"'{target}' is the output head, which is not adapted. Type: {_ALL}"
+            kind = type(module).__name__
+            hint = "--set model.quantization=nf4" if kind == "Conv1D" else _ALL
+            return f"'{target}' is of type {kind}; expected a linear layer. Type: {hint}"
+    ends = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+    near = difflib.get_close_matches(target.rpartition(".")[2], ends, n=3, cutoff=0.5)
+    near = near or difflib.get_close_matches(target, linear, n=3, cutoff=0.6)
+    expected = f"the nearest are {', '.join(near)}" if near else f"there are {', '.join(ends[:12])}"
+    return f"No linear layer is called '{target}'; {expected}. Type: --set growth.target_modules={(near or ends)[0]}"

@@ -1,0 +1,257 @@
+"""What a run prints when it is over: scores, examples, the rank map, and what to type next.
+
+Everything takes plain values and returns or prints rich renderables; rich is imported on use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
+_LAYER = re.compile(r"(?:(?P<stack>.*?)\.)?(?P<layer>\d+)\.(?P<module>.+)")
+# Background colours from no rank to the largest; the number stays readable on each of them.
+_SHADES = ("#1f2937", "#1e3a5f", "#1d5b79", "#1f7a7a", "#2f8f5b", "#6b9a2f", "#b08a1e", "#c2541b")
+_LONGEST_SHOWN = 400
+
+
+@dataclass(frozen=True)
+class Score:
+    """One figure before and after training.
+
+    Args:
+        name: As printed, for instance ``exact match``.
+        before: Value of the base; None where it was not measured.
+        after: Value of the fine-tuned model; None where it was not measured.
+        percent: Whether the values are shares from 0 to 1, printed in per cent.
+    """
+
+    name: str
+    before: float | None
+    after: float | None
+    percent: bool = False
+
+
+@dataclass(frozen=True)
+class BeforeAfter:
+    """One prompt with the expected answer and the answers before and after training."""
+
+    prompt: str
+    expected: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """All that the end of a run prints.
+
+    Args:
+        run: Run directory.
+        adapter: Folder of the adapter.
+        base: What ``from_pretrained`` takes for the base: a folder or a hub id.
+        steps: Optimiser steps done.
+        seconds: Wall-clock time of the whole command.
+        stopped: Why the run ended, as a clause.
+        ranks: Rank of each target module, by its full name, zeros included.
+        trainable_start: Trainable parameters at the first step.
+        trainable_mean: Their mean over the steps.
+        trainable_end: Trainable parameters at the end.
+        scores: Figures before and after.
+        examples: Answers before and after.
+        evaluation_data: What the scores were measured on, as ``--data`` takes it.
+        base_gguf: File name in ``base`` if the base is a GGUF file.
+    """
+
+    run: str
+    adapter: str
+    base: str
+    steps: int
+    seconds: float
+    stopped: str
+    ranks: Mapping[str, int]
+    trainable_start: int
+    trainable_mean: float
+    trainable_end: int
+    scores: Sequence[Score] = field(default_factory=tuple)
+    examples: Sequence[BeforeAfter] = field(default_factory=tuple)
+    evaluation_data: str | None = None
+    base_gguf: str | None = None
+
+
+def print_summary(run: RunSummary, console: Console | None = None) -> None:
+    """Prints the end of a run.
+
+    Args:
+        run: What to print.
+        console: Where; None is stdout.
+    """
+    from rich.console import Console
+
+    console = console or Console()
+    for example in run.examples:
+        console.print(_example(example))
+    if run.ranks:
+        console.print(rank_map(run.ranks))
+    console.print(_figures(run))
+    console.print("\nNext", style="bold")
+    for line in next_commands(run):
+        # Soft wrapping keeps a command whole when the output is narrow or piped.
+        console.print(f"  {line}", soft_wrap=True, markup=False, highlight=False)
+
+
+def next_commands(run: RunSummary) -> list[str]:
+    """The commands to type after a run, and the Python lines that load its adapter in PEFT."""
+    where = _quoted(Path(run.run).as_posix())
+    prompt = _quoted(" ".join(run.examples[0].prompt.split())) if run.examples else '"your prompt"'
+    data = _quoted(run.evaluation_data) if run.evaluation_data else "FILE"
+    gguf = f", gguf_file={json.dumps(run.base_gguf, ensure_ascii=False)}" if run.base_gguf else ""
+    base, adapter = (json.dumps(Path(path).as_posix(), ensure_ascii=False) for path in (run.base, run.adapter))
+    return [
+        f"qaroma generate {where} {prompt}",
+        f"qaroma evaluate {where} --data {data}",
+        "in Python, with PEFT:",
+        f"  base = AutoModelForCausalLM.from_pretrained({base}{gguf})",
+        f"  model = PeftModel.from_pretrained(base, {adapter})",
+    ]
+
+
+def rank_map(ranks: Mapping[str, int]) -> RenderableType:
+    """The ranks as a table layer x module, shaded in a terminal and readable when piped.
+
+    The first whole number in a module's name is its layer. Names that differ only in a later
+    number (experts) share a cell, which then shows the smallest and the largest rank.
+
+    Args:
+        ranks: Rank of each module by its full name, in the model's order.
+
+    Returns:
+        A table with one row a layer, one column a kind of module, and the means of both.
+    """
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    cells: dict[tuple[str, str], dict[str, list[int]]] = {}
+    columns: dict[str, list[int]] = {}
+    for name, rank in ranks.items():
+        stack, layer, module = _locate(name)
+        cells.setdefault((stack, layer), {}).setdefault(module, []).append(rank)
+        columns.setdefault(module, []).append(rank)
+    largest = max(ranks.values(), default=0)
+    several_stacks = len({stack for stack, layer in cells if layer}) > 1
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
+    table.add_column("layer", justify="right")
+    for label in _labels(list(columns)):
+        table.add_column(label, justify="right", overflow="fold")
+    table.add_column("mean", justify="right", style="bold")
+    for (stack, layer), row in cells.items():
+        label = f"{stack}.{layer}" if several_stacks and layer else layer or "-"
+        shown = [_cell(row[module], largest) if module in row else Text("") for module in columns]
+        table.add_row(label, *shown, _mean([rank for values in row.values() for rank in values]))
+    table.add_section()
+    table.add_row("mean", *(_mean(values) for values in columns.values()), _mean(list(ranks.values())), style="bold")
+    return Group(Text("Rank by layer and module", style="bold"), table)
+
+
+def _locate(name: str) -> tuple[str, str, str]:
+    """Stack of layers, layer and kind of module; a name without a number has neither stack nor layer."""
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return "", "", name
+    module = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", match["module"])
+    return match["stack"] or "", match["layer"], module
+
+
+def _labels(modules: Sequence[str]) -> list[str]:
+    """The shortest endings that tell the modules apart."""
+    labels = []
+    for module in modules:
+        parts = module.split(".")
+        endings = [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
+        alone = (end for end in endings if sum(f".{other}".endswith(f".{end}") for other in modules) == 1)
+        labels.append(next(alone, module))
+    return labels
+
+
+def _cell(ranks: Sequence[int], largest: int) -> Text:
+    from rich.text import Text
+
+    low, high = min(ranks), max(ranks)
+    shade = _SHADES[round(high / largest * (len(_SHADES) - 1)) if largest else 0]
+    return Text(f" {low} " if low == high else f" {low}-{high} ", style=f"white on {shade}")
+
+
+def _mean(ranks: Sequence[int]) -> str:
+    return f"{sum(ranks) / len(ranks):.1f}" if ranks else ""
+
+
+def _example(example: BeforeAfter) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, padding=(0, 1), pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    right = example.after.strip() == example.expected.strip()
+    table.add_row("prompt", Text(_shortened(example.prompt), style="bold"))
+    table.add_row("before", Text(_shortened(example.before)))
+    table.add_row("after", Text(_shortened(example.after), style="green" if right else "yellow"))
+    if not right:
+        table.add_row("expected", Text(_shortened(example.expected)))
+    table.add_row("", "")
+    return table
+
+
+def _figures(run: RunSummary) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, padding=(0, 1), pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("", "")
+    for score in run.scores:
+        table.add_row(score.name, Text(_score(score), style="bold"))
+    if run.ranks:
+        values = list(run.ranks.values())
+        table.add_row("rank", f"smallest {min(values)}, mean {_mean(values)}, largest {max(values)}")
+    mean, end = f"{run.trainable_mean:,.0f}", f"{run.trainable_end:,}"
+    table.add_row("trainable parameters", f"{run.trainable_start:,} at the start, {mean} on average, {end} at the end")
+    minutes, seconds = divmod(round(run.seconds), 60)
+    table.add_row("run", Text(f"{run.steps} steps, {minutes} min {seconds:02d} s; {run.stopped}"))
+    table.add_row("adapter", Text(Path(run.adapter).as_posix()))
+    return table
+
+
+def _score(score: Score) -> str:
+    def shown(value: float | None) -> str:
+        if value is None:
+            return "not measured"
+        return f"{100 * value:.1f} %" if score.percent else f"{value:.4g}"
+
+    return f"{shown(score.before)} before, {shown(score.after)} after"
+
+
+def _shortened(text: str) -> str:
+    text = text.strip()
+    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + " ..."
+
+
+def _quoted(text: str) -> str:
+    """``text`` as one word of this system's shell; plain double quotes where they are safe everywhere."""
+    if re.fullmatch(r"[\w./:@+-]+", text):
+        return text
+    if not re.search(r'["$`\\!%]', text):
+        return f'"{text}"'
+    return '"' + text.replace('"', '\\"') + '"' if os.name == "nt" else shlex.quote(text)

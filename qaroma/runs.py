@@ -1,0 +1,150 @@
+"""A run directory: where its files lie, how they are written, and its metrics log.
+
+::
+
+    runs/<name>/config.yaml       what was run, every value resolved
+    runs/<name>/metrics.jsonl     one JSON object a line: steps, growth events, evaluations
+    runs/<name>/checkpoints/      step-00000040/ ...
+    runs/<name>/adapter/          the best adapter by validation (the last where there is none)
+    runs/<name>/adapter_last/     the last one
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qaroma.errors import QaromaError
+
+
+class RunDirectory:
+    """Paths of one run.
+
+    Args:
+        path: the directory; :meth:`create` makes it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self.adapter_last = self.path / "adapter_last"
+
+    def exists(self) -> bool:
+        return self.config.is_file()
+
+    def create(self, config_yaml: str) -> None:
+        """Make the directory and write its configuration.
+
+        Raises:
+            QaromaError: there is a run already, or something else stands in the way.
+        """
+        if self.exists():
+            raise QaromaError(
+                f"{self.path} already holds a run; type --resume to go on with it, or choose another --output"
+            )
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.config, config_yaml)
+        except OSError as error:
+            raise QaromaError(f"cannot write to {self.path} ({error.strerror}); choose another --output") from error
+
+    @classmethod
+    def unused(cls, name: str) -> RunDirectory:
+        """``runs/<name>``, or ``runs/<name>-2`` and so on where that is taken."""
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
+        number, run = 1, cls(Path("runs") / slug)
+        while run.path.exists():
+            number += 1
+            run = cls(Path("runs") / f"{slug}-{number}")
+        return run
+
+
+class MetricsLog:
+    """``metrics.jsonl``, one object a line, flushed line by line.
+
+    Args:
+        path: the file; lines are appended.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """All whole lines; a line that a kill cut short is left out."""
+        if not self.path.is_file():
+            return []
+        found = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return found
+
+    def cut_back(self, step: int) -> None:
+        """Forget what was logged after ``step``: a resumed run writes it again."""
+        kept = [r for r in self.records() if r.get("step", 0) <= step]
+        write_atomically(self.path, "".join(json.dumps(r) + "\n" for r in kept))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file aside, flush it to the disk, and put it in place in one move."""
+    aside = path.with_name(path.name + ".part")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+@contextmanager
+def directory_written_aside(target: Path) -> Iterator[Path]:
+    """A directory that appears whole or not at all.
+
+    Yields an empty directory beside ``target``; when the block ends, its files are flushed and it
+    takes the target's place. When the block raises, it is removed and the target is as it was.
+    """
+    aside = target.with_name(target.name + ".part")
+    replaced = target.with_name(target.name + ".old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if replaced.exists() and not target.exists():  # a kill between the two moves below
+        replaced.rename(target)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for file in aside.iterdir():
+            flush(file)
+        flush(aside)
+        if target.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            target.rename(replaced)
+        aside.rename(target)
+        flush(target.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """fsync a file, or a directory where the system can."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Training: setup builds a session, fit runs the loop, run is the whole job."""

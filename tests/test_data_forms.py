@@ -1,0 +1,128 @@
+"""Each form becomes the same turns; bad rows are named one by one and reported together."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from qaroma.data.forms import BadRow, Message, parse_rows, recognise, report_bad_rows, to_conversation
+from qaroma.data.sources import Row
+from qaroma.errors import QaromaError
+
+SYSTEM, Q1, A1, Q2, A2 = "Be kind.", "One?", "1", "Two?", "2"
+TURNS = [
+    Message("system", SYSTEM),
+    Message("user", Q1),
+    Message("assistant", A1),
+    Message("user", Q2),
+    Message("assistant", A2),
+]
+MESSAGES = [{"role": turn.role, "content": turn.content} for turn in TURNS]
+SHAREGPT = [
+    {"from": {"user": "human", "assistant": "gpt"}.get(turn.role, turn.role), "value": turn.content} for turn in TURNS
+]
+
+
+@pytest.mark.parametrize(
+    ("value", "form", "turns"),
+    [
+        ({"messages": MESSAGES}, "messages", TURNS),
+        ({"messages": json.dumps(MESSAGES)}, "messages", TURNS),  # a CSV cell
+        ({"conversations": SHAREGPT}, "sharegpt", TURNS),
+        ({"conversations": SHAREGPT[1:], "system": SYSTEM}, "sharegpt", TURNS),
+        ({"conversations": MESSAGES}, "sharegpt", TURNS),
+        (
+            {"instruction": Q2, "input": "", "output": A2, "history": [[Q1, A1]], "system": SYSTEM},
+            "alpaca",
+            TURNS,
+        ),
+        ({"instruction": Q2, "output": A2, "answer": "x", "text": "t", "input": None}, "alpaca", TURNS[3:]),
+        (
+            {"instruction": "Add.", "input": "1 2", "output": "3", "history": "[]"},
+            "alpaca",
+            [Message("user", "Add.\n\n1 2"), Message("assistant", "3")],
+        ),
+        ({"prompt": Q2, "completion": A2}, "completion", TURNS[3:]),
+        ({"prompt": "[1, 2]", "response": " 3"}, "completion", [Message("user", "[1, 2]"), Message("assistant", " 3")]),
+        ({"prompt": MESSAGES[:4], "completion": MESSAGES[4:]}, "completion", TURNS),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": Q2}]}, MESSAGES[4]]},
+            "messages",
+            TURNS[3:],
+        ),
+    ],
+)
+def test_forms_are_recognised_and_read(value: dict, form: str, turns: list[Message]) -> None:
+    row = Row(value, "a.jsonl", 1)
+    assert recognise([row]) == form
+    assert to_conversation(row, form) == turns
+
+
+def test_text() -> None:
+    rows = [Row({"text": "a"}, "a.jsonl", 1), Row({"text": " "}, "a.jsonl", 2), Row("whole file", "b.txt", 1)]
+    parsed = parse_rows(rows)
+    assert [text for _, text in parsed.documents] == ["a", "whole file"]
+    assert parsed.bad == ["a.jsonl:2: the field 'text' is blank"]
+    assert parsed.forms == {"a.jsonl": "text", "b.txt": "text"}
+
+
+@pytest.mark.parametrize(
+    ("value", "form", "message"),
+    [
+        ({"instruction": "a"}, "alpaca", "'output' is missing"),
+        ({"instruction": "a", "output": "  "}, "alpaca", "'output' is blank"),
+        ({"instruction": "a", "output": 3}, "alpaca", "'output' is a number; expected text"),
+        ({"instruction": None, "input": "", "output": "a"}, "alpaca", "'instruction' is missing or blank"),
+        ({"instruction": "a", "output": "b", "history": ["c"]}, "alpaca", "not a pair"),
+        ({"instruction": "a", "output": "b", "history": "c"}, "alpaca", "'history' is text"),
+        ({"prompt": "", "completion": "b"}, "completion", "'prompt' is blank"),
+        ({"messages": []}, "messages", "'messages' is an empty list"),
+        ({"messages": None}, "messages", "'messages' is missing"),
+        ({"messages": ["hello"]}, "messages", "turn 1 is text; expected an object"),
+        ({"messages": [{"speaker": "me"}]}, "messages", "turn 1 has the keys speaker"),
+        ({"messages": [{"role": "wizard", "content": "a"}]}, "messages", "turn 1 has the role 'wizard'"),
+        ({"messages": MESSAGES[:4]}, "messages", "last turn is from user"),
+        ({"messages": MESSAGES[:1]}, "messages", "last turn is from system"),
+        ({"messages": MESSAGES[4:]}, "messages", "first turn is from the assistant"),
+        ({"messages": [MESSAGES[1], {"role": "assistant", "content": "\n"}]}, "messages", "turn 2 .* is blank"),
+        ({"messages": [MESSAGES[1], {"role": "assistant", "content": None}]}, "messages", "content of turn 2 is miss"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}, MESSAGES[2]]},
+            "messages",
+            "turn 1 has a part that is not text",
+        ),
+    ],
+)
+def test_bad_rows_say_what_is_wrong(value: dict, form: str, message: str) -> None:
+    with pytest.raises(BadRow, match=message):
+        to_conversation(Row(value, "a.jsonl", 1), form)
+
+
+def test_files_of_different_forms_mix_but_one_file_does_not() -> None:
+    alpaca = {"instruction": "a", "output": "b"}
+    rows = [Row(alpaca, "a.jsonl", 1), Row({"messages": MESSAGES}, "b.jsonl", 1)]
+    assert parse_rows(rows).forms == {"a.jsonl": "alpaca", "b.jsonl": "messages"}
+    mixed = [Row(alpaca, "a.jsonl", 1), Row(alpaca, "a.jsonl", 2), Row({"messages": MESSAGES}, "a.jsonl", 7)]
+    with pytest.raises(QaromaError, match=r"a\.jsonl mixes two forms: alpaca \(line 1\) and messages \(line 7\)"):
+        parse_rows(mixed)
+    assert len(parse_rows(mixed, "alpaca").bad) == 1
+
+
+def test_rows_of_no_form() -> None:
+    with pytest.raises(QaromaError, match=r"a\.jsonl:1: the keys \(sentence, label\) fit no known form; expected"):
+        recognise([Row({"sentence": "a", "label": 1}, "a.jsonl", 1)])
+    with pytest.raises(QaromaError, match="got the data format 'dolly'"):
+        recognise([], "dolly")
+    fitting = [Row({"wrong": 1}, "a.jsonl", 1), Row({"prompt": "a", "completion": "b"}, "a.jsonl", 2)]
+    assert recognise(fitting) == "completion"
+    assert parse_rows(fitting).bad == ["a.jsonl:1: the field 'prompt' is missing"]
+
+
+def test_report_is_capped() -> None:
+    text = str(report_bad_rows([f"a.jsonl:{i}: blank" for i in range(1, 13)], 40))
+    assert text.startswith("12 of 40 rows cannot be used:\n  a.jsonl:1: blank\n")
+    assert "a.jsonl:10: blank" in text
+    assert "a.jsonl:11" not in text
+    assert "and 2 more" in text
+    assert "--skip-bad-rows" in text

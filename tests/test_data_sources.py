@@ -1,0 +1,205 @@
+"""Every kind of file gives the same rows, with the lines they stand on; what is wrong is named."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from qaroma.data.sources import read_rows
+from qaroma.errors import QaromaError
+
+RECORDS = [
+    {"instruction": "Add 1 and 2.", "output": "3"},
+    {"instruction": 'Two\nlines, "quoted"; and \u2028 more', "output": "naïve 日本"},
+    {"instruction": "Last", "output": "row"},
+]
+
+
+def _content(suffix: str) -> bytes:
+    if suffix == ".jsonl":
+        return "\n".join(json.dumps(record, ensure_ascii=False) for record in RECORDS).encode("utf-8")
+    if suffix == ".json":
+        return json.dumps(RECORDS, indent=1).encode("utf-8")
+    if suffix == ".csv":
+        stream = io.StringIO(newline="")
+        writer = csv.DictWriter(stream, ["instruction", "output"])
+        writer.writeheader()
+        writer.writerows(RECORDS)
+        return stream.getvalue().encode("utf-8")
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    stream_bytes = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(RECORDS), stream_bytes)
+    return stream_bytes.getvalue()
+
+
+def _write(path: Path, content: bytes | str) -> str:
+    raw = content.encode("utf-8") if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    return str(path)
+
+
+@pytest.mark.parametrize("gz", ["", ".gz"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str, gz: str) -> None:
+    name = _write(tmp_path / f"rows{suffix}{gz}", _content(suffix))
+    found = read_rows([(name, 1.5)])
+    assert [row.value for row in found.rows] == RECORDS
+    assert found.bad == []
+    assert {row.file for row in found.rows} == {name}
+    assert {row.weight for row in found.rows} == {1.5}
+    # The second CSV record spans lines 3 and 4, below the header.
+    assert [row.line for row in found.rows] == ([2, 3, 5] if suffix == ".csv" else [1, 2, 3])
+
+
+@pytest.mark.parametrize("gz", ["", ".gz"])
+def test_a_text_file_is_one_document(tmp_path: Path, gz: str) -> None:
+    name = _write(tmp_path / f"book.txt{gz}", "\ufeffOne.\r\n\r\nTwo.\n")
+    assert [(row.value, row.line) for row in read_rows([(name, 1.0)]).rows] == [("One.\n\nTwo.\n", 1)]
+
+
+def test_json_variants(tmp_path: Path) -> None:
+    lines = "\n".join(json.dumps(record) for record in RECORDS)
+    variants = {
+        "lines.json": lines,
+        "array.jsonl": json.dumps(RECORDS, indent=2),
+        "bom.jsonl": "\ufeff" + lines + "\n\n",
+        "inside.json": json.dumps({"version": 1, "data": RECORDS}),
+        "crlf.jsonl": lines.replace("\n", "\r\n"),
+    }
+    for name, content in variants.items():
+        found = read_rows([(_write(tmp_path / name, content), 1.0)])
+        assert [row.value for row in found.rows] == RECORDS, name
+        assert not found.bad, name
+
+
+def test_csv_with_semicolons_and_wrong_widths(tmp_path: Path) -> None:
+    name = _write(tmp_path / "a.csv", "prompt;completion\na, b;c\n\nonly one\nx;y;z\nd;e\n")
+    found = read_rows([(name, 1.0)])
+    assert [row.value for row in found.rows] == [
+        {"prompt": "a, b", "completion": "c"},
+        {"prompt": "d", "completion": "e"},
+    ]
+    assert [row.line for row in found.rows] == [2, 6]
+    assert found.bad == [
+        f"{name}:4: got 1 columns; expected 2 as in the header",
+        f"{name}:5: got 3 columns; expected 2 as in the header",
+    ]
+
+
+def test_bad_lines_are_collected_with_their_places(tmp_path: Path) -> None:
+    content = b'{"text": "a"}\n{"text": \n\n[1]\n{"text": "\xff"}\n{"text": "b"}\n'
+    name = _write(tmp_path / "a.jsonl", content)
+    found = read_rows([(name, 1.0)])
+    assert [row.line for row in found.rows] == [1, 6]
+    assert [entry.split(": ")[0] for entry in found.bad] == [f"{name}:2", f"{name}:4", f"{name}:5"]
+    assert "not valid JSON" in found.bad[0]
+    assert "expected an object" in found.bad[1]
+    assert "not UTF-8" in found.bad[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'[{"text": "a"},\n {"text" "b"}]', "not valid JSON: .* at line 2, column 10"),
+        ("a.json", b'{"train": [{"a": 1}], "test": [{"a": 1}]}', "several lists \\(train, test\\)"),
+        ("a.json", b"3", "expected a list of objects"),
+        ("a.jsonl", b"\n\n", "holds no rows"),
+        ("a.csv", b"", "holds no rows"),
+        ("a.txt", b"caf\xe9", "not UTF-8 text \\(byte 3 is 0xe9\\)"),
+        ("a.parquet", b"PAR1 but no more", "not a whole parquet file"),
+        ("a.xlsx", b"x", "no known suffix"),
+    ],
+)
+def test_damaged_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    with pytest.raises(QaromaError, match=message):
+        read_rows([(_write(tmp_path / name, content), 1.0)])
+
+
+def test_damaged_gzip(tmp_path: Path) -> None:
+    whole = gzip.compress(b'{"text": "abc"}\n' * 100)
+    for name, content in {"cut": whole[:-12], "other": b"plain text", "noise": whole[:20] + b"\x00" * 30}.items():
+        path = tmp_path / f"{name}.jsonl.gz"
+        path.write_bytes(content)
+        with pytest.raises(QaromaError, match="not a whole gzip file"):
+            read_rows([(str(path), 1.0)])
+
+
+def test_folder_reads_all_its_data_files(tmp_path: Path) -> None:
+    _write(tmp_path / "b" / "two.jsonl", '{"text": "2"}')
+    _write(tmp_path / "a.json.gz", '[{"text": "1"}]')
+    _write(tmp_path / ".cache" / "x.jsonl", '{"text": "hidden"}')
+    _write(tmp_path / "notes.md", "no data")
+    found = read_rows([(str(tmp_path), 1.0)])
+    assert [row.value for row in found.rows] == [{"text": "1"}, {"text": "2"}]
+    assert found.notes == []
+
+
+def test_folder_with_splits_gives_the_training_files_and_says_so(tmp_path: Path) -> None:
+    for name in ("train-0.jsonl", "train-1.jsonl", "test.jsonl", "dev.json", "testimony.jsonl"):
+        _write(tmp_path / name, json.dumps({"text": name}))
+    found = read_rows([(str(tmp_path), 1.0)])
+    assert [row.value["text"] for row in found.rows] == ["testimony.jsonl", "train-0.jsonl", "train-1.jsonl"]
+    assert "dev.json, test.jsonl left out" in found.notes[0]
+
+
+def test_missing_paths_name_near_files(tmp_path: Path) -> None:
+    _write(tmp_path / "train.jsonl", "{}")
+    with pytest.raises(QaromaError, match=r"Did you mean '.*train\.jsonl'\?"):
+        read_rows([(str(tmp_path / "trian.jsonl"), 1.0)])
+    with pytest.raises(QaromaError, match=r"folder '.*nowhere' does not exist"):
+        read_rows([(str(tmp_path / "nowhere" / "a.jsonl"), 1.0)])
+    with pytest.raises(QaromaError, match=r"Data files in .*: train\.jsonl"):
+        read_rows([(str(tmp_path / "zzzzzzzz.csv"), 1.0)])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(QaromaError, match="holds no data file"):
+        read_rows([(str(tmp_path / "empty"), 1.0)])
+
+
+def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def load(name: str) -> dict[str, list[dict[str, str]]]:
+        asked.append(name)
+        if name == "me/offline":
+            raise ConnectionError("Couldn't reach the hub\nwith a long trace")
+        return {"train": RECORDS} if name == "me/data" else {"validation": RECORDS}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    found = read_rows([("me/data", 2.0)])
+    assert [row.value for row in found.rows] == RECORDS
+    assert found.rows[1].place == "me/data:2"
+    with pytest.raises(QaromaError, match=r"as a hub id it could not be loaded \(Couldn't reach the hub\)"):
+        read_rows([("me/offline", 1.0)])
+    with pytest.raises(QaromaError, match="no train split, only validation"):
+        read_rows([("me/held-out", 1.0)])
+    assert asked == ["me/data", "me/offline", "me/held-out"]
+    with pytest.raises(QaromaError, match="no file or folder"):
+        read_rows([("me/data.jsonl", 1.0)])
+    assert len(asked) == 3, "a path with a data suffix is never asked of the hub"
+
+
+def test_demonstration(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    demo = SimpleNamespace(
+        TRAIN_ROWS=3,
+        TEST_ROWS=2,
+        rows=lambda split, count, seed: [{"instruction": split, "output": str(seed + i)} for i in range(count)],
+    )
+    monkeypatch.setitem(sys.modules, "qaroma.data.demo", demo)
+    monkeypatch.setattr("qaroma.data.demo", demo, raising=False)
+    assert [row.value["output"] for row in read_rows([("demo:calendar", 1.0)], seed=7).rows] == ["7", "8", "9"]
+    assert [row.value["instruction"] for row in read_rows([("demo:calendar-test", 1.0)]).rows] == ["test"] * 2
+    with pytest.raises(QaromaError, match=r"no demonstration 'demo:x'; expected one of demo:calendar"):
+        read_rows([("demo:x", 1.0)])

@@ -1,0 +1,199 @@
+"""What every template must give: prompts that are prefixes, one BOS, an end to each turn."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from data_tokenizers import (
+    CHATML,
+    DATED,
+    ENDLESS,
+    GEMMA,
+    LLAMA2,
+    OPENED,
+    THINKING,
+    byte_level,
+    sentencepiece_like,
+)
+
+from qaroma.data.forms import BadRow, Message
+from qaroma.data.templates import Template, tokenize, tokenize_continuation
+from qaroma.errors import QaromaError
+
+SYSTEM = Message("system", "Be kind.")
+ONE, TWO = Message("user", "One?"), Message("user", "Two <|im_end|></s>?")
+FIRST, SECOND = Message("assistant", "1st"), Message("assistant", "2nd")
+DIALOGUE = [SYSTEM, ONE, FIRST, TWO, SECOND]
+THOUGHT = Message("assistant", "<think>\nhm\n</think>\n\n1st")
+
+
+def test_auto_takes_the_chat_template_where_there_is_one() -> None:
+    assert Template.choose(byte_level(CHATML)).kind == "chat"
+    assert Template.choose(byte_level(None)).kind == "plain"
+    assert Template.choose(byte_level(CHATML), "none").kind == "none"
+    with pytest.raises(QaromaError, match=r"no chat template; type --set data\.template=plain"):
+        Template.choose(byte_level(None), "chat")
+    with pytest.raises(QaromaError, match="got the template 'jinja'"):
+        Template.choose(byte_level(None), "jinja")
+
+
+def test_chat_renders_as_transformers_does() -> None:
+    tokenizer = byte_level(CHATML)
+    template = Template.choose(tokenizer)
+    turns = [{"role": message.role, "content": message.content} for message in DIALOGUE]
+    assert template.render(DIALOGUE) == tokenizer.apply_chat_template(turns, tokenize=False)
+    expected = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert template.encode_prompt(tokenizer, DIALOGUE) == expected
+    assert template.encode_prompt(tokenizer, DIALOGUE[:-1]) == expected
+
+
+def test_plain_is_as_documented() -> None:
+    template = Template.choose(byte_level(None, eos="<|endoftext|>"))
+    assert template.render(DIALOGUE) == (
+        "Be kind.\n\n"
+        "### Instruction:\nOne?\n\n### Response:\n1st<|endoftext|>\n\n"
+        "### Instruction:\nTwo <|im_end|></s>?\n\n### Response:\n2nd<|endoftext|>"
+    )
+    assert template.render_prompt([ONE]) == "### Instruction:\nOne?\n\n### Response:\n"
+
+
+def test_plain_and_none_use_no_special_token_but_eos() -> None:
+    tokenizer = byte_level(None, eos="<|endoftext|>")
+    for kind in ("plain", "none"):
+        template = Template.choose(tokenizer, kind)
+        ids = tokenize(tokenizer, [template.render([SYSTEM, ONE, FIRST])])[0]
+        assert set(ids) & set(tokenizer.all_special_ids) == {tokenizer.eos_token_id}
+        assert template.stop_token_ids(tokenizer) == [tokenizer.eos_token_id]
+
+
+def test_none_joins_prompt_and_completion_as_they_are() -> None:
+    template = Template.choose(byte_level(None), "none")
+    (turn,) = template.turns([Message("user", "Q: "), Message("assistant", "\n yes ")])
+    assert (turn.prompt, turn.answer) == ("Q: ", "\n yes <|im_end|>")
+
+
+CASES = {
+    "chatml": (byte_level(CHATML), "<|im_end|>"),
+    "chatml with bos": (byte_level(CHATML, bos=True, eos="</s>"), "<|im_end|>"),
+    "gemma": (byte_level(GEMMA, bos=True, eos="</s>"), "<end_of_turn>"),
+    "llama 2": (sentencepiece_like(LLAMA2), "</s>"),
+    "thinking": (byte_level(THINKING), "<|im_end|>"),
+    "opened thought": (byte_level(OPENED), "<|im_end|>"),
+    "endless": (byte_level(ENDLESS, bos=True, eos="</s>"), "</s>"),
+    "no header": (byte_level(DATED), "<|im_end|>"),
+    "plain": (byte_level(None), "<|im_end|>"),
+    "plain, sentencepiece": (sentencepiece_like(None), "</s>"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_turn_ends_with_its_stop_token_and_answers_its_prompt(case: str) -> None:
+    tokenizer, end = CASES[case]
+    template = Template.choose(tokenizer)
+    for index, turn in zip((2, 4), template.turns(DIALOGUE), strict=True):
+        assert turn.prompt == template.render_prompt(DIALOGUE[:index])
+        assert turn.answer.strip() == DIALOGUE[index].content + template.turn_end
+        assert turn.answer.endswith(end)
+        assert "Be kind." in turn.prompt
+    assert tokenizer.convert_tokens_to_ids(end) in template.stop_token_ids(tokenizer)
+    assert tokenizer.eos_token_id in template.stop_token_ids(tokenizer)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_exactly_one_bos(case: str) -> None:
+    tokenizer, _ = CASES[case]
+    ids = Template.choose(tokenizer).encode_prompt(tokenizer, [ONE])
+    if tokenizer.bos_token_id is None:
+        assert ids[0] != tokenizer.convert_tokens_to_ids("<s>")
+    else:
+        assert ids[0] == tokenizer.bos_token_id
+        assert ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_saved_template_renders_alike(case: str) -> None:
+    tokenizer, _ = CASES[case]
+    template = Template.choose(tokenizer)
+    loaded = Template.from_json(json.loads(json.dumps(template.to_json())))
+    assert loaded == template
+    assert loaded.turns(DIALOGUE) == template.turns(DIALOGUE)
+
+
+def test_saved_template_of_another_version() -> None:
+    with pytest.raises(QaromaError, match="saved template"):
+        Template.from_json({"kind": "chat", "text": "", "colour": "red"})
+
+
+def test_a_named_bos_that_the_tokenizer_does_not_add_is_not_added() -> None:
+    tokenizer = byte_level(None)
+    tokenizer.bos_token = "<|im_start|>"
+    assert Template.choose(tokenizer).encode_prompt(tokenizer, [ONE])[0] != tokenizer.bos_token_id
+
+
+def test_system_text_is_folded_where_the_template_has_no_system_turn() -> None:
+    template = Template.choose(byte_level(GEMMA, bos=True))
+    assert template.fold_system
+    assert template.render([SYSTEM, ONE]) == "<s><start_of_turn>user\nBe kind.\n\nOne?<end_of_turn>\n"
+    late = template.render([ONE, SYSTEM, FIRST])
+    assert late.startswith("<s><start_of_turn>user\nOne?\n\nBe kind.<end_of_turn>")
+    silent = byte_level(CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}"))
+    assert Template.choose(silent).fold_system
+    assert not Template.choose(byte_level(CHATML)).fold_system
+
+
+def test_a_refused_conversation_is_a_bad_row() -> None:
+    template = Template.choose(byte_level(GEMMA, bos=True))
+    with pytest.raises(BadRow, match="template refuses the conversation: Conversation roles must alternate"):
+        template.turns([ONE, TWO, FIRST])
+
+
+def test_templates_that_cannot_be_used_say_what_to_type() -> None:
+    with pytest.raises(QaromaError, match=r"broken\. Type --set data\.template=plain"):
+        Template.choose(byte_level("{{ raise_exception('broken') }}"))
+    with pytest.raises(QaromaError, match="leaves out plain text"):
+        Template.choose(byte_level("{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}"))
+    no_end = byte_level(None)
+    no_end.eos_token = None
+    with pytest.raises(QaromaError, match="no end-of-text token"):
+        Template.choose(no_end)
+
+
+def test_dates_are_fixed() -> None:
+    template = Template.choose(byte_level(DATED))
+    assert "strftime_now" not in template.text
+    assert template.render([ONE]).startswith("<|im_start|>system\nToday is 26 Jul 2024<|im_end|>")
+
+
+def test_a_header_missing_from_the_generation_prompt_is_added() -> None:
+    template = Template.choose(byte_level(DATED))
+    assert template.render_prompt([ONE]).endswith("One?<|im_end|>\n<|im_start|>assistant\n")
+    assert template.turns([ONE, FIRST])[0].answer == "1st<|im_end|>"
+
+
+@pytest.mark.parametrize("text", [THINKING, OPENED])
+def test_thinking_models_follow_the_data(text: str) -> None:
+    template = Template.choose(byte_level(text))
+    (turn,) = template.turns([ONE, FIRST])
+    assert turn.prompt.endswith("assistant\n<think>\n\n</think>\n\n")
+    assert turn.answer == "1st<|im_end|>"
+    assert template.fitted([[ONE, FIRST]]) == template
+
+    thinking = template.fitted([[ONE, FIRST], [ONE, THOUGHT]])
+    (turn,) = thinking.turns([ONE, THOUGHT])
+    assert turn.prompt + turn.answer == thinking.render([ONE]) + (
+        "<|im_start|>assistant\n<think>\nhm\n</think>\n\n1st<|im_end|>"
+    )
+    assert "hm" in turn.answer
+    (turn,) = thinking.turns([ONE, FIRST])
+    assert (turn.prompt + turn.answer).endswith("assistant\n<think>\n\n</think>\n\n1st<|im_end|>")
+
+
+def test_a_continuation_gets_no_space_that_nobody_wrote() -> None:
+    tokenizer = sentencepiece_like(None)
+    alone = tokenizer("answer", add_special_tokens=False).input_ids
+    assert tokenizer.convert_ids_to_tokens(alone)[0].startswith("▁"), "the tokenizer must be of the kind this tests"
+    for text in ("answer", " answer", "\n\nanswer", "日", "x: y"):
+        prompt = tokenizer("the", add_special_tokens=False).input_ids
+        joined = tokenizer.decode(prompt + tokenize_continuation(tokenizer, text), clean_up_tokenization_spaces=False)
+        assert joined == "the" + text

@@ -1,0 +1,120 @@
+"""Which layers are chosen, and what is said about those that cannot be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_config
+from torch import nn
+
+from qaroma.errors import QaromaError
+from qaroma.model.base import load_base
+from qaroma.model.targets import find_targets, unadaptable
+
+OF_A_LAYER = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+]
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_folder):
+    return load_base(tiny_folder, device="cpu")
+
+
+def test_all_linear_is_everything_but_the_head_in_order(llama, tiny_model):
+    expected = [f"model.layers.{layer}.{name}" for layer in range(2) for name in OF_A_LAYER]
+    assert find_targets(llama) == expected
+    assert find_targets(tiny_model, "all-linear") == expected
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("q_proj", ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]),
+        (["down_proj", "mlp.down_proj", "layers.1.self_attn.q_proj"],
+         ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"]),
+        ("model.layers.1.mlp.up_proj", ["model.layers.1.mlp.up_proj"]),
+        (r".*\.0\..*\.[qv]_proj", ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]),
+    ],
+)  # fmt: skip
+def test_names_suffixes_and_expressions(llama, targets, expected):
+    assert find_targets(llama, targets) == expected
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("q_prj", r"No linear layer is called 'q_prj'; the nearest are q_proj.*--set growth\.target_modules=q_proj"),
+        (["q_proj", "query_key"], r"No linear layer is called 'query_key'"),
+        (["qproj", "vproj"], r"'qproj'.*'vproj'"),
+        ("proj", r"No linear layer is called 'proj'"),  # a suffix is a whole part of the name
+        ("lm_head", r"output head, which is not adapted.*all-linear"),
+        ("embed_tokens", r"'embed_tokens' is of type Embedding; expected a linear layer"),
+        ("q_proj(", r"regular expression"),
+        ([], r"at least one name"),
+    ],
+)
+def test_unknown_targets_are_explained(llama, targets, expected):
+    with pytest.raises(QaromaError, match=expected):
+        find_targets(llama, targets)
+
+
+def test_a_model_without_linear_layers():
+    with pytest.raises(QaromaError, match=r"has no linear layers.*--model"):
+        find_targets(nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm(4)))
+
+
+def test_conv1d_is_refused_unquantised_and_adapted_in_four_bits(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=64, n_layer=1, n_head=2, n_positions=64)).save_pretrained(
+        tmp_path
+    )
+    plain = load_base(tmp_path, quantization="none", device="cpu")
+    with pytest.raises(QaromaError, match=r"Conv1D layers.*--set model\.quantization=nf4"):
+        find_targets(plain)
+    assert find_targets(load_base(tmp_path, device="cpu"), "c_attn") == ["transformer.h.0.attn.c_attn"]
+
+
+def test_fused_experts_are_left_out_with_a_note_and_refused_by_name():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = tiny_config().to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    model = MixtralForCausalLM(
+        MixtralConfig(**{name: sizes[name] for name in names}, num_key_value_heads=2, num_local_experts=2)
+    )
+    chosen = find_targets(model)
+    assert [name for name in chosen if "experts" in name] == []
+    assert {name.rpartition(".")[2] for name in chosen} >= {"q_proj", "k_proj", "v_proj", "o_proj"}
+    (note,) = unadaptable(model)
+    assert note.startswith("4 fused expert weights (model.layers.0.mlp.experts.gate_up_proj")
+    with pytest.raises(QaromaError, match="'gate_up_proj' is a fused expert weight"):
+        find_targets(model, ["q_proj", "gate_up_proj"])
+
+
+def test_a_vision_tower_is_left_alone_unless_named():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vision = nn.Sequential(nn.Linear(4, 4))
+            self.language = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+            self.head = nn.Linear(4, 8)
+
+        def get_decoder(self) -> nn.Module:
+            return self.language
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+    model = Both()
+    assert find_targets(model) == ["language.0", "language.1"]
+    assert find_targets(model, ["vision.0"]) == ["vision.0"]
+    assert unadaptable(model) == []
+    assert torch.is_tensor(model.head.weight)

@@ -1,0 +1,164 @@
+"""The end of a run as printed: the rank map, the figures, and commands that can be copied."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import shlex
+
+import pytest
+from rich.console import Console, RenderableType
+
+from qaroma.report import BeforeAfter, RunSummary, Score, next_commands, print_summary, rank_map
+
+LLAMA = {
+    f"model.layers.{layer}.{module}": layer + column
+    for layer in range(3)
+    for column, module in enumerate(["self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"])
+}
+RUN = RunSummary(
+    run="runs/x",
+    adapter="runs/x/adapter",
+    base="some/base",
+    steps=90,
+    seconds=125.4,
+    stopped="the step budget was reached",
+    ranks=LLAMA,
+    trainable_start=1_234_567,
+    trainable_mean=98_765.4,
+    trainable_end=0,
+    scores=(Score("exact match", 0.0, 0.97, percent=True), Score("validation loss", None, 0.01234)),
+    examples=(
+        BeforeAfter("Play [bold]Bach[/bold].", '{"a": [1]}', "Sure!\nI will.", '{"a": [1]}'),
+        BeforeAfter("Dim it.", "{}", "No.", "{x}"),
+    ),
+    evaluation_data="demo:calendar-test",
+)
+
+
+def printed(renderable: RenderableType, width: int = 80) -> list[str]:
+    out = io.StringIO()
+    Console(file=out, width=width).print(renderable)
+    return [line.rstrip() for line in out.getvalue().splitlines()]
+
+
+def summary_text(run: RunSummary, width: int = 80) -> str:
+    out = io.StringIO()
+    print_summary(run, Console(file=out, width=width))
+    return out.getvalue()
+
+
+def cells(lines: list[str]) -> list[list[str]]:
+    return [line.split() for line in lines[1:] if line.strip()]
+
+
+def test_rank_map_is_a_plain_table_when_piped() -> None:
+    lines = printed(rank_map(LLAMA))
+    assert "\x1b" not in "".join(lines)
+    assert cells(lines) == [
+        ["layer", "q_proj", "k_proj", "up_proj", "mean"],
+        ["0", "0", "1", "2", "1.0"],
+        ["1", "1", "2", "3", "2.0"],
+        ["2", "2", "3", "4", "3.0"],
+        ["mean", "1.0", "2.0", "3.0", "2.0"],
+    ]
+
+
+def test_rank_map_is_shaded_in_a_terminal() -> None:
+    out = io.StringIO()
+    Console(file=out, width=80, force_terminal=True, color_system="truecolor").print(rank_map(LLAMA))
+    assert len({part.split("m")[0] for part in out.getvalue().split("48;2;")[1:]}) == 5
+
+
+@pytest.mark.parametrize(
+    ("names", "header", "first"),
+    [
+        (["transformer.h.0.attn.c_attn", "transformer.h.0.mlp.c_fc"], ["c_attn", "c_fc"], "0"),
+        (
+            [
+                "roberta.encoder.layer.0.attention.self.query",
+                "roberta.encoder.layer.0.attention.output.dense",
+                "roberta.encoder.layer.0.intermediate.dense",
+                "roberta.encoder.layer.0.output.dense",
+            ],
+            ["query", "attention.output.dense", "intermediate.dense", "output.dense"],
+            "0",
+        ),
+        (["encoder.block.0.layer.0.q", "decoder.block.0.layer.1.q"], ["q"], "encoder.block.0"),
+        (["proj"], ["proj"], "-"),
+        (["0.fc", "1.fc"], ["fc"], "0"),
+    ],
+)
+def test_names_of_other_architectures_are_grouped_by_layer(names: list[str], header: list[str], first: str) -> None:
+    rows = cells(printed(rank_map(dict.fromkeys(names, 2)), width=200))
+    assert rows[0] == ["layer", *header, "mean"]
+    assert rows[1][0] == first
+
+
+def test_layers_keep_apart_in_the_numbers_order_of_the_model() -> None:
+    rows = cells(printed(rank_map({f"m.{layer}.q": layer for layer in range(12)})))
+    assert [row[0] for row in rows[1:-1]] == [str(layer) for layer in range(12)]
+
+
+def test_experts_share_a_cell_with_smallest_and_largest_rank() -> None:
+    ranks = {f"model.layers.0.mlp.experts.{expert}.up_proj": expert + 1 for expert in range(4)}
+    assert cells(printed(rank_map(ranks)))[1] == ["0", "1-4", "2.5"]
+
+
+def test_a_module_that_a_layer_lacks_stays_empty() -> None:
+    rows = cells(printed(rank_map({"m.0.q": 1, "m.0.k": 3, "m.1.q": 2})))
+    assert rows[2] == ["1", "2", "2.0"]
+
+
+def test_all_ranks_zero_can_be_shown() -> None:
+    assert cells(printed(rank_map({"m.0.q": 0})))[1] == ["0", "0", "0.0"]
+
+
+def test_summary_shows_scores_examples_ranks_and_parameters() -> None:
+    text = summary_text(RUN)
+    for part in [
+        "0.0 % before, 97.0 % after",
+        "not measured before, 0.01234 after",
+        "Play [bold]Bach[/bold].",
+        '{"a": [1]}',
+        "I will.",
+        "smallest 0, mean 2.0, largest 4",
+        "1,234,567 at the start, 98,765 on average, 0 at the end",
+        "90 steps, 2 min 05 s; the step budget was reached",
+        "runs/x/adapter",
+        "q_proj",
+    ]:
+        assert part in text
+    # The expected answer stands only beside a wrong one.
+    assert text.count("expected") == 1
+
+
+def test_summary_without_scores_examples_and_ranks_still_prints() -> None:
+    bare = dataclasses.replace(RUN, ranks={}, scores=(), examples=(), evaluation_data=None)
+    text = summary_text(bare)
+    assert 'qaroma generate runs/x "your prompt"' in text
+    assert "--data FILE" in text
+
+
+def test_commands_are_printed_whole_on_a_narrow_terminal() -> None:
+    text = summary_text(RUN, width=30)
+    for line in next_commands(RUN):
+        assert f"  {line}\n" in text
+
+
+def test_long_answers_are_shortened() -> None:
+    example = BeforeAfter("p", "e", "before " * 500, "e")
+    assert len(summary_text(dataclasses.replace(RUN, ranks={}, examples=(example,)))) < 3000
+
+
+@pytest.mark.parametrize("prompt", ["Play it.", 'Say "hi" to $HOME', "it's `here`!", "100 % sure\nreally"])
+def test_the_generate_command_survives_the_shell(prompt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.name", "posix")
+    run = dataclasses.replace(RUN, run="runs/my run", examples=(BeforeAfter(prompt, "", "", ""),))
+    assert shlex.split(next_commands(run)[0]) == ["qaroma", "generate", "runs/my run", " ".join(prompt.split())]
+
+
+def test_the_peft_lines_are_python() -> None:
+    lines = next_commands(dataclasses.replace(RUN, base='a "b"', base_gguf="x.gguf"))[-2:]
+    compile("\n".join(line.strip() for line in lines), "printed", "exec")
+    assert "gguf_file" in lines[0]

@@ -1,0 +1,126 @@
+"""Run directories, atomic writes, checkpoints, the metrics log, the order of batches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from qaroma.checkpoint import Checkpoint, list_checkpoints, load_newest, save_checkpoint
+from qaroma.errors import QaromaError
+from qaroma.runs import MetricsLog, RunDirectory, directory_written_aside
+from qaroma.training.batches import BatchPlan
+
+
+def checkpoint(step: int) -> Checkpoint:
+    tensors = {"a": torch.arange(4.0) + step, "b": torch.ones(3, dtype=torch.bfloat16), "c": torch.get_rng_state()}
+    return Checkpoint(step, tensors, {"x": 0.1 + step, "y": [1, None, "z"]})
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
+    saved = checkpoint(7)
+    save_checkpoint(tmp_path, saved, fingerprint="f", keep=2)
+    loaded, warnings = load_newest(tmp_path, fingerprint="f")
+    assert loaded is not None
+    assert warnings == []
+    assert (loaded.step, loaded.values) == (7, saved.values)
+    assert all(torch.equal(loaded.tensors[k], saved.tensors[k]) for k in saved.tensors)
+    assert {p.suffix for p in (tmp_path / "step-00000007").iterdir()} == {".safetensors", ".json"}
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 30):
+        save_checkpoint(tmp_path, checkpoint(step), fingerprint="f", keep=2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000030"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "json", "missing"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, damage: str) -> None:
+    save_checkpoint(tmp_path, checkpoint(1), fingerprint="f", keep=2)
+    newest = save_checkpoint(tmp_path, checkpoint(2), fingerprint="f", keep=2)
+    file = newest / ("state.json" if damage == "json" else "state.safetensors")
+    data = bytearray(file.read_bytes())
+    if damage == "missing":
+        file.unlink()
+    elif damage == "flip":
+        data[-1] ^= 1
+        file.write_bytes(data)
+    else:
+        file.write_bytes(data[: len(data) // 2])
+    loaded, warnings = load_newest(tmp_path, fingerprint="f")
+    assert loaded is not None
+    assert loaded.step == 1
+    assert len(warnings) == 1
+    assert "step-00000002 is damaged" in warnings[0]
+
+
+def test_a_checkpoint_of_another_base_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, checkpoint(1), fingerprint="f", keep=2)
+    with pytest.raises(QaromaError, match="another base model"):
+        load_newest(tmp_path, fingerprint="g")
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "adapter"
+    with directory_written_aside(target) as aside:
+        (aside / "x").write_text("1")
+        assert not target.exists()
+    with pytest.raises(OSError, match="full"), directory_written_aside(target) as aside:
+        (aside / "x").write_text("2")
+        raise OSError("disk full")
+    assert (target / "x").read_text() == "1"
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+    # A kill between the two moves of a replacement leaves only the old one, under its other name.
+    target.rename(tmp_path / "adapter.old")
+    with pytest.raises(OSError, match="full"), directory_written_aside(target):
+        raise OSError("disk full")
+    assert (target / "x").read_text() == "1"
+
+
+def test_metrics_are_cut_back_and_survive_a_torn_line(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in range(5):
+        log.write({"step": step, "loss": 0.1 * step})
+    with log.path.open("a") as file:
+        file.write('{"step": 5, "lo')
+    log.cut_back(3)
+    assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [0, 1, 2, 3]
+
+
+def test_run_directories_are_never_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = RunDirectory.unused("a model/my data")
+    assert first.path == Path("runs/a-model-my-data")
+    first.create("x: 1\n")
+    assert RunDirectory.unused("a model/my data").path == Path("runs/a-model-my-data-2")
+    with pytest.raises(QaromaError, match="--resume"):
+        first.create("x: 2\n")
+    assert first.config.read_text() == "x: 1\n"
+
+
+def test_batches_cover_an_epoch_and_depend_only_on_the_step() -> None:
+    lengths = torch.randint(5, 500, (1003,)).tolist()
+    plan = BatchPlan(lengths, micro_batch=2, grad_accum=4, seed=3)
+    steps = [plan.step(s) for s in range(2 * plan.steps_per_epoch)]
+    for epoch in (steps[: plan.steps_per_epoch], steps[plan.steps_per_epoch :]):
+        assert sorted(i for step in epoch for micro in step for i in micro) == list(range(1003))
+    assert steps[0] != steps[plan.steps_per_epoch]
+    assert BatchPlan(lengths, micro_batch=2, grad_accum=4, seed=3).step(77) == steps[77]
+    assert BatchPlan(lengths, micro_batch=2, grad_accum=4, seed=4).step(77) != steps[77]
+
+
+def test_steps_hold_the_same_examples_however_they_are_cut() -> None:
+    lengths = torch.randint(5, 500, (100,)).tolist()
+    eight = BatchPlan(lengths, micro_batch=8, grad_accum=1, seed=0)
+    ones = BatchPlan(lengths, micro_batch=1, grad_accum=8, seed=0)
+    for step in range(30):
+        assert [i for micro in eight.step(step) for i in micro] == [i for micro in ones.step(step) for i in micro]
+
+
+def test_examples_of_a_step_have_similar_lengths() -> None:
+    lengths = torch.randint(5, 500, (1000,)).tolist()
+    plan = BatchPlan(lengths, micro_batch=8, grad_accum=1, seed=0)
+    spread = [max(lengths[i] for i in s[0]) - min(lengths[i] for i in s[0]) for s in map(plan.step, range(125))]
+    assert sum(spread) / len(spread) < 20  # of 495; at random it would be 385

@@ -1,0 +1,216 @@
+"""The loop on a tiny 4-bit Llama: from the command's function to the adapter folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from qaroma.config import Config
+from qaroma.errors import QaromaError
+from qaroma.runs import RunDirectory
+from qaroma.training import fit as fit_module
+from qaroma.training.run import finetune
+from qaroma.training.setup import build_session, prepare_data
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty short questions whose answers follow a rule, of several lengths."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [{"instruction": f"count {n} " + "x" * (n % 7), "output": f"it is {n % 5}"} for n in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def make_config(model: Path, data: Path, output: Path | None, **changes) -> Config:
+    values = {
+        "model": {"name": str(model), "compute_dtype": "fp32"},
+        "data": {"train": [{"path": str(data)}]},
+        "growth": {"t_in": 6, "check_every": 2, "warmup": 1, "restart_warmup": 1},
+        "training": {"max_steps": 20, "micro_batch": 4, "grad_accum": 2, "device": "cpu", "learning_rate": 1e-2},
+        "checkpoint": {"every": 5},
+        "output": str(output) if output else None,
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            values[section][name] = value
+        else:
+            values[section] = value
+    return Config.model_validate(values)
+
+
+def records(run: Path, event: str | None = None) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line.get("event") == event]
+
+
+def session_of(config: Config, tmp_path: Path):
+    return build_session(prepare_data(config), RunDirectory(tmp_path / "unused"))
+
+
+def test_a_run_leaves_what_it_should(tiny_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    figures = finetune(make_config(tiny_folder, data_file, run, growth__eps_out=1e-9), console=QUIET)
+    assert {p.name for p in run.iterdir()} == {"config.yaml", "metrics.jsonl", "checkpoints", "adapter", "adapter_last"}
+    steps = records(run)
+    assert [s["step"] for s in steps] == list(range(1, 21))
+    assert set(steps[0]) == {
+        "step", "loss", "learning_rate", "mean_rank", "active_modules", "trainable_parameters", "tokens_per_second",
+        "memory_bytes",
+    }  # fmt: skip
+    growth = records(run, "growth")
+    assert set(growth[0]) == {"event", "step", "module", "component", "inner", "outer", "decision"}
+    assert [g["decision"] for g in growth].count("keep") == 14  # at the budget every module keeps its last one
+    validation = records(run, "validation")
+    assert validation[-1]["loss"] < validation[0]["loss"]
+    assert figures["validation_loss"] == min(v["loss"] for v in validation[1:])
+    assert figures["steps"] == 20
+    assert figures["rank_min"] >= 3
+
+
+def test_a_run_stops_by_itself_when_every_module_is_done(tiny_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = make_config(tiny_folder, data_file, run, growth__eps_out=0.25, training__max_steps=200)
+    figures = finetune(config, console=QUIET)
+    assert figures["ended"] == "grown"
+    assert figures["steps"] < 200
+    last = records(run)[-1]
+    assert last["trainable_parameters"] == last["active_modules"] == 0
+    done = {g["module"] for g in records(run, "growth") if g["decision"] == "done"}
+    assert len(done) == 14
+    assert figures["trainable_parameters_mean"] < figures["trainable_parameters_start"]
+
+
+@pytest.mark.parametrize("method", ["aroma", "lora"])
+def test_one_by_eight_equals_eight_by_one(tiny_folder: Path, data_file: Path, tmp_path: Path, method: str) -> None:
+    """Gradients are those of the mean over the step's trained tokens, however the step is cut."""
+    gradients, losses = [], []
+    for micro, accum in ((8, 1), (1, 8), (4, 2)):
+        config = make_config(
+            tiny_folder, data_file, None, method=method, training__micro_batch=micro, training__grad_accum=accum
+        )
+        session = session_of(config, tmp_path)
+        full = next(step for step in map(session.plan.step, range(99)) if sum(map(len, step)) == 8)
+        batches = [session.task.collate([session.train[i] for i in indices]) for indices in full]
+        assert len(batches) == accum
+        losses.append(fit_module.accumulate(session, batches))
+        gradients.append(session.method.trainer.optimiser.gradients.clone())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert gradients[0].norm() > 0
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=1e-4, atol=1e-6)
+
+
+def test_checkpointing_changes_no_gradient_and_evaluation_in_between_neither(
+    tiny_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """Train, evaluate, train: on CPUs with AVX512-BF16 a 4-bit layer's own forward would break the second pass."""
+    gradients = []
+    for checkpointing in (True, False):
+        config = make_config(tiny_folder, data_file, None, training__gradient_checkpointing=checkpointing)
+        config.model.compute_dtype = "bf16"
+        session = session_of(config, tmp_path)
+        batches = [session.task.collate([session.train[i] for i in indices]) for indices in session.plan.step(0)]
+        for _ in range(2):
+            session.model.train()
+            fit_module.accumulate(session, batches)
+            gradients.append(session.method.trainer.optimiser.gradients.clone())
+            session.method.trainer.optimiser.zero_grad()
+            fit_module.validation_metrics(session)
+    assert gradients[0].norm() > 0
+    for other in gradients[1:]:
+        assert torch.equal(other, gradients[0])
+
+
+def test_the_base_never_changes(tiny_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    session = session_of(make_config(tiny_folder, data_file, tmp_path / "r", growth__eps_out=0.2), tmp_path)
+    layers = session.method.adapter.layers.values()
+
+    def base_bytes() -> dict[str, bytes]:
+        state = {k: t for k, t in session.model.state_dict().items() if not k.endswith(("active_A", "active_B"))}
+        return {k: t.contiguous().view(torch.uint8).numpy().tobytes() for k, t in state.items()}
+
+    before = base_bytes()
+    assert any(layer.base.weight.dtype == torch.uint8 for layer in layers)  # packed 4-bit weights
+    grown = 0
+    for step in range(30):
+        batches = [session.task.collate([session.train[i] for i in indices]) for indices in session.plan.step(step)]
+        fit_module.accumulate(session, batches)
+        grown += len(session.method.step())
+    assert grown > 14
+    assert base_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(
+    tiny_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    original, calls = fit_module.accumulate, []
+
+    def poisoned(session, batches):
+        calls.append(1)
+        loss = original(session, batches)
+        return float("nan") if len(calls) == 8 else loss
+
+    monkeypatch.setattr(fit_module, "accumulate", poisoned)
+    with pytest.raises(QaromaError, match=r"loss of step 8 is nan .*rows\.jsonl:\d+.*--resume --output"):
+        finetune(make_config(tiny_folder, data_file, run), console=QUIET)
+    assert (run / "checkpoints" / "step-00000007").is_dir()
+    monkeypatch.undo()
+    config = Config.model_validate({"output": str(run)})
+    assert finetune(config, resume=True, console=QUIET)["steps"] == 20
+    assert [s["step"] for s in records(run)] == list(range(1, 21))
+
+
+def test_patience_ends_a_run_that_no_longer_improves(tiny_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    config = make_config(
+        tiny_folder, data_file, tmp_path / "run", method="lora",
+        training__learning_rate=1e-9, training__patience=2, training__evaluate_every=2, training__max_steps=50,
+    )  # fmt: skip
+    figures = finetune(config, console=QUIET)
+    assert figures["ended"] == "patience"
+    assert figures["steps"] < 50
+
+
+def test_plain_lora_runs_through_the_same_loop(tiny_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_folder, data_file, tmp_path / "run", method="lora", rank=4)
+    figures = finetune(config, console=QUIET)
+    assert figures["growth_events"] == 0
+    assert (figures["rank_min"], figures["rank_max"]) == (4, 4)
+    assert figures["validation_loss"] < figures["validation_loss_before"]
+
+
+def test_a_second_run_never_overwrites_the_first(tiny_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    finetune(make_config(tiny_folder, data_file, run, training__max_steps=2), console=QUIET)
+    before = (run / "adapter_last" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(QaromaError, match="already holds a run; type --resume"):
+        finetune(make_config(tiny_folder, data_file, run, training__max_steps=2), console=QUIET)
+    assert (run / "adapter_last" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_resuming_with_other_settings_is_refused_by_name(tiny_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    finetune(make_config(tiny_folder, data_file, run, training__max_steps=2), console=QUIET)
+    with pytest.raises(QaromaError, match=r"growth\.t_in was 6, now 7"):
+        finetune(make_config(tiny_folder, data_file, run, growth__t_in=7), resume=True, console=QUIET)
+    with pytest.raises(QaromaError, match="holds no run"):
+        finetune(make_config(tiny_folder, data_file, tmp_path / "other"), resume=True, console=QUIET)
+
+
+def test_a_bad_row_is_reported_before_any_weight_is_loaded(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a"}\n{broken\n', encoding="utf-8")
+    monkeypatch.setattr("qaroma.training.setup.load_base", lambda *a, **k: pytest.fail("weights were loaded"))
+    with pytest.raises(QaromaError, match=r"(?s)bad\.jsonl:2.*bad\.jsonl:3|bad\.jsonl:3.*bad\.jsonl:2"):
+        finetune(make_config(tiny_folder, bad, tmp_path / "run"), console=QUIET)
+    assert not (tmp_path / "run").exists()
