@@ -1,6 +1,6 @@
 """AROMA in a loop of your own: no configuration, no run directory, any batches.
 
-    python examples/own_loop.py MODEL_FOLDER "a text to learn" [STEPS]
+python examples/own_loop.py MODEL_FOLDER "a text to learn" [STEPS]
 """
 
 import sys

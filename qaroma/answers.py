@@ -43,7 +43,9 @@ def read_conversations(
     if bad and not skip_bad:
         raise report_bad_rows(bad, len(found.rows) + len(found.bad))
     if not parsed.conversations:
-        raise QaromaError(f"{sources[0][0]} holds no questions with answers, so nothing can be compared; give another file")
+        raise QaromaError(
+            f"{sources[0][0]} holds no questions with answers, so nothing can be compared; give another file"
+        )
     return [messages for _, messages in parsed.conversations]
 
 

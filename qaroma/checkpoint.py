@@ -71,7 +71,7 @@ def load_newest(folder: Path, *, fingerprint: str) -> tuple[Checkpoint | None, l
     Raises:
         QaromaError: a checkpoint of another base model or of a newer version.
     """
-    warnings = []
+    warnings: list[str] = []
     for path in reversed(list_checkpoints(folder)):
         try:
             return _load(path, fingerprint), warnings

@@ -27,7 +27,7 @@ class ModelSection(Section):
         None, description="Local folder, hub id, or .gguf file of the base model; 'smollm2-135m' is built in."
     )
     quantization: Literal["nf4", "fp4", "none"] = Field("nf4", description="4-bit data type of the base, or none.")
-    double_quantization: bool = Field(True, description="Quantise the quantisation constants too (0.4 bit a weight less).")
+    double_quantization: bool = Field(True, description="Quantise the constants too (0.4 bit a weight less).")
     compute_dtype: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="Arithmetic of the base and the adapter; auto is bf16 where the device has it."
     )
@@ -39,8 +39,12 @@ class ModelSection(Section):
 class DataSource(Section):
     """One file, folder or hub data set, and its share."""
 
-    path: str = Field(description="A .jsonl, .json, .csv, .parquet or .txt file (also .gz), a folder of them, or a hub id.")
-    weight: PositiveFloat = Field(1.0, description="How often its rows appear in an epoch: 2 is twice, 0.5 a random half.")
+    path: str = Field(
+        description="A .jsonl, .json, .csv, .parquet or .txt file (also .gz), a folder of them, or a hub id."
+    )
+    weight: PositiveFloat = Field(
+        1.0, description="How often its rows appear in an epoch: 2 is twice, 0.5 a random half."
+    )
 
 
 class DataSection(Section):
@@ -79,7 +83,9 @@ class GrowthSection(Section):
     alpha: PositiveFloat | None = Field(None, description="Scale numerator: the update is alpha / r times B A.")
     t_in: PositiveInt | None = Field(None, description="Longest inner loop, in optimiser steps.")
     check_every: PositiveInt | None = Field(None, description="Steps between two checks of inner convergence.")
-    eps_in: PositiveFloat | None = Field(None, description="Inner criterion: relative change below which a component has converged.")
+    eps_in: PositiveFloat | None = Field(
+        None, description="Inner criterion: relative change below which a component has converged."
+    )
     eps_out: NonNegativeFloat | None = Field(
         None, description="Outer criterion: a component smaller than this share of its weight ends its module's growth."
     )
@@ -93,14 +99,19 @@ class GrowthSection(Section):
         None, description="What becomes of the last, small component of a module that is done."
     )
     reset: Literal["prune", "full", "none"] | None = Field(
-        None, description="Optimiser state at a new component: prune 99.9 % of the moments, full (with the step count), or none."
+        None,
+        description="Optimiser state at a new component: prune 99.9 % of the moments, full (steps too), or none.",
     )
     check_first: bool | None = Field(None, description="Apply the outer criterion to the first component too.")
     max_rank: PositiveInt | None = Field(None, description="Upper bound of a module's rank; None is no bound.")
-    dropout: NonNegativeFloat | None = Field(None, lt=1.0, description="Dropout before A, on the active component only.")
+    dropout: NonNegativeFloat | None = Field(
+        None, lt=1.0, description="Dropout before A, on the active component only."
+    )
     warmup: NonNegativeInt | None = Field(None, description="Steps of the first learning-rate warm-up.")
     restart_warmup: NonNegativeInt | None = Field(None, description="Steps of the warm-up after each new component.")
-    min_lr_ratio: NonNegativeFloat | None = Field(None, le=1.0, description="Where the cosine ends, as a share of the peak.")
+    min_lr_ratio: NonNegativeFloat | None = Field(
+        None, le=1.0, description="Where the cosine ends, as a share of the peak."
+    )
     max_update: PositiveFloat | None = Field(
         None, description="Bound on one Adam update of one element, in learning rates (guards the steps after a reset)."
     )
@@ -116,8 +127,12 @@ class TrainingSection(Section):
     grad_accum: PositiveInt = Field(4, description="Forward passes in one optimiser step.")
     weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay of the active factors.")
     max_grad_norm: PositiveFloat = Field(1.0, description="Gradients are clipped to this norm.")
-    gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass: less memory.")
-    evaluate_every: PositiveInt | None = Field(None, description="Steps between validations; None is a tenth of the run.")
+    gradient_checkpointing: bool = Field(
+        True, description="Recompute activations in the backward pass: less memory, more time."
+    )
+    evaluate_every: PositiveInt | None = Field(
+        None, description="Steps between validations; None is a tenth of the run."
+    )
     patience: PositiveInt | None = Field(None, description="Stop after so many validations without a better loss.")
     seed: NonNegativeInt = Field(0, description="Seed of everything random.")
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="Where to train.")
@@ -126,10 +141,12 @@ class TrainingSection(Section):
 class EvaluationSection(Section):
     """A generation test before and after training: the answers themselves, not only the loss."""
 
-    data: str | None = Field(None, description="File, hub id or 'demo:calendar-test' whose answers are generated greedily.")
+    data: str | None = Field(None, description="File or hub id whose answers are generated greedily.")
     rows: PositiveInt = Field(100, description="At most so many of its rows.")
     show: NonNegativeInt = Field(3, description="Examples printed, before beside after.")
-    max_new_tokens: PositiveInt | None = Field(None, description="Longest answer; None follows the longest expected one.")
+    max_new_tokens: PositiveInt | None = Field(
+        None, description="Longest answer; None follows the longest expected one."
+    )
 
 
 class CheckpointSection(Section):
@@ -144,7 +161,9 @@ class Config(Section):
 
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
-    method: Literal["aroma", "lora"] = Field("aroma", description="aroma grows ranks; lora is plain LoRA in the same loop.")
+    method: Literal["aroma", "lora"] = Field(
+        "aroma", description="aroma grows ranks; lora is plain LoRA in the same loop."
+    )
     rank: PositiveInt = Field(8, description="Rank of method lora; aroma needs none.")
     growth: GrowthSection = Field(default_factory=GrowthSection)
     training: TrainingSection = Field(default_factory=TrainingSection)

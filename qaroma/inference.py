@@ -17,7 +17,7 @@ from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
 from qaroma.evaluate import evaluate_loss, generate
 from qaroma.export.peft import GROWTH, load_adapter, read_growth
-from qaroma.model.base import fingerprint, load_base, load_tokenizer, resolve_dtype, resolve_device
+from qaroma.model.base import fingerprint, load_base, load_tokenizer, resolve_device, resolve_dtype
 from qaroma.runs import RunDirectory
 from qaroma.tasks.causal_lm import CausalLM
 
@@ -77,8 +77,8 @@ def open_run(run: str | Path, *, base: str | None = None, device: str = "auto") 
     found = fingerprint(model)
     if found != remembered["fingerprint"]:
         raise QaromaError(
-            f"{folder} was trained on {remembered['name']} (fingerprint {remembered['fingerprint']}), but {name} is another "
-            f"model ({found}); give the right one with --base"
+            f"{folder} was trained on {remembered['name']} (fingerprint {remembered['fingerprint']}), "
+            f"but {name} is another model ({found}); give the right one with --base"
         )
     load_adapter(model, folder)
     tokenizer = load_tokenizer(name, revision=None if base else remembered["revision"])

@@ -136,7 +136,8 @@ def _decide_auto(config: Config, steps: int, decide: Any) -> None:
     decide("growth.inner_rank", 1, "rank-one components")
     inner_rank = growth.inner_rank or 1
     decide("growth.alpha", 2.0 * inner_rank, "2 x inner rank, as the paper for LLaMA")
-    decide("growth.t_in", min(1000, max(2, round(steps / COMPONENTS))), f"{COMPONENTS} inner loops in {steps} steps, at most 1000")
+    longest = min(1000, max(2, round(steps / COMPONENTS)))
+    decide("growth.t_in", longest, f"{COMPONENTS} inner loops in {steps} steps, at most 1000")
     t_in = growth.t_in or 1
     decide("growth.warmup", min(100, t_in // 10), "a tenth of t_in, at most 100")
     decide("growth.restart_warmup", min(50, t_in // 10), "a tenth of t_in, at most 50")
@@ -144,7 +145,8 @@ def _decide_auto(config: Config, steps: int, decide: Any) -> None:
     rate = float(f"{min(1e-2, max(1e-4, 0.4 / t_in)):.1e}")
     decide("training.learning_rate", rate, "0.4 / t_in, within 1e-4 .. 1e-2: a short inner loop needs larger steps")
     rate = config.training.learning_rate or rate
-    decide("growth.eps_out", float(f"{0.05 * rate * t_in:.1e}"), "0.05 x learning rate x t_in, the most a weight can move")
+    eps_out = float(f"{0.02 * rate * t_in:.1e}")
+    decide("growth.eps_out", eps_out, "0.02 x learning rate x t_in, which is the most a weight can move")
     decide("growth.max_update", 1.0, "guards the steps after a reset")
     _decide_common(decide)
 

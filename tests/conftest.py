@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -36,7 +37,10 @@ def tokenizer():
     raw.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=512,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     text = (Path(__file__).parent.parent / "qaroma" / "method" / "growth.py").read_text(encoding="utf-8")
     raw.train_from_iterator(text.splitlines(), trainer)
@@ -83,3 +87,12 @@ def tiny_model():
 
     torch.manual_seed(1)
     return LlamaForCausalLM(tiny_config()).eval()
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty short questions whose answers follow a rule, of several lengths."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [{"instruction": f"count {n} " + "x" * (n % 7), "output": f"it is {n % 5}"} for n in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_training import data_file, make_config, records  # noqa: F401
+from test_training import make_config, records
 
 from qaroma.configfile import dump_config
 from qaroma.training.run import finetune
@@ -46,7 +46,7 @@ def processes():
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tiny_folder: Path, data_file: Path, tmp_path_factory, processes) -> dict[str, str]:  # noqa: F811
+def uninterrupted(tiny_folder: Path, data_file: Path, tmp_path_factory, processes) -> dict[str, str]:
     run = tmp_path_factory.mktemp("whole") / "run"
     process = processes.Process(target=finetune, args=(config_for(tiny_folder, data_file, run),))
     process.start()
@@ -59,7 +59,12 @@ def uninterrupted(tiny_folder: Path, data_file: Path, tmp_path_factory, processe
 
 @pytest.mark.parametrize("kill_at", KILLS)
 def test_killed_and_resumed_ends_with_the_same_bytes(
-    kill_at: int, tiny_folder: Path, data_file: Path, tmp_path: Path, processes, uninterrupted: dict[str, str]  # noqa: F811
+    kill_at: int,
+    tiny_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+    processes,
+    uninterrupted: dict[str, str],
 ) -> None:
     run = tmp_path / "run"
     config = config_for(tiny_folder, data_file, run)
@@ -83,7 +88,10 @@ def test_killed_and_resumed_ends_with_the_same_bytes(
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(
-    tiny_folder: Path, data_file: Path, tmp_path: Path, uninterrupted: dict[str, str]  # noqa: F811
+    tiny_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+    uninterrupted: dict[str, str],
 ) -> None:
     run = tmp_path / "run"
     file = tmp_path / "config.yaml"

@@ -12,7 +12,9 @@ from qaroma.method.schedule import cosine, jagged_cosine
 
 
 def settings(**changes) -> GrowthSettings:
-    return GrowthSettings(**{"t_in": 40, "check_every": 10, "warmup": 10, "restart_warmup": 5, "eps_out": 0.01, **changes})
+    return GrowthSettings(
+        **{"t_in": 40, "check_every": 10, "warmup": 10, "restart_warmup": 5, "eps_out": 0.01, **changes}
+    )
 
 
 def run(state: GrowthState, norms, weight_norm=100.0, steps=200):
@@ -103,7 +105,7 @@ def test_max_rank_keeps_the_component_that_fills_it() -> None:
 
 def test_t_in_ends_an_inner_loop_that_does_not_converge() -> None:
     state = GrowthState.start(["a"], settings(), 1)
-    events = run(state, lambda name, m: float(2 ** m.age), steps=81)
+    events = run(state, lambda name, m: float(2**m.age), steps=81)
     assert [e.step for e in events] == [40, 80]
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qaroma.method.adapter import BLOCK, Adapter, AdaptedLinear
+from qaroma.method.adapter import BLOCK, AdaptedLinear, Adapter
 from qaroma.method.lowrank import Active, dense_weight, lowrank_linear
 
 
@@ -95,7 +95,7 @@ def test_growing_changes_no_output(dtype: torch.dtype) -> None:
 
 
 def test_kaiming_uniform_initial_values() -> None:
-    adapter, layer, _ = adapted(torch.float32, r=64)
+    _, layer, _ = adapted(torch.float32, r=64)
     bound = (1 / 192) ** 0.5
     assert layer.active_A.abs().max() <= bound
     assert layer.active_A.detach().std().item() == pytest.approx(bound / 3**0.5, rel=0.02)

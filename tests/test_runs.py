@@ -62,20 +62,25 @@ def test_a_checkpoint_of_another_base_is_refused(tmp_path: Path) -> None:
         load_newest(tmp_path, fingerprint="g")
 
 
+def half_written(target: Path) -> None:
+    with directory_written_aside(target) as aside:
+        (aside / "x").write_text("2")
+        raise OSError("disk full")
+
+
 def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "adapter"
     with directory_written_aside(target) as aside:
         (aside / "x").write_text("1")
         assert not target.exists()
-    with pytest.raises(OSError, match="full"), directory_written_aside(target) as aside:
-        (aside / "x").write_text("2")
-        raise OSError("disk full")
+    with pytest.raises(OSError, match="full"):
+        half_written(target)
     assert (target / "x").read_text() == "1"
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
     # A kill between the two moves of a replacement leaves only the old one, under its other name.
     target.rename(tmp_path / "adapter.old")
-    with pytest.raises(OSError, match="full"), directory_written_aside(target):
-        raise OSError("disk full")
+    with pytest.raises(OSError, match="full"):
+        half_written(target)
     assert (target / "x").read_text() == "1"
 
 

@@ -19,15 +19,6 @@ from qaroma.training.setup import build_session, prepare_data
 QUIET = Console(quiet=True)
 
 
-@pytest.fixture(scope="session")
-def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixty short questions whose answers follow a rule, of several lengths."""
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [{"instruction": f"count {n} " + "x" * (n % 7), "output": f"it is {n % 5}"} for n in range(60)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 def make_config(model: Path, data: Path, output: Path | None, **changes) -> Config:
     values = {
         "model": {"name": str(model), "compute_dtype": "fp32"},

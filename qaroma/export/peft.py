@@ -33,7 +33,9 @@ def adapter_tensors(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
     return found
 
 
-def save_adapter(adapter: Adapter, folder: str | Path, *, base: str | None = None, growth: Mapping[str, Any] | None = None) -> Path:
+def save_adapter(
+    adapter: Adapter, folder: str | Path, *, base: str | None = None, growth: Mapping[str, Any] | None = None
+) -> Path:
     """Write an adapter that ``PeftModel.from_pretrained(model, folder)`` loads.
 
     Modules of rank 0 are left out; where all are 0, one zero pair is written, since PEFT refuses an
@@ -100,7 +102,9 @@ def read_growth(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / GROWTH
     if not path.is_file():
-        raise QaromaError(f"{folder} is no adapter of qaroma (it has no {GROWTH}); give a run directory such as runs/NAME")
+        raise QaromaError(
+            f"{folder} is no adapter of qaroma (it has no {GROWTH}); give a run directory such as runs/NAME"
+        )
     growth: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if growth["version"] > VERSION:
         raise QaromaError(f"{path} has version {growth['version']}, this qaroma reads up to {VERSION}; upgrade qaroma")
@@ -122,7 +126,9 @@ def load_adapter(model: torch.nn.Module, folder: str | Path) -> Adapter:
     modules = dict(model.named_modules())
     missing = [name for name in components if name not in modules]
     if missing:
-        raise QaromaError(f"{folder} adapts {missing[0]}, which this model does not have; give the base it was trained on")
+        raise QaromaError(
+            f"{folder} adapts {missing[0]}, which this model does not have; give the base it was trained on"
+        )
     adapter = Adapter(model, components, inner_rank=growth["inner_rank"], alpha=growth["alpha"])
     load_factors(adapter, folder)
     return adapter

@@ -45,7 +45,7 @@ class AdaptedLinear(nn.Module):
         self.in_features: int = base.in_features  # type: ignore[assignment]
         self.out_features: int = base.out_features  # type: ignore[assignment]
         self.scale, self.dropout = scale, dropout
-        device = base.weight.device
+        device: torch.device = base.weight.device  # type: ignore[assignment]
         self.register_buffer("A", torch.zeros(0, self.in_features, dtype=dtype, device=device), persistent=False)
         self.register_buffer("B", torch.zeros(0, self.out_features, dtype=dtype, device=device), persistent=False)
         self.register_parameter("active_A", None)
@@ -114,12 +114,13 @@ class AdaptedLinear(nn.Module):
 
     def restart_component(self, A_init: Tensor) -> None:
         """Commit the active component and begin the next one in the same fp32 storage."""
-        assert self.active_A is not None and self.active_B is not None
+        active = self.active
+        assert active is not None
         self.components.append(self.active_rank)
         self.reserve(self.rank)
         with torch.no_grad():
-            self.active_A.copy_(A_init)
-            self.active_B.zero_()
+            active.A.copy_(A_init)
+            active.B.zero_()
         self.place_active()
 
     def end(self, *, keep: bool) -> None:
@@ -135,7 +136,8 @@ class AdaptedLinear(nn.Module):
 
     def load_factors(self, A_RN: Tensor, B_RM: Tensor, components: list[int]) -> None:
         """Replace the frozen components by these (B with its scale folded in)."""
-        assert self.active_A is None and sum(components) == A_RN.shape[0] == B_RM.shape[0]
+        assert self.active_A is None
+        assert sum(components) == A_RN.shape[0] == B_RM.shape[0]
         self.components = []
         self.reserve(0)
         self.components = list(components)
@@ -152,10 +154,11 @@ class AdaptedLinear(nn.Module):
     @torch.no_grad()
     def place_active(self) -> None:
         """Copy the fp32 component, rounded and scaled, into its rows of the compute factors."""
-        assert self.active_A is not None and self.active_B is not None
+        active = self.active
+        assert active is not None
         A_rows, B_rows = self.active_factors()
-        A_rows.copy_(self.active_A)
-        B_rows.copy_(self.active_B * self.scale)
+        A_rows.copy_(active.A)
+        B_rows.copy_(active.B * active.scale)
 
 
 def _resized(factor: Tensor, rows: int) -> Tensor:
@@ -210,17 +213,20 @@ class Adapter:
         return A_RN.uniform_(-bound, bound, generator=self.generator)
 
     def active_layers(self) -> Iterator[tuple[str, AdaptedLinear]]:
-        return ((name, layer) for name, layer in self.layers.items() if layer.active is not None)
+        return ((name, layer) for name, layer in self.layers.items() if layer.active_A is not None)
+
+    def _actives(self) -> list[Active]:
+        return [active for layer in self.layers.values() if (active := layer.active) is not None]
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Bring the compute copies of all active components up to date after an update."""
-        layers = [layer for _, layer in self.active_layers()]
-        if not layers:
+        actives = self._actives()
+        if not actives:
             return
-        rows = [layer.active_factors() for layer in layers]
-        torch._foreach_copy_([A for A, _ in rows], [layer.active_A for layer in layers])
-        scaled = torch._foreach_mul([layer.active_B for layer in layers], [layer.scale for layer in layers])
+        rows = [layer.active_factors() for _, layer in self.active_layers()]
+        torch._foreach_copy_([A for A, _ in rows], [active.A for active in actives])
+        scaled = torch._foreach_mul([active.B for active in actives], [active.scale for active in actives])
         torch._foreach_copy_([B for _, B in rows], scaled)
 
     def ranks(self) -> dict[str, int]:
@@ -228,7 +234,7 @@ class Adapter:
         return {name: layer.rank for name, layer in self.layers.items()}
 
     def trainable_parameters(self) -> int:
-        return sum(p.numel() for _, layer in self.active_layers() for p in (layer.active_A, layer.active_B) if p is not None)
+        return sum(active.A.numel() + active.B.numel() for active in self._actives())
 
 
 def _compute_dtype(base: nn.Module) -> torch.dtype:

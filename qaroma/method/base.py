@@ -67,7 +67,9 @@ class FactorTrainer:
         weight_decay, max_update: see :class:`FlatAdamW`.
     """
 
-    def __init__(self, adapter: Adapter, *, max_grad_norm: float, weight_decay: float, max_update: float | None) -> None:
+    def __init__(
+        self, adapter: Adapter, *, max_grad_norm: float, weight_decay: float, max_update: float | None
+    ) -> None:
         self.adapter, self.max_grad_norm = adapter, max_grad_norm
         self._options = {"weight_decay": weight_decay, "max_update": max_update}
         for layer in adapter.layers.values():
@@ -75,7 +77,7 @@ class FactorTrainer:
         self._build_optimiser()
 
     def _build_optimiser(self) -> None:
-        groups = {name: [p for p in layer.parameters(recurse=False)] for name, layer in self.adapter.active_layers()}
+        groups = {name: list(layer.parameters(recurse=False)) for name, layer in self.adapter.active_layers()}
         self.optimiser = FlatAdamW(groups, **self._options)  # type: ignore[arg-type]
 
     def update(self, learning_rates: Mapping[str, float]) -> None:

@@ -45,7 +45,7 @@ def change_norm_sq(A_rN: Tensor, B_rM: Tensor, A_old_rN: Tensor, B_old_rM: Tenso
 def dense_norm_sq(W_MN: Tensor) -> Tensor:
     """``||W||_F^2`` as an fp64 scalar, in blocks of rows."""
     total = torch.zeros((), dtype=torch.float64, device=W_MN.device)
-    for rows in W_MN.split(ROWS):
+    for rows in torch.split(W_MN, ROWS):
         total += rows.double().square().sum()
     return total
 
@@ -54,6 +54,6 @@ def dense_inner_product(W_MN: Tensor, A_rN: Tensor, B_rM: Tensor) -> Tensor:
     """``<W, B^T A> = tr(B W A^T)`` as an fp64 scalar: one skinny product, in blocks of rows."""
     A_Nr, B_Mr = A_rN.double().T, B_rM.double().T
     total = torch.zeros((), dtype=torch.float64, device=W_MN.device)
-    for W_rows, B_rows in zip(W_MN.split(ROWS), B_Mr.split(ROWS), strict=True):
+    for W_rows, B_rows in zip(torch.split(W_MN, ROWS), torch.split(B_Mr, ROWS), strict=True):
         total += ((W_rows.double() @ A_Nr) * B_rows).sum()
     return total

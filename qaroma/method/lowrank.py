@@ -72,7 +72,7 @@ def lowrank_linear(x: Tensor, base: nn.Module | None, A_RN: Tensor, B_RM: Tensor
 
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         A_param: Tensor | None,
@@ -92,7 +92,7 @@ class _LowRankLinear(torch.autograd.Function):
         return y if low is None else y.add_(low)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         grad_x = grad_A = grad_B = None
         # (..., R): the gradient at the output of A, shared by both gradients below.

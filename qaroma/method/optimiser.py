@@ -64,8 +64,12 @@ class FlatAdamW:
         self.gradients.zero_()
 
     def clip(self, max_norm: float) -> Tensor:
-        """Scale all gradients so that their joint norm is at most ``max_norm``; returns the norm before, unsynchronised."""
-        norm = torch.linalg.vector_norm(self.gradients)
+        """Scale all gradients so that their joint norm is at most ``max_norm``.
+
+        Returns:
+            The norm before, as a scalar on the device: reading it is the caller's synchronisation.
+        """
+        norm: Tensor = torch.linalg.vector_norm(self.gradients)
         self.gradients.mul_((max_norm / (norm + 1e-6)).clamp_max(1.0))
         return norm
 

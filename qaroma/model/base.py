@@ -22,6 +22,7 @@ from qaroma.model.bnb import bnb
 from qaroma.model.builtin import ResolvedModel, resolve_model
 from qaroma.model.failures import explained
 from qaroma.model.gguf import load_gguf, load_gguf_tokenizer
+from qaroma.model.hostmemory import freed_memory_goes_back
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -205,7 +206,7 @@ def load_base(
     bnb_config = None
     if stored is None and quantization != "none":
         bnb_config = _bnb_config(quantization, double_quantization, dtype)
-    with explained(str(model), gguf=place.gguf_file is not None):
+    with explained(str(model), gguf=place.gguf_file is not None), freed_memory_goes_back():
         network, info = _read(place, config, bnb_config, dtype, target, attention, revision, trust_remote_code)
     _require_complete(str(model), info)
     _settle(network, dtype)

@@ -6,7 +6,7 @@ Dimensions: B examples in a micro-batch, L sequence length.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -37,9 +37,11 @@ class Batch:
     counted: int
 
     def to(self, device: torch.device) -> Batch:
-        move = {"device": device, "non_blocking": True}
-        return Batch(
-            self.input_ids.to(**move), self.labels.to(**move), self.position_ids.to(**move), self.lengths, self.counted
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
         )
 
     @property

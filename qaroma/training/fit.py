@@ -54,7 +54,9 @@ def fit(session: Session, state: FitState, view: ProgressView, stop: StopRequest
         QaromaError: a loss that is not finite; the state before that step is saved.
     """
     training, method = session.config.training, session.method
-    assert training.max_steps and training.evaluate_every and session.config.checkpoint.every
+    assert training.max_steps is not None
+    assert training.evaluate_every is not None
+    assert session.config.checkpoint.every is not None
     if state.step == 0:
         state.trainable_start = method.adapter.trainable_parameters()
         _validate(session, state, view)
@@ -89,11 +91,12 @@ def _train_step(session: Session, state: FitState) -> dict[str, Any]:
     if not math.isfinite(loss):
         session.method.adapter.model.zero_grad(set_to_none=False)
         path = save_state(session, state)
+        rate = session.config.training.learning_rate or 0.0
         where = ", ".join(session.train[i].origin for indices in micro_batches for i in indices[:2])
         raise QaromaError(
-            f"the loss of step {state.step + 1} is {loss} (examples {where}, ...). The state before it is saved in {path}; "
-            f"look at these rows, or go on with a smaller rate: qaroma finetune --resume --output {session.run.path} "
-            f"--learning-rate {session.config.training.learning_rate or 0:.1e}"
+            f"the loss of step {state.step + 1} is {loss} (examples {where}, ...). "
+            f"The state before it is saved in {path}; look at these rows, or go on with a smaller rate: "
+            f"qaroma finetune --resume --output {session.run.path} --learning-rate {rate / 2:.1e}"
         )
     return {"loss": loss, "tokens": sum(b.tokens for b in batches), "start": start}
 
@@ -158,7 +161,8 @@ def _validate(session: Session, state: FitState, view: ProgressView) -> None:
     view.validation(state.step, figures["loss"], best=gained)
     if gained:
         state.best_loss, state.best_step, state.without_gain = figures["loss"], state.step, 0
-        save_adapter(session.method.adapter, session.run.adapter, base=session.base_name, growth=session.describe(state.step))
+        about = session.describe(state.step)
+        save_adapter(session.method.adapter, session.run.adapter, base=session.base_name, growth=about)
     elif state.step > 0:
         state.without_gain += 1
 

@@ -60,4 +60,5 @@ class ProgressView:
             self.console.print(f"step {record['step']}: {text}", highlight=False)
 
     def validation(self, step: int, loss: float, *, best: bool) -> None:
-        self.console.print(f"step {step}: validation loss {loss:.4f}{' (best so far)' if best else ''}", highlight=False)
+        mark = " (best so far)" if best else ""
+        self.console.print(f"step {step}: validation loss {loss:.4f}{mark}", highlight=False)

@@ -17,12 +17,11 @@ from qaroma.config import Config
 from qaroma.configfile import dump_config, load_config
 from qaroma.errors import QaromaError
 from qaroma.export.peft import load_factors, save_adapter
-from qaroma.method.growth import GrowthEvent
 from qaroma.model.builtin import resolve_model
 from qaroma.presets import Decision
 from qaroma.report import BeforeAfter, RunSummary, Score, print_summary
 from qaroma.runs import RunDirectory
-from qaroma.training.fit import Ending, FitState, fit, restore_state, validation_metrics
+from qaroma.training.fit import Ending, FitState, fit, restore_state
 from qaroma.training.interrupt import StopRequest
 from qaroma.training.progress import ProgressView
 from qaroma.training.session import Session
@@ -71,7 +70,9 @@ def finetune(config: Config, *, resume: bool = False, console: Console | None = 
     with StopRequest() as stop, ProgressView(console, total=_total(session), done=state.step) as view:
         ending = fit(session, state, view, stop)
     if ending == "interrupted":
-        console.print(f"saved at step {state.step}; go on with: qaroma finetune --resume --output {run.path.as_posix()}")
+        console.print(
+            f"saved at step {state.step}; go on with: qaroma finetune --resume --output {run.path.as_posix()}"
+        )
         raise KeyboardInterrupt
     _write_adapters(session, state)
     after = test.run_once(session.model, session.log, "after", state.step) if test else None
@@ -106,8 +107,8 @@ def _resumed_config(given: Config) -> Config:
     refused = [f"{key} was {ours.get(key)}, now {value}" for key, value in changed.items() if not _resumable(key)]
     if refused:
         raise QaromaError(
-            f"cannot resume {run.path} with other settings: {'; '.join(refused)}. Leave them as they were, or begin a new run "
-            "with another --output"
+            f"cannot resume {run.path} with other settings: {'; '.join(refused)}. "
+            "Leave them as they were, or begin a new run with another --output"
         )
     for key, value in changed.items():
         _set(stored, key, value)
@@ -125,7 +126,9 @@ def _given(section: BaseModel, prefix: str = "") -> dict[str, Any]:
     dumped = section.model_dump()
     for name in section.model_fields_set:
         value = getattr(section, name)
-        given.update(_given(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else {f"{prefix}{name}": dumped[name]})
+        given.update(
+            _given(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else {f"{prefix}{name}": dumped[name]}
+        )
     return given
 
 
@@ -141,7 +144,9 @@ def _run_directory(config: Config, resume: bool) -> RunDirectory:
     if config.output is not None:
         run = RunDirectory(config.output)
         if run.exists() and not resume:
-            raise QaromaError(f"{run.path} already holds a run; type --resume to go on with it, or choose another --output")
+            raise QaromaError(
+                f"{run.path} already holds a run; type --resume to go on with it, or choose another --output"
+            )
         return run
     model = Path(config.model.name or "model").name
     data = Path(config.data.train[0].path.replace(":", "-")).name.split(".")[0]

@@ -53,7 +53,7 @@ def prepare_data(config: Config) -> PreparedData:
         raise QaromaError("no base model given; type --model FOLDER_OR_HUB_ID (for a first try: --model smollm2-135m)")
     if not config.data.train:
         raise QaromaError("no training data given; type --data FILE (.jsonl, .json, .csv, .parquet or .txt)")
-    options = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
+    options: dict[str, Any] = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
     tokenizer = load_tokenizer(config.model.name, **options)
     template = Template.choose(tokenizer, config.data.template)
     encoded = _encode(config, [(s.path, s.weight) for s in config.data.train], tokenizer, template)
@@ -70,9 +70,7 @@ def prepare_data(config: Config) -> PreparedData:
     if config.data.validation is not None:
         held_out = limit_length(_encode(config, [(config.data.validation, 1.0)], tokenizer, encoded.template), *limit)
     notes.append(f"{len(train.examples)} examples to train on, {len(held_out.examples)} to validate on")
-    return PreparedData(
-        resolved, decisions, notes, tokenizer, encoded.template, train.examples, held_out.examples
-    )
+    return PreparedData(resolved, decisions, notes, tokenizer, encoded.template, train.examples, held_out.examples)
 
 
 def _split(config: Config, encoded: Encoded, share: float) -> tuple[Encoded, Encoded]:
@@ -116,7 +114,9 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
     torch.manual_seed(config.training.seed)
     accelerator = Accelerator(cpu=config.training.device == "cpu")
     if config.training.device == "cuda" and accelerator.device.type != "cuda":
-        raise QaromaError("device is cuda, but torch sees no CUDA device; type --device cpu, or install a CUDA build of torch")
+        raise QaromaError(
+            "device is cuda, but torch sees no CUDA device; type --device cpu, or install a CUDA build of torch"
+        )
     model = load_base(
         config.model.name,
         quantization=config.model.quantization,
@@ -159,11 +159,8 @@ def build_method(config: Config, model: nn.Module) -> Method:
     """Attach the adapter and make the method that trains it."""
     growth, training = config.growth, config.training
     rank = config.rank if config.method == "lora" else growth.inner_rank
-    assert growth.target_modules is not None and rank is not None and growth.alpha is not None
-    assert growth.dropout is not None and training.learning_rate is not None and training.max_steps is not None
-    adapter = attach(
-        model, growth.target_modules, inner_rank=rank, alpha=growth.alpha, dropout=growth.dropout, seed=training.seed
-    )
+    options: dict[str, Any] = {"alpha": growth.alpha, "dropout": growth.dropout, "seed": training.seed}
+    adapter = attach(model, growth.target_modules or "all-linear", inner_rank=rank or 1, **options)
     common: dict[str, Any] = {
         "learning_rate": training.learning_rate,
         "total_steps": training.max_steps,

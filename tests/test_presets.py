@@ -1,0 +1,77 @@
+"""What a run decides for itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from qaroma.config import Config
+from qaroma.errors import QaromaError
+from qaroma.presets import DataFacts, growth_settings, resolve
+
+
+def decided(rows: int, lengths=(100,), limit: int | None = 4096, **settings) -> tuple[Config, dict[str, str]]:
+    config, decisions = resolve(Config.model_validate(settings), DataFacts(rows, list(lengths), limit))
+    return config, {d.key: d.reason for d in decisions}
+
+
+@pytest.mark.parametrize("rows", [5, 23, 100, 1000, 50_000, 2_000_000])
+def test_auto_always_leaves_room_to_grow(rows: int) -> None:
+    config, reasons = decided(rows)
+    growth, steps = growth_settings(config.growth), config.training.max_steps
+    assert steps is not None
+    assert steps >= 2 * growth.t_in
+    assert growth.t_in <= 1000
+    assert growth.restart_warmup < growth.t_in
+    assert growth.t_in // growth.check_every >= 2
+    assert 1e-4 <= config.training.learning_rate <= 1e-2
+    assert all(reasons[key] for key in ("growth.t_in", "training.learning_rate", "training.max_steps"))
+
+
+def test_a_thousand_rows_are_some_hundred_steps() -> None:
+    config, _ = decided(1000, training={"micro_batch": 4, "grad_accum": 8})
+    assert config.training.max_steps == 94  # 3 epochs of 1,000 rows, 32 a step
+
+
+def test_paper_is_the_published_table() -> None:
+    config, _ = decided(170_000, growth={"preset": "paper"})
+    growth = config.growth
+    assert (growth.inner_rank, growth.alpha, growth.t_in, growth.check_every) == (1, 2.0, 1000, 10)
+    assert (growth.eps_in, growth.eps_out, growth.dropout, growth.min_lr_ratio) == (0.1, 1e-3, 0.1, 0.1)
+    assert (growth.warmup, growth.restart_warmup, growth.reset, growth.max_update) == (100, 50, "prune", None)
+    assert growth.target_modules == ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    assert (config.training.learning_rate, config.training.max_steps) == (1e-4, 100_000)
+    config, _ = decided(170_000, growth={"preset": "paper", "inner_rank": 8})
+    assert (config.growth.alpha, config.growth.t_in, config.growth.eps_out) == (16.0, 2000, 1e-2)
+    assert config.training.max_steps == 80_000
+
+
+def test_what_the_user_gave_is_never_changed() -> None:
+    given = {"growth": {"t_in": 7, "warmup": 2, "eps_out": 0.5}, "training": {"learning_rate": 3e-4, "max_steps": 11}}
+    config, reasons = decided(1000, **given)
+    assert (config.growth.t_in, config.growth.warmup, config.growth.eps_out) == (7, 2, 0.5)
+    assert (config.training.learning_rate, config.training.max_steps) == (3e-4, 11)
+    assert not {"growth.t_in", "growth.warmup", "growth.eps_out", "training.learning_rate"} & set(reasons)
+
+
+def test_length_follows_the_data_within_the_model() -> None:
+    lengths = [50] * 990 + [5000] * 10
+    assert decided(1000, lengths)[0].data.max_length == 64
+    assert decided(1000, [300] * 10)[0].data.max_length == 320
+    assert decided(1000, [5000] * 10)[0].data.max_length == 2048
+    assert decided(1000, [5000] * 10, limit=512)[0].data.max_length == 512
+
+
+def test_epochs_become_steps() -> None:
+    assert decided(100, training={"epochs": 2.5})[0].training.max_steps == 18  # 7 steps an epoch
+
+
+def test_settings_that_contradict_each_other_are_a_clear_error() -> None:
+    with pytest.raises(QaromaError, match=r"t_in = 10 steps must be longer than its warm-ups.*change growth\.t_in"):
+        decided(1000, growth={"t_in": 10, "warmup": 20})
+
+
+def test_lora_needs_no_growth() -> None:
+    config, reasons = decided(1000, method="lora", rank=8)
+    assert config.growth.alpha == 16.0
+    assert config.training.learning_rate == 2e-4
+    assert "growth.t_in" not in reasons
