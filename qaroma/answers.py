@@ -16,7 +16,7 @@ from qaroma.evaluate import exact_match, expected_answer, generate
 from qaroma.runs import MetricsLog
 
 SPARE_TOKENS = 8  # an answer may be so much longer than the longest expected one
-BATCH = 32
+BATCH_TOKENS = 12_288  # of prompts and answers together: bounds the cache of keys and values
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ class AnswerTest:
         self.conversations, self.tokenizer, self.template = conversations, tokenizer, template
         longest = max(len(tokenizer(expected_answer(c)).input_ids) for c in conversations)
         self.max_new_tokens = max_new_tokens or longest + SPARE_TOKENS
+        prompts = [len(template.encode_prompt(tokenizer, c)) for c in conversations]
+        self.batch_size = max(1, BATCH_TOKENS // (max(prompts) + self.max_new_tokens))
 
     def run(self, model: Any) -> Answers:
         """Answer every conversation greedily."""
@@ -77,7 +79,7 @@ class AnswerTest:
             self.template,
             self.conversations,
             max_new_tokens=self.max_new_tokens,
-            batch_size=BATCH,
+            batch_size=self.batch_size,
         )
         return Answers(
             prompts=[c[-2].content for c in self.conversations],

@@ -9,9 +9,18 @@ from the data, the model or the device", and what was decided is printed with it
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 
 
 class Section(BaseModel):
@@ -25,6 +34,9 @@ class ModelSection(Section):
 
     name: str | None = Field(
         None, description="Local folder, hub id, or .gguf file of the base model; 'smollm2-135m' is built in."
+    )
+    adapter: str | None = Field(
+        None, description="Folder of a PEFT LoRA adapter of this base, qaroma's or not, to go on growing from."
     )
     quantization: Literal["nf4", "fp4", "none"] = Field("nf4", description="4-bit data type of the base, or none.")
     double_quantization: bool = Field(True, description="Quantise the constants too (0.4 bit a weight less).")
@@ -67,6 +79,7 @@ class DataSection(Section):
     train_on: Literal["answer", "all"] = Field("answer", description="Tokens that the loss counts.")
     max_length: PositiveInt | None = Field(None, description="Longest example in tokens; None follows the data.")
     on_too_long: Literal["drop", "truncate", "error"] = Field("drop", description="What happens to longer examples.")
+    packing: bool = Field(False, description="Several short examples in one row of max_length tokens: no padding.")
     skip_bad_rows: bool = Field(False, description="Leave out rows that cannot be read instead of stopping.")
 
 
@@ -127,8 +140,10 @@ class TrainingSection(Section):
     grad_accum: PositiveInt = Field(4, description="Forward passes in one optimiser step.")
     weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay of the active factors.")
     max_grad_norm: PositiveFloat = Field(1.0, description="Gradients are clipped to this norm.")
-    gradient_checkpointing: bool = Field(
-        True, description="Recompute activations in the backward pass: less memory, more time."
+    memory: Annotated[Literal["auto", "0", "1", "2", "3"], BeforeValidator(str)] = Field(
+        "auto",
+        description="Memory level: 0 fastest, 1 recomputes activations, 2 uses host memory too, 3 packs the head; "
+        "auto: the fastest that fits.",
     )
     evaluate_every: PositiveInt | None = Field(
         None, description="Steps between validations; None is a tenth of the run."

@@ -14,6 +14,7 @@ from qaroma.data.encode import encode_rows
 from qaroma.data.forms import Message
 from qaroma.data.sources import read_rows
 from qaroma.data.templates import Template
+from qaroma.engine.placement import quantise_head
 from qaroma.errors import QaromaError
 from qaroma.evaluate import evaluate_loss, generate
 from qaroma.export.peft import GROWTH, load_adapter, read_growth
@@ -74,6 +75,8 @@ def open_run(run: str | Path, *, base: str | None = None, device: str = "auto") 
         device=target,
         revision=None if base else remembered["revision"],
     )
+    if remembered.get("head_quantization", "none") != "none":
+        quantise_head(model, remembered["head_quantization"], double_quantization=remembered["double_quantization"])
     found = fingerprint(model)
     if found != remembered["fingerprint"]:
         raise QaromaError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qaroma.config import Config, GrowthSection
@@ -30,11 +30,15 @@ PAPER_MODULES = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What the data says: number of training rows, their lengths in tokens, the model's longest input."""
+    """What the data says.
+
+    Number of training rows, lengths of all rows in tokens, the model's longest input, number of validation rows.
+    """
 
     rows: int
     lengths: Sequence[int]
     model_max_length: int | None
+    validation_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ def resolve(config: Config, facts: DataFacts) -> tuple[Config, list[Decision]]:
             decisions.append(Decision(key, value, reason))
 
     _decide_length(resolved, facts, decide)
+    if config.data.packing:
+        facts = _packed(facts, resolved.data.max_length or MAX_LENGTH)
     _decide_steps(resolved, facts, decide)
     steps = resolved.training.max_steps
     assert steps is not None
@@ -80,7 +86,11 @@ def resolve(config: Config, facts: DataFacts) -> tuple[Config, list[Decision]]:
     else:
         _decide_auto(resolved, steps, decide)
     tenth = max(1, round(steps / 10))
-    decide("training.evaluate_every", tenth, "a tenth of the run")
+    batch = config.training.micro_batch * config.training.grad_accum
+    # A validation row costs a third of a training row: forward only.
+    affordable = min(steps, math.ceil(2 * facts.validation_rows / batch))
+    reason = "a tenth of the run" if tenth >= affordable else "keeps validation to a seventh of the time"
+    decide("training.evaluate_every", max(tenth, affordable), reason)
     decide("checkpoint.every", tenth, "a tenth of the run")
     if config.method == "aroma":
         growth_settings(resolved.growth)
@@ -105,8 +115,16 @@ def _decide_length(config: Config, facts: DataFacts, decide: Any) -> None:
     ordered = sorted(facts.lengths)
     needed = ordered[math.ceil(0.99 * len(ordered)) - 1] if ordered else 64
     bound = min(MAX_LENGTH, facts.model_max_length or MAX_LENGTH)
+    if config.data.packing:
+        decide("data.max_length", bound, "packing fills rows of any length: the longest within bounds")
     value = min(max(64, math.ceil(needed / 64) * 64), bound)
     decide("data.max_length", value, f"99 % of the examples have at most {needed} tokens (bound {bound})")
+
+
+def _packed(facts: DataFacts, max_length: int) -> DataFacts:
+    """The facts of rows that are packed full: as many as their tokens fill."""
+    share = facts.rows / max(len(facts.lengths), 1)
+    return replace(facts, rows=max(1, math.ceil(share * sum(facts.lengths) / max_length)))
 
 
 def _decide_steps(config: Config, facts: DataFacts, decide: Any) -> None:

@@ -64,7 +64,7 @@ def test_another_base_is_recognised_by_its_fingerprint(run: Path, tmp_path: Path
     torch.manual_seed(99)
     LlamaForCausalLM(tiny_config()).save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
-    with pytest.raises(QaromaError, match="is another model .*--base"):
+    with pytest.raises(QaromaError, match=r"is another model .*--base"):
         open_run(run, base=str(tmp_path / "other"), device="cpu")
     assert main(["evaluate", str(run), "--data", str(data_file), "--base", str(tmp_path / "other")]) == 2
 

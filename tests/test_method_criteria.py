@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from qaroma.method.adapter import Adapter
 from qaroma.method.aroma import GrowthController
 from qaroma.method.criteria import change_norm_sq, dense_inner_product, dense_norm_sq, product_norm_sq
+from qaroma.method.dequantise import dense_weight
 from qaroma.method.growth import GrowthSettings
-from qaroma.method.lowrank import dense_weight
 
 
 def close(value: float, truth: Tensor) -> bool:

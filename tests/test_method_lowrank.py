@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from qaroma.method.adapter import BLOCK, AdaptedLinear, Adapter
-from qaroma.method.lowrank import Active, dense_weight, lowrank_linear
+from qaroma.method.dequantise import dense_rows, dense_weight
+from qaroma.method.lowrank import Active, lowrank_linear
 
 
 def nf4_linear(in_features: int, out_features: int, bias: bool = False, dtype=torch.float32) -> nn.Module:
@@ -134,3 +135,17 @@ def test_dropout_acts_on_the_active_component_only() -> None:
     assert torch.allclose(layer(x), layer.eval()(x), atol=1e-5)  # frozen components never are
     layer.train()(x).sum().backward()
     assert layer.active_B.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_rows_of_a_4_bit_weight_equal_the_whole(double: bool) -> None:
+    import bitsandbytes as bnb
+
+    for rows, columns in ((128, 192), (100, 64), (33, 640)):
+        layer = bnb.nn.Linear4bit(columns, rows, bias=False, quant_type="nf4", compress_statistics=double)
+        layer = layer.to("cpu")
+        whole = dense_weight(layer, torch.float32)
+        for start, stop in ((0, rows), (0, 1), (17, 33), (rows - 5, rows)):
+            assert torch.equal(dense_rows(layer, start, stop, torch.float32), whole[start:stop])
+    plain = nn.Linear(64, 10)
+    assert torch.equal(dense_rows(plain, 3, 7, torch.float32), plain.weight[3:7])

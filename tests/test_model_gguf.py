@@ -11,7 +11,8 @@ from conftest import tiny_config
 from model_bases import write_gguf
 
 from qaroma.errors import QaromaError
-from qaroma.model.base import bnb, dense_weight, fingerprint, load_base, load_config, load_tokenizer
+from qaroma.method.dequantise import dense_weight
+from qaroma.model.base import bnb, fingerprint, load_base, load_config, load_tokenizer
 from qaroma.model.gguf import LazyTensor, lazy_state_dict, metadata_string
 
 IDS = torch.arange(24).view(2, 12)

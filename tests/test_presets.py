@@ -75,3 +75,17 @@ def test_lora_needs_no_growth() -> None:
     assert config.growth.alpha == 16.0
     assert config.training.learning_rate == 2e-4
     assert "growth.t_in" not in reasons
+
+
+def test_validation_does_not_take_over_a_short_run() -> None:
+    config, _ = resolve(Config.model_validate({"training": {"max_steps": 20}}), DataFacts(2000, [100], 4096, 112))
+    assert config.training.evaluate_every == 14  # 112 rows forward beside 14 steps of 16 rows, thrice
+    config, _ = resolve(Config.model_validate({"training": {"max_steps": 2000}}), DataFacts(2000, [100], 4096, 112))
+    assert config.training.evaluate_every == 200
+
+
+def test_packed_rows_are_fewer_and_longer() -> None:
+    facts = DataFacts(950, [100] * 1000, 4096)
+    config, _ = resolve(Config.model_validate({"data": {"packing": True}, "training": {"epochs": 4}}), facts)
+    assert config.data.max_length == 2048
+    assert config.training.max_steps == 4 * 3  # 95,000 tokens are 47 rows: three steps of 16

@@ -104,8 +104,8 @@ def test_checkpointing_changes_no_gradient_and_evaluation_in_between_neither(
 ) -> None:
     """Train, evaluate, train: on CPUs with AVX512-BF16 a 4-bit layer's own forward would break the second pass."""
     gradients = []
-    for checkpointing in (True, False):
-        config = make_config(tiny_folder, data_file, None, training__gradient_checkpointing=checkpointing)
+    for level in (1, 0):
+        config = make_config(tiny_folder, data_file, None, training__memory=level)
         config.model.compute_dtype = "bf16"
         session = session_of(config, tmp_path)
         batches = [session.task.collate([session.train[i] for i in indices]) for indices in session.plan.step(0)]
@@ -135,6 +135,8 @@ def test_the_base_never_changes(tiny_folder: Path, data_file: Path, tmp_path: Pa
         batches = [session.task.collate([session.train[i] for i in indices]) for indices in session.plan.step(step)]
         fit_module.accumulate(session, batches)
         grown += len(session.method.step())
+        if session.method.finished:
+            break
     assert grown > 14
     assert base_bytes() == before
 
@@ -205,3 +207,65 @@ def test_a_bad_row_is_reported_before_any_weight_is_loaded(
     with pytest.raises(QaromaError, match=r"(?s)bad\.jsonl:2.*bad\.jsonl:3|bad\.jsonl:3.*bad\.jsonl:2"):
         finetune(make_config(tiny_folder, bad, tmp_path / "run"), console=QUIET)
     assert not (tmp_path / "run").exists()
+
+
+def test_out_of_memory_saves_memory_and_goes_on_from_where_it_was(
+    tiny_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Levels first, then micro-batches; the losses are those of a run that fits."""
+    whole = make_config(tiny_folder, data_file, tmp_path / "whole")
+    finetune(whole, console=QUIET)
+    original, seen = fit_module.accumulate, []
+
+    def crowded(session, batches):
+        seen.append((session.level, session.plan.micro_batch))
+        if seen.count(seen[-1]) == 3 and seen[-1] in ((0, 4), (1, 4), (2, 4)):
+            session.method.trainer.optimiser.gradients.normal_()  # half a step's gradients
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(session, batches)
+
+    monkeypatch.setattr(fit_module, "accumulate", crowded)
+    run = tmp_path / "crowded"
+    finetune(make_config(tiny_folder, data_file, run), console=QUIET)
+    assert list(dict.fromkeys(seen)) == [(0, 4), (1, 4), (2, 4), (2, 2)]
+    ours, theirs = ([s["loss"] for s in records(r)] for r in (run, tmp_path / "whole"))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_out_of_memory_with_nothing_left_to_save_is_a_clear_error(
+    tiny_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(session, batches):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(fit_module, "accumulate", never)
+    with pytest.raises(QaromaError, match=r"out of memory at the smallest memory level.*--max-length \(now 64\)"):
+        finetune(make_config(tiny_folder, data_file, tmp_path / "run"), console=QUIET)
+
+
+@pytest.mark.parametrize(("gibibytes", "level"), [(80, 0), (12, 1), (6.5, 2), (5.5, 3)])
+def test_auto_takes_the_fastest_level_that_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gibibytes: float, level: int
+) -> None:
+    """LLaMA-3-8B at 2,048 tokens, by the memory that is free."""
+    from qaroma.plan.shapes import model_config
+    from qaroma.training import memory
+
+    model_config("llama3-8b").save_pretrained(tmp_path)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(gibibytes * 2**30))
+    monkeypatch.setattr(memory, "resolve_dtype", lambda name, device: torch.bfloat16)  # no card is here to ask
+    config = Config.model_validate(
+        {"model": {"name": str(tmp_path)}, "data": {"max_length": 2048}, "training": {"micro_batch": 1}}
+    )
+    assert memory.choose_level(config, torch.device("cuda")) == level
+
+
+def test_what_fits_at_no_level_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qaroma.plan.shapes import model_config
+    from qaroma.training import memory
+
+    model_config("llama3-8b").save_pretrained(tmp_path)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 3 * 2**30)
+    config = Config.model_validate({"model": {"name": str(tmp_path)}, "data": {"max_length": 2048}})
+    with pytest.raises(QaromaError, match=r"does not fit in 3\.0 GiB with micro-batches of 8192 tokens"):
+        memory.choose_level(config, torch.device("cpu"))

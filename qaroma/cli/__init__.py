@@ -7,6 +7,7 @@ inside its function. To add a command, write ``qaroma/cli/<name>.py`` with a cli
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -20,7 +21,10 @@ COMMANDS = {
     "finetune": "Fine-tune a model on your data.",
     "generate": "Answer prompts with a fine-tuned model.",
     "evaluate": "Score a fine-tuned model on a data set.",
+    "export": "Write a fine-tuned model as other engines load it.",
     "data": "Look at data as training sees it.",
+    "plan": "Tell what fits a card, without weights and without a GPU.",
+    "bench": "Time a training step and count its memory.",
 }
 
 _EPILOG = """\b
@@ -63,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         130 after an interruption.
     """
     _speak_utf8()
+    if not sys.stderr.isatty():  # the libraries' progress bars would fill a log
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         code = root.main(args=arguments, prog_name="qaroma", standalone_mode=False)
     except click.ClickException as error:

@@ -18,6 +18,7 @@ Examples:
 @CONFIG_OPTION
 @config_options(
     "model.name",
+    "model.adapter",
     "data.train",
     "data.format",
     "data.validation",
@@ -35,6 +36,7 @@ Examples:
     "data.train_on",
     "training.seed",
     "training.device",
+    "training.memory",
     "model.quantization",
     "model.trust_remote_code",
 )

@@ -44,6 +44,7 @@ class Example:
         origin: ``file:line`` of its row (of plain text: of the document that it begins in).
         conversation: The turns in it, the last one the assistant's; empty for plain text.
         weight: How often it appears in an epoch.
+        lengths: Of the sequences packed into it; empty where it is one.
     """
 
     input_ids: list[int]
@@ -51,6 +52,7 @@ class Example:
     origin: str = ""
     conversation: tuple[Message, ...] = ()
     weight: float = 1.0
+    lengths: tuple[int, ...] = ()
 
     @property
     def trained(self) -> int:

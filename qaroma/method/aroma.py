@@ -14,8 +14,8 @@ from qaroma.method.criteria import (
     inner_product,
     product_norm_sq,
 )
+from qaroma.method.dequantise import dense_weight
 from qaroma.method.growth import GrowthEvent, GrowthSettings, GrowthState, Measurement
-from qaroma.method.lowrank import dense_weight
 from qaroma.method.schedule import jagged_cosine
 
 

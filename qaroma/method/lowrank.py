@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qaroma.method.dequantise import dense_weight
+
 
 class Active(NamedTuple):
     """The component that trains, as the projection needs to see it.
@@ -24,25 +26,6 @@ class Active(NamedTuple):
     B: nn.Parameter
     start: int
     scale: float
-
-
-def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The weight of a linear layer as a dense matrix.
-
-    Args:
-        module: ``nn.Linear`` or bitsandbytes ``Linear4bit``.
-        dtype: dtype of the result; a 4-bit weight is dequantised in its own compute dtype first.
-
-    Returns:
-        Tensor of shape (M, N).
-    """
-    weight: Any = module.weight
-    state = getattr(weight, "quant_state", None)
-    if state is None:
-        return weight.detach().to(dtype)  # type: ignore[no-any-return]
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(weight.data, state).to(dtype)  # type: ignore[no-any-return]
 
 
 def lowrank_linear(x: Tensor, base: nn.Module | None, A_RN: Tensor, B_RM: Tensor, active: Active | None) -> Tensor:
@@ -84,26 +67,28 @@ class _LowRankLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.base, ctx.A_RN, ctx.B_RM, ctx.active = base, A_RN, B_RM, active
-        low = (x @ A_RN.T) @ B_RM if A_RN.shape[0] else None
+        x_TN = x.reshape(-1, x.shape[-1])
         if base is None:
-            return x.new_zeros(*x.shape[:-1], B_RM.shape[1]) if low is None else low
-        bias: Any = base.bias
-        y = F.linear(x, dense_weight(base, x.dtype), None if bias is None else bias.to(x.dtype))
-        return y if low is None else y.add_(low)
+            y_TM = x_TN.new_zeros(x_TN.shape[0], B_RM.shape[1])
+        else:
+            bias: Any = base.bias
+            y_TM = F.linear(x_TN, dense_weight(base, x.dtype), None if bias is None else bias.to(x.dtype))
+        if A_RN.shape[0]:
+            y_TM.addmm_(x_TN @ A_RN.T, B_RM)  # in place: no second tensor of y's size
+        return y_TM.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
+        x_TN, grad_TM = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
         grad_x = grad_A = grad_B = None
-        # (..., R): the gradient at the output of A, shared by both gradients below.
-        grad_low = grad_y @ ctx.B_RM.T if ctx.A_RN.shape[0] else None
+        # Gradient at the output of A, shared by both gradients below.
+        grad_TR = grad_TM @ ctx.B_RM.T
         if ctx.needs_input_grad[0]:
-            grad_x = grad_y @ dense_weight(ctx.base, x.dtype) if ctx.base is not None else torch.zeros_like(x)
-            if grad_low is not None:
-                grad_x = grad_x.add_(grad_low @ ctx.A_RN)
-        if ctx.active is not None and grad_low is not None:
+            grad_TN = torch.zeros_like(x_TN) if ctx.base is None else grad_TM @ dense_weight(ctx.base, x.dtype)
+            grad_x = grad_TN.addmm_(grad_TR, ctx.A_RN).view_as(x)
+        if ctx.active is not None:
             rows = slice(ctx.active.start, ctx.active.start + ctx.active.A.shape[0])
-            x_TN, grad_TM = x.flatten(0, -2), grad_y.flatten(0, -2)
-            grad_A = (grad_low[..., rows].flatten(0, -2).T @ x_TN).float()
+            grad_A = (grad_TR[:, rows].T @ x_TN).float()
             grad_B = ((x_TN @ ctx.A_RN[rows].T).T @ grad_TM).float().mul_(ctx.active.scale)
         return grad_x, grad_A, grad_B, None, None, None, None

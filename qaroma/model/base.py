@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qaroma.errors import QaromaError
 from qaroma.model.bnb import bnb
@@ -167,6 +167,7 @@ def load_base(
     *,
     quantization: str = "nf4",
     double_quantization: bool = True,
+    quantize_head: bool = False,
     compute_dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     attention: str = "sdpa",
@@ -181,6 +182,7 @@ def load_base(
         model: 'smollm2-135m', a folder, a .gguf file, or a hub id.
         quantization: 'nf4', 'fp4', or 'none' for the compute dtype throughout.
         double_quantization: quantise the quantisation constants too.
+        quantize_head: the output head in 4 bits too, unless it shares its table with the embeddings.
         compute_dtype: dtype of embeddings, norms, head and arithmetic; None is bf16.
         device: 'cuda', 'cpu' or a device; None is CUDA where there is one.
         attention: 'sdpa', 'eager' or 'flash_attention_2'.
@@ -206,6 +208,8 @@ def load_base(
     bnb_config = None
     if stored is None and quantization != "none":
         bnb_config = _bnb_config(quantization, double_quantization, dtype)
+        if quantize_head and not config.get_text_config().tie_word_embeddings:
+            bnb_config.llm_int8_skip_modules = []  # transformers leaves the head out only where nothing is said
     with explained(str(model), gguf=place.gguf_file is not None), freed_memory_goes_back():
         network, info = _read(place, config, bnb_config, dtype, target, attention, revision, trust_remote_code)
     _require_complete(str(model), info)
@@ -239,13 +243,18 @@ def _read(
         place.folder_or_id,
         dtype=dtype,
         device_map={"": device},
-        attn_implementation=attention,
+        attn_implementation=_implementation(attention),
         output_loading_info=True,
         # Given as None, it would overwrite what a quantised checkpoint says of itself.
         **({} if bnb_config is None else {"quantization_config": bnb_config}),
         **_where(place, revision, trust_remote_code),
     )
     return loaded
+
+
+def _implementation(attention: str) -> str | None:
+    """transformers' name of an attention; None for SDPA lets it take eager where a family has no SDPA (Gemma 2)."""
+    return None if attention == "sdpa" else attention
 
 
 def stored_quantization(config: Any, model: str) -> dict[str, Any] | None:
@@ -307,36 +316,6 @@ def _settle(network: Any, dtype: torch.dtype) -> None:
             module.compute_type_is_set = True
     network.requires_grad_(False)
     network.eval()
-
-
-def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
-    """A linear layer's weight as a plain matrix, W (M, N).
-
-    Args:
-        module: a 4-bit or plain linear layer, or transformers' Conv1D, whose weight is transposed.
-        dtype: dtype of the result.
-
-    Returns:
-        (M, N) on the layer's device, without gradient: dequantised, or the weight itself where it is
-        plain and of that dtype already.
-
-    Raises:
-        QaromaError: the module is no such layer.
-    """
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):
-        raise QaromaError(f"Got a {type(module).__name__}, which has no weight; expected a linear layer")
-    if isinstance(weight, bnb.nn.Params4bit):
-        dense: Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-        return dense.to(dtype)
-    if type(module).__name__ == "Conv1D":
-        return weight.detach().t().to(dtype)
-    if weight.ndim != 2 or not weight.is_floating_point():
-        raise QaromaError(
-            f"Got a {type(module).__name__} with a {weight.dtype} weight of shape {tuple(weight.shape)}; "
-            "expected a linear layer, plain or in 4 bits"
-        )
-    return weight.detach().to(dtype)
 
 
 def fingerprint(model: Any) -> str:

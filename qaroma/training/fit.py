@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 
@@ -16,9 +16,10 @@ from qaroma.evaluate import evaluate_loss
 from qaroma.export.peft import save_adapter
 from qaroma.method.base import MethodState
 from qaroma.method.growth import GrowthEvent
+from qaroma.model.builtin import portable_name
 from qaroma.tasks.base import Batch
 from qaroma.training.interrupt import StopRequest
-from qaroma.training.memory import memory_bytes
+from qaroma.training.memory import memory_bytes, relieve
 from qaroma.training.progress import ProgressView
 from qaroma.training.session import Session
 
@@ -63,7 +64,7 @@ def fit(session: Session, state: FitState, view: ProgressView, stop: StopRequest
     ending: Ending = "budget"
     session.model.train()
     while state.step < training.max_steps and not method.finished:
-        record = _train_step(session, state)
+        record = _train_step(session, state, view)
         events = method.step()
         _record_step(session, state, record, events, view)
         last = state.step == training.max_steps or method.finished
@@ -82,23 +83,36 @@ def fit(session: Session, state: FitState, view: ProgressView, stop: StopRequest
     return ending
 
 
-def _train_step(session: Session, state: FitState) -> dict[str, Any]:
+def _train_step(session: Session, state: FitState, view: ProgressView) -> dict[str, Any]:
     """Forward and backward passes of one step; gradients are left for the method."""
     start = time.perf_counter()
-    micro_batches = session.plan.step(state.step)
-    batches = [session.task.collate([session.train[i] for i in indices]) for indices in micro_batches]
-    loss = accumulate(session, batches)
-    if not math.isfinite(loss):
+    while True:
+        micro_batches = session.plan.step(state.step)
+        batches = [session.task.collate([session.train[i] for i in indices]) for indices in micro_batches]
+        try:
+            loss = accumulate(session, batches)
+            break
+        except torch.OutOfMemoryError:
+            # Outside the except clause the failed step's tensors are gone, and can be given back.
+            pass
         session.method.adapter.model.zero_grad(set_to_none=False)
-        path = save_state(session, state)
-        rate = session.config.training.learning_rate or 0.0
-        where = ", ".join(session.train[i].origin for indices in micro_batches for i in indices[:2])
-        raise QaromaError(
-            f"the loss of step {state.step + 1} is {loss} (examples {where}, ...). "
-            f"The state before it is saved in {path}; look at these rows, or go on with a smaller rate: "
-            f"qaroma finetune --resume --output {session.run.path} --learning-rate {rate / 2:.1e}"
-        )
+        view.console.print(f"step {state.step + 1}: out of memory; {relieve(session)}", style="yellow")
+    if not math.isfinite(loss):
+        _stop_on_bad_loss(session, state, loss, [i for indices in micro_batches for i in indices])
     return {"loss": loss, "tokens": sum(b.tokens for b in batches), "start": start}
+
+
+def _stop_on_bad_loss(session: Session, state: FitState, loss: float, examples: list[int]) -> NoReturn:
+    """Save the state before the step and say which rows it had."""
+    session.method.adapter.model.zero_grad(set_to_none=False)
+    path = save_state(session, state)
+    where = ", ".join(session.train[i].origin for i in examples[:8])
+    rate = session.config.training.learning_rate or 0.0
+    raise QaromaError(
+        f"the loss of step {state.step + 1} is {loss} (examples {where}, ...). "
+        f"The state before it is saved in {path}; look at these rows, or go on with a smaller rate: "
+        f"qaroma finetune --resume --output {session.run.path} --learning-rate {rate / 2:.1e}"
+    )
 
 
 def accumulate(session: Session, batches: Sequence[Batch]) -> float:
@@ -162,7 +176,7 @@ def _validate(session: Session, state: FitState, view: ProgressView) -> None:
     if gained:
         state.best_loss, state.best_step, state.without_gain = figures["loss"], state.step, 0
         about = session.describe(state.step)
-        save_adapter(session.method.adapter, session.run.adapter, base=session.base_name, growth=about)
+        save_adapter(session.method.adapter, session.run.adapter, base=portable_name(session.base_name), growth=about)
     elif state.step > 0:
         state.without_gain += 1
 

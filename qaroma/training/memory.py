@@ -1,9 +1,22 @@
-"""How much memory a run takes, as its metrics report it."""
+"""Memory of a run: how much it takes, which level fits, and what to do when none did."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import psutil
 import torch
+
+from qaroma.config import Config
+from qaroma.engine.levels import LEVELS, apply_level
+from qaroma.errors import QaromaError
+from qaroma.model.base import load_config, resolve_dtype
+from qaroma.plan.search import RESERVE, Planner
+from qaroma.plan.trace import StepSettings
+from qaroma.training.session import Session
+
+EXACT_LEVEL = 2  # the last level that changes no number
+SMALL_SHARE = 0.25  # of the free memory: below it nothing needs to be traced
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -11,3 +24,99 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(psutil.Process().memory_info().rss)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a run may take: of the card, or of the host where it trains on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def relieve(session: Session) -> str:
+    """After a step that did not fit: save memory, at an unchanged effective batch.
+
+    First the levels that change no number, then smaller micro-batches, then the packed head.
+
+    Args:
+        session: its level or its plan's micro-batch is changed.
+
+    Returns:
+        What was done, as a clause to print.
+
+    Raises:
+        QaromaError: nothing is left to save.
+    """
+    if session.accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
+    if session.level >= EXACT_LEVEL and session.plan.micro_batch > 1:
+        session.plan.micro_batch //= 2
+        return f"going on with micro-batches of {session.plan.micro_batch}, the same effective batch"
+    if session.level + 1 < len(LEVELS):
+        session.level += 1
+        apply_level(session.model, session.level, quant_type=packed_type(session.config))
+        return f"going on at memory level {session.level} ({LEVELS[session.level].summary})"
+    raise QaromaError(
+        f"out of memory at the smallest memory level with one example at a time; type a smaller --max-length "
+        f"(now {session.config.data.max_length}), or see what fits with: qaroma plan --model {session.base_name}"
+    )
+
+
+def packed_type(config: Config) -> str:
+    """4-bit type of a packed head: the base's."""
+    return "nf4" if config.model.quantization == "none" else config.model.quantization
+
+
+def choose_level(config: Config, device: torch.device) -> int:
+    """The memory level of a run: the one that was typed, or the fastest that fits.
+
+    A small model needs no look; for others a step is traced on fake tensors (seconds).
+
+    Raises:
+        QaromaError: not even the smallest level fits.
+    """
+    asked = config.training.memory
+    if asked != "auto":
+        return int(asked)
+    assert config.model.name is not None
+    assert config.data.max_length is not None
+    model_config = load_config(
+        config.model.name, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
+    )
+    free = free_bytes(device)
+    tokens = config.training.micro_batch * config.data.max_length
+    if generous_bound(model_config.get_text_config(), tokens) < SMALL_SHARE * free:
+        return 0
+    targets = config.growth.target_modules or "all-linear"
+    settings = StepSettings(
+        level=0,
+        seq_len=config.data.max_length,
+        micro_batch=config.training.micro_batch,
+        inner_rank=(config.rank if config.method == "lora" else config.growth.inner_rank) or 1,
+        targets=targets if isinstance(targets, str) else tuple(targets),
+        quantized=config.model.quantization != "none",
+        double_quantization=config.model.double_quantization,
+        dtype=resolve_dtype(config.model.compute_dtype, device),
+    )
+    host = int(psutil.virtual_memory().available) if device.type == "cuda" else None
+    level = Planner(model_config).fastest_level(settings, free - RESERVE, host)
+    if level is None:
+        raise QaromaError(
+            f"{config.model.name} does not fit in {free / 2**30:.1f} GiB with micro-batches of {tokens} tokens; type a "
+            f"smaller --micro-batch or --max-length (qaroma plan --model {config.model.name} says what fits), or "
+            "--memory 3 to try all the same"
+        )
+    return level
+
+
+def generous_bound(model_config: Any, tokens: int) -> int:
+    """More bytes than a step can take at level 0, by arithmetic alone.
+
+    Everything in fp32: weights of a gated decoder, twelve hidden-sized and four intermediate-sized
+    activations a token and layer, and the logits of one chunk.
+    """
+    hidden, layers = int(model_config.hidden_size), int(model_config.num_hidden_layers)
+    wide: int = getattr(model_config, "intermediate_size", None) or 4 * hidden
+    weights = layers * (4 * hidden * hidden + 3 * hidden * wide) + 2 * model_config.vocab_size * hidden
+    activations = tokens * layers * (12 * hidden + 4 * wide)
+    return int(4 * (weights + activations) + 2**29)

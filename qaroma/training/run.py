@@ -15,9 +15,11 @@ from qaroma.answers import Answers, AnswerTest, read_conversations
 from qaroma.checkpoint import load_newest
 from qaroma.config import Config
 from qaroma.configfile import dump_config, load_config
+from qaroma.engine.levels import LEVELS
 from qaroma.errors import QaromaError
 from qaroma.export.peft import load_factors, save_adapter
-from qaroma.model.builtin import resolve_model
+from qaroma.model.builtin import portable_name, resolve_model
+from qaroma.model.targets import unadaptable
 from qaroma.presets import Decision
 from qaroma.report import BeforeAfter, RunSummary, Score, print_summary
 from qaroma.runs import RunDirectory
@@ -63,16 +65,20 @@ def finetune(config: Config, *, resume: bool = False, console: Console | None = 
     run = _run_directory(data.config, resume)
     data.config.output = str(run.path)
     session = build_session(data, run)
+    for note in (f"memory level {session.level}: {LEVELS[session.level].summary}", *unadaptable(session.model)):
+        console.print(note, highlight=False, markup=False)
     if not resume:
         run.create(dump_config(data.config))
     state = _restored(session, console) if resume else FitState()
     before = test.run_once(session.model, session.log, "before", 0) if test else None
-    with StopRequest() as stop, ProgressView(console, total=_total(session), done=state.step) as view:
-        ending = fit(session, state, view, stop)
+    go_on = f"qaroma finetune --resume --output {run.path.as_posix()}"
+    try:
+        with StopRequest() as stop, ProgressView(console, total=_total(session), done=state.step) as view:
+            ending = fit(session, state, view, stop)
+    except OSError as error:
+        raise QaromaError(f"cannot write to {run.path} ({error}); what is saved is whole; go on: {go_on}") from error
     if ending == "interrupted":
-        console.print(
-            f"saved at step {state.step}; go on with: qaroma finetune --resume --output {run.path.as_posix()}"
-        )
+        console.print(f"saved at step {state.step}; go on with: {go_on}", soft_wrap=True)
         raise KeyboardInterrupt
     _write_adapters(session, state)
     after = test.run_once(session.model, session.log, "after", state.step) if test else None
@@ -167,9 +173,9 @@ def _restored(session: Session, console: Console) -> FitState:
 def _write_adapters(session: Session, state: FitState) -> None:
     """``adapter_last`` as it stands, ``adapter`` the best; the model is left with the best one."""
     adapter, run = session.method.adapter, session.run
-    save_adapter(adapter, run.adapter_last, base=session.base_name, growth=session.describe(state.step))
+    save_adapter(adapter, run.adapter_last, base=portable_name(session.base_name), growth=session.describe(state.step))
     if state.best_loss is None:
-        save_adapter(adapter, run.adapter, base=session.base_name, growth=session.describe(state.step))
+        save_adapter(adapter, run.adapter, base=portable_name(session.base_name), growth=session.describe(state.step))
     else:
         load_factors(adapter, run.adapter)
 

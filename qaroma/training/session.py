@@ -11,6 +11,7 @@ from torch import nn
 
 from qaroma.config import Config
 from qaroma.data.encode import Example
+from qaroma.engine.levels import LEVELS
 from qaroma.method.base import Method
 from qaroma.runs import MetricsLog, RunDirectory
 from qaroma.tasks.base import Batch, Task
@@ -31,6 +32,7 @@ class Session:
         train, validation: encoded examples.
         plan: which examples make up which step.
         accelerator: device and backward pass.
+        level: memory level that the model is in (:mod:`qaroma.engine.levels`).
     """
 
     config: Config
@@ -46,6 +48,7 @@ class Session:
     validation: list[Example]
     plan: BatchPlan
     accelerator: Accelerator
+    level: int = 0
     _validation_batches: list[Batch] = field(default_factory=list)
 
     def validation_batches(self) -> Iterator[Batch]:
@@ -69,6 +72,7 @@ class Session:
                 "fingerprint": self.fingerprint,
                 "quantization": model.quantization,
                 "double_quantization": model.double_quantization,
+                "head_quantization": model.quantization if LEVELS[self.level].packed_head else "none",
                 "compute_dtype": model.compute_dtype,
             },
             "template": self.template,

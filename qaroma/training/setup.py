@@ -12,9 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from qaroma.config import Config
 from qaroma.data.encode import Encoded, Example, encode_rows, limit_length, split_validation
+from qaroma.data.packing import pack
 from qaroma.data.sources import read_rows
 from qaroma.data.templates import Template
+from qaroma.engine.levels import LEVELS, apply_level
 from qaroma.errors import QaromaError
+from qaroma.export.foreign import continue_from
 from qaroma.method.aroma import GrowthController
 from qaroma.method.base import Method
 from qaroma.method.lora import PlainLora
@@ -24,6 +27,7 @@ from qaroma.presets import DataFacts, Decision, growth_settings, resolve
 from qaroma.runs import MetricsLog, RunDirectory
 from qaroma.tasks.causal_lm import CausalLM
 from qaroma.training.batches import BatchPlan
+from qaroma.training.memory import choose_level, packed_type
 from qaroma.training.session import Session
 
 
@@ -57,20 +61,27 @@ def prepare_data(config: Config) -> PreparedData:
     tokenizer = load_tokenizer(config.model.name, **options)
     template = Template.choose(tokenizer, config.data.template)
     encoded = _encode(config, [(s.path, s.weight) for s in config.data.train], tokenizer, template)
-    own_validation = config.data.validation is not None
+    validation = None
+    if config.data.validation is not None:
+        validation = _encode(config, [(config.data.validation, 1.0)], tokenizer, encoded.template)
     longest = getattr(load_config(config.model.name, **options), "max_position_embeddings", None)
-    share = 0.0 if own_validation else config.data.validation_share
+    share = 0.0 if validation is not None else config.data.validation_share
     train, held_out = _split(config, encoded, share)
-    resolved, decisions = resolve(config, DataFacts(len(train.examples), encoded.lengths, longest))
+    facts = DataFacts(len(train.examples), encoded.lengths, longest, len((validation or held_out).examples))
+    resolved, decisions = resolve(config, facts)
     notes = [f"data: {encoded.form}, {len(encoded.examples)} examples", *encoded.notes]
     limit = (resolved.data.max_length, resolved.data.on_too_long)
     limited = limit_length(encoded, *limit)
     notes += _left_out(limited)
     train, held_out = _split(config, limited, share)
-    if config.data.validation is not None:
-        held_out = limit_length(_encode(config, [(config.data.validation, 1.0)], tokenizer, encoded.template), *limit)
+    if validation is not None:
+        held_out = limit_length(validation, *limit)
+    examples = train.examples
+    if resolved.data.packing:
+        examples = pack(examples, resolved.data.max_length or max(train.lengths))
+        notes.append(f"{len(train.examples)} examples packed into {len(examples)} rows")
     notes.append(f"{len(train.examples)} examples to train on, {len(held_out.examples)} to validate on")
-    return PreparedData(resolved, decisions, notes, tokenizer, encoded.template, train.examples, held_out.examples)
+    return PreparedData(resolved, decisions, notes, tokenizer, encoded.template, examples, held_out.examples)
 
 
 def _split(config: Config, encoded: Encoded, share: float) -> tuple[Encoded, Encoded]:
@@ -117,10 +128,12 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
         raise QaromaError(
             "device is cuda, but torch sees no CUDA device; type --device cpu, or install a CUDA build of torch"
         )
+    level = choose_level(config, accelerator.device)
     model = load_base(
         config.model.name,
         quantization=config.model.quantization,
         double_quantization=config.model.double_quantization,
+        quantize_head=LEVELS[level].packed_head,
         compute_dtype=resolve_dtype(config.model.compute_dtype, accelerator.device),
         device=accelerator.device,
         attention=config.model.attention,
@@ -129,8 +142,7 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
     )
     identity = fingerprint(model)
     method = build_method(config, model)
-    if config.training.gradient_checkpointing:
-        enable_checkpointing(model)
+    apply_level(model, level, quant_type=packed_type(config))
     training = config.training
     plan = BatchPlan(
         [len(e.input_ids) for e in data.train],
@@ -152,6 +164,7 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
         validation=data.validation,
         plan=plan,
         accelerator=accelerator,
+        level=level,
     )
 
 
@@ -161,6 +174,8 @@ def build_method(config: Config, model: nn.Module) -> Method:
     rank = config.rank if config.method == "lora" else growth.inner_rank
     options: dict[str, Any] = {"alpha": growth.alpha, "dropout": growth.dropout, "seed": training.seed}
     adapter = attach(model, growth.target_modules or "all-linear", inner_rank=rank or 1, **options)
+    if config.model.adapter is not None:
+        continue_from(adapter, config.model.adapter)
     common: dict[str, Any] = {
         "learning_rate": training.learning_rate,
         "total_steps": training.max_steps,
@@ -170,12 +185,3 @@ def build_method(config: Config, model: nn.Module) -> Method:
     if config.method == "lora":
         return PlainLora(adapter, warmup=growth.warmup or 0, min_lr_ratio=growth.min_lr_ratio or 0.0, **common)
     return GrowthController(adapter, growth_settings(growth), **common)
-
-
-def enable_checkpointing(model: Any) -> None:
-    """Recompute activations in the backward pass (non-reentrant: works without gradient at the input)."""
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # transformers >= 5.13
-        model.activation_checkpointing_enable(options)
-    else:
-        model.gradient_checkpointing_enable(options)

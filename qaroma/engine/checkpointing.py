@@ -1,0 +1,140 @@
+"""Activation checkpointing, with the layers' inputs kept on the device or in host memory.
+
+A decoder layer keeps only its input; the rest is computed again in the backward pass. With offload
+that input waits in pinned host memory: copied out while the next layer computes, and copied back one
+layer ahead of its use, so that two of them are on the device at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+_booked: Callable[[Tensor], None] | None = None
+
+
+@contextmanager
+def host_memory_booked(book: Callable[[Tensor], None]) -> Iterator[None]:
+    """Treat the CPU as if it were a GPU with a host beside it.
+
+    For counting memory without a GPU: inside, :func:`to_host` makes a real copy and calls ``book``
+    with it, so that a counter can tell the host's bytes from the device's.
+    """
+    global _booked
+    before, _booked = _booked, book
+    try:
+        yield
+    finally:
+        _booked = before
+
+
+def to_host(tensor: Tensor, stream: Any = None) -> Tensor:
+    """A copy in host memory: the one way by which anything leaves the device.
+
+    Args:
+        tensor: on a GPU; a CPU tensor is returned as it is, since it lies in host memory already.
+        stream: CUDA stream to copy on, behind what the current one has queued; None copies in order.
+
+    Returns:
+        Pinned CPU tensor, valid when ``stream`` has come so far.
+    """
+    if tensor.is_cuda:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        if stream is None:
+            return host.copy_(tensor)
+        stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        with torch.cuda.stream(stream):
+            host.copy_(tensor, non_blocking=True)
+        tensor.record_stream(stream)
+        return host
+    if _booked is not None:
+        host = tensor.clone()
+        _booked(host)
+        return host
+    return tensor
+
+
+class _Parked:
+    """One layer's input on the host, and its way back."""
+
+    def __init__(self, tensor: Tensor, streams: tuple[Any, Any] | None, previous: _Parked | None) -> None:
+        self.device, self.streams, self.previous = tensor.device, streams, previous
+        self.host: Tensor | None = to_host(tensor, streams[0] if streams else None)
+        self.returning: Tensor | None = None
+
+    def fetch(self) -> None:
+        """Begin the copy back."""
+        if self.returning is not None or self.host is None:
+            return
+        if self.streams is None:
+            self.returning = self.host.clone() if _booked is not None else self.host
+            return
+        out, back = self.streams
+        back.wait_stream(out)  # the copy to the host must have ended
+        with torch.cuda.stream(back):
+            self.returning = self.host.to(self.device, non_blocking=True)
+
+    def take(self) -> Tensor:
+        """The tensor on its device again; the layer before it is fetched meanwhile."""
+        self.fetch()
+        if self.streams is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self.streams[1])
+        if self.previous is not None:
+            self.previous.fetch()
+        tensor, self.returning, self.host, self.previous = self.returning, None, None, None
+        assert tensor is not None
+        if self.streams is not None:
+            tensor.record_stream(torch.cuda.current_stream(self.device))
+        return tensor
+
+
+class OffloadedInputs:
+    """Hooks that keep the layers' inputs in host memory between forward and backward pass."""
+
+    def __init__(self) -> None:
+        self._last: _Parked | None = None
+        self._streams: tuple[Any, Any] | None = None
+
+    def pack(self, tensor: Tensor) -> Tensor | _Parked:
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            return tensor
+        if tensor.is_cuda and self._streams is None:
+            streams = (torch.cuda.Stream(tensor.device), torch.cuda.Stream(tensor.device))  # type: ignore[no-untyped-call]
+            self._streams = streams
+        # The first layer's input does not depend on anything trained and begins a new chain.
+        self._last = _Parked(tensor, self._streams, self._last if tensor.requires_grad else None)
+        return self._last
+
+    def unpack(self, kept: Tensor | _Parked) -> Tensor:
+        return kept.take() if isinstance(kept, _Parked) else kept
+
+
+def enable_checkpointing(model: Any, *, offload: bool = False) -> None:
+    """Recompute every decoder layer in the backward pass.
+
+    Args:
+        model: transformers model; its layers say themselves where a checkpoint begins.
+        offload: keep the layers' inputs in host memory; on a CPU nothing moves.
+    """
+    inputs = OffloadedInputs() if offload else None
+
+    def run(function: Callable[..., Any], *args: Any) -> Any:
+        if inputs is None:
+            return checkpoint(function, *args, use_reentrant=False)
+        with saved_tensors_hooks(inputs.pack, inputs.unpack):
+            return checkpoint(function, *args, use_reentrant=False)
+
+    # The public switch takes options of torch's checkpoint, but no other function in its place.
+    model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=run)
+
+
+def disable_checkpointing(model: nn.Module) -> None:
+    """Keep every activation again."""
+    model._set_gradient_checkpointing(enable=False)  # type: ignore[operator]

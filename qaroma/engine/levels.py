@@ -1,0 +1,72 @@
+"""Memory levels: bundles of techniques, from the fastest (0) to the smallest (3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qaroma.engine.checkpointing import disable_checkpointing, enable_checkpointing
+from qaroma.engine.placement import move_embeddings_to_host, quantise_head
+from qaroma.engine.tiled import tile_tokenwise, untile
+
+
+@dataclass(frozen=True)
+class Level:
+    """What a level switches on; the loss is computed in chunks at every level.
+
+    ``summary`` is what ``qaroma plan`` and ``finetune`` print.
+    """
+
+    summary: str
+    checkpointing: bool = False
+    offload: bool = False
+    tiled: bool = False
+    host_embeddings: bool = False
+    packed_head: bool = False
+
+
+LEVELS = (
+    Level("every activation is kept"),
+    Level("activations are recomputed, layer by layer", checkpointing=True),
+    Level(
+        "recomputed; layer inputs and embeddings in host memory; MLPs and norms tile by tile",
+        checkpointing=True,
+        offload=True,
+        tiled=True,
+        host_embeddings=True,
+    ),
+    Level(
+        "as 2, with the output head in 4 bits",
+        checkpointing=True,
+        offload=True,
+        tiled=True,
+        host_embeddings=True,
+        packed_head=True,
+    ),
+)
+
+
+def apply_level(model: Any, level: int, *, quant_type: str = "nf4") -> None:
+    """Put a model into a memory level; a later call may go further down.
+
+    What a level saves comes at a price in time, and at level 3 in exactness: the head's logits are
+    those of its 4-bit weight.
+
+    Args:
+        model: transformers model, with or without an adapter on; changed in place.
+        level: index into :data:`LEVELS`.
+        quant_type: 4-bit type of the head at level 3.
+    """
+    chosen = LEVELS[level]
+    if chosen.packed_head:
+        quantise_head(model, quant_type)
+    if chosen.host_embeddings:
+        move_embeddings_to_host(model)
+    if chosen.tiled:
+        tile_tokenwise(model)
+    else:
+        untile(model)
+    if chosen.checkpointing:
+        enable_checkpointing(model, offload=chosen.offload)
+    else:
+        disable_checkpointing(model)

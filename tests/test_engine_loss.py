@@ -1,0 +1,98 @@
+"""Chunked linear cross-entropy against the naive form, on dense and 4-bit heads."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_method_lowrank import nf4_linear
+from torch import nn
+
+from qaroma.engine import loss as loss_module
+from qaroma.engine.loss import LMHead, linear_cross_entropy
+from qaroma.method.dequantise import dense_weight
+
+
+def head_of(projection: nn.Module, **config) -> LMHead:
+    model = SimpleNamespace(config=SimpleNamespace(**config), get_output_embeddings=lambda: projection)
+    return LMHead(model)
+
+
+def naive(hidden, head: LMHead, targets):
+    logits = F.linear(hidden, dense_weight(head.projection, hidden.dtype)).float() * head.multiplier
+    if head.projection.bias is not None:
+        logits = logits + head.projection.bias * head.multiplier
+    if head.softcap:
+        logits = torch.tanh(logits / head.softcap) * head.softcap
+    return F.cross_entropy(logits, targets, reduction="sum")
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks of tokens and several blocks of the vocabulary, the last of each short."""
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * 300 * 7)
+    monkeypatch.setattr(loss_module, "BLOCK_ROWS", 128)
+
+
+@pytest.mark.parametrize("kind", ["dense", "bias", "nf4"])
+@pytest.mark.parametrize("config", [{}, {"final_logit_softcapping": 2.0}, {"logits_scaling": 4.0, "logit_scale": 3.0}])
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+def test_loss_and_gradient_equal_the_naive_form(kind: str, config: dict, tokens: int) -> None:
+    projection = nf4_linear(64, 300) if kind == "nf4" else nn.Linear(64, 300, bias=kind == "bias")
+    head = head_of(projection.requires_grad_(False), **config)
+    hidden, targets = torch.randn(tokens, 64), torch.randint(0, 300, (tokens,))
+    ours, theirs = hidden.clone().requires_grad_(), hidden.clone().double().requires_grad_()
+    loss = linear_cross_entropy(ours, head, targets) / 3
+    loss.backward()
+    truth = naive(theirs, head, targets) / 3
+    truth.backward()
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-5)
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_bf16_error_is_no_larger_than_the_naive_bf16_error() -> None:
+    head = head_of(nn.Linear(64, 300, bias=False, dtype=torch.bfloat16).requires_grad_(False))
+    hidden, targets = torch.randn(50, 64).bfloat16(), torch.randint(0, 300, (50,))
+    gradients = {}
+    for name, function, values in (
+        ("truth", naive, hidden.double()),
+        ("naive", naive, hidden.clone()),
+        ("ours", linear_cross_entropy, hidden.clone()),
+    ):
+        values.requires_grad_()
+        function(values, head, targets).backward()
+        gradients[name] = values.grad.double()
+    error = {name: (gradients[name] - gradients["truth"]).norm().item() for name in ("naive", "ours")}
+    assert error["ours"] <= error["naive"] * 1.05
+
+
+def test_no_tensor_of_tokens_times_vocabulary_is_ever_made() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            largest.append(
+                max((t.numel() for t in torch.utils._pytree.tree_leaves(out) if hasattr(t, "numel")), default=0)
+            )
+            return out
+
+    head = head_of(nn.Linear(64, 300, bias=False).requires_grad_(False))
+    hidden = torch.randn(100, 64, requires_grad=True)
+    with Sizes():
+        linear_cross_entropy(hidden, head, torch.randint(0, 300, (100,))).backward()
+    assert max(largest) <= 300 * 64 < 100 * 300  # the weight itself is the largest
+
+
+def test_without_gradient_no_gradient_is_made() -> None:
+    head = head_of(nn.Linear(64, 300, bias=False).requires_grad_(False))
+    made: list[int] = []
+    head.backward = lambda *a: made.append(1)
+    with torch.no_grad():
+        linear_cross_entropy(torch.randn(9, 64, requires_grad=True), head, torch.randint(0, 300, (9,)))
+    linear_cross_entropy(torch.randn(9, 64), head, torch.randint(0, 300, (9,)))
+    assert made == []

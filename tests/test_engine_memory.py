@@ -1,0 +1,154 @@
+"""Checkpointing, offload, tiled MLP, placement: each changes no number that its naive twin has."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from conftest import tiny_config
+
+from qaroma.data.encode import Example
+from qaroma.engine import levels as levels_module
+from qaroma.engine import tiled as tiled_module
+from qaroma.engine.checkpointing import host_memory_booked
+from qaroma.engine.levels import LEVELS, apply_level
+from qaroma.engine.placement import HostEmbedding
+from qaroma.method.aroma import GrowthController
+from qaroma.method.growth import GrowthSettings
+from qaroma.model.attach import attach
+from qaroma.model.base import load_base
+from qaroma.tasks.causal_lm import CausalLM
+
+TASK = CausalLM()
+
+
+def batch(rows: int = 3, length: int = 40):
+    generator = torch.Generator().manual_seed(5)
+    examples = []
+    for row in range(rows):
+        ids = torch.randint(3, 500, (length - row,), generator=generator).tolist()
+        examples.append(Example(ids, [-100] * 4 + ids[4:]))
+    return TASK.collate(examples)
+
+
+def trained(folder, level: int, dtype=torch.float32, dropout: float = 0.0):
+    """A model at a level with a component that is not zero; gradients are accumulated, not applied."""
+    model = load_base(folder, quantization="nf4", compute_dtype=dtype, device="cpu")
+    adapter = attach(model, inner_rank=2, alpha=4.0, dropout=dropout)
+    settings = GrowthSettings(t_in=5, check_every=2, warmup=1, restart_warmup=1, eps_out=1e-9)
+    controller = GrowthController(adapter, settings, learning_rate=1e-2, total_steps=100)
+    for _, layer in adapter.active_layers():
+        torch.nn.init.normal_(layer.active_B, std=0.1, generator=torch.Generator().manual_seed(1))
+    adapter.refresh()
+    apply_level(model, level)
+    return model.train(), controller
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that do not divide the sequence."""
+    monkeypatch.setattr(levels_module, "tile_tokenwise", lambda model: tiled_module.tile_tokenwise(model, 37 * 64))
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_levels_without_a_packed_head_change_no_gradient(tiny_folder, level: int) -> None:
+    results = {}
+    for chosen in (0, level):
+        model, controller = trained(tiny_folder, chosen)
+        loss, count = TASK.loss(model, batch())
+        (loss / count).backward()
+        results[chosen] = (loss.item(), controller.trainer.optimiser.gradients.clone())
+    assert results[0][1].norm() > 0
+    assert results[level][0] == pytest.approx(results[0][0], rel=1e-6)
+    torch.testing.assert_close(results[level][1], results[0][1], rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_is_the_same_when_a_layer_is_recomputed(tiny_folder) -> None:
+    gradients = []
+    for level in (0, 1):
+        model, controller = trained(tiny_folder, level, dropout=0.3)
+        torch.manual_seed(11)
+        loss, count = TASK.loss(model, batch())
+        (loss / count).backward()
+        gradients.append(controller.trainer.optimiser.gradients.clone())
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+
+
+def test_level_3_is_the_model_with_a_4_bit_head(tiny_folder) -> None:
+    """Its loss is that of a dense model whose head holds the dequantised values."""
+    from qaroma.method.dequantise import dense_weight
+
+    model, _ = trained(tiny_folder, 3)
+    loss, _ = TASK.loss(model, batch())
+    head = model.get_output_embeddings()
+    assert head.weight.dtype == torch.uint8
+    twin, _ = trained(tiny_folder, 0)
+    twin.set_output_embeddings(torch.nn.Linear(64, 512, bias=False))
+    twin.get_output_embeddings().weight.data = dense_weight(head, torch.float32).clone()
+    expected, _ = TASK.loss(twin, batch())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    plain, _ = TASK.loss(trained(tiny_folder, 0)[0], batch())
+    assert loss.item() != pytest.approx(plain.item(), rel=1e-6)  # it costs something
+
+
+def test_the_embedding_lies_on_the_host_only_where_the_head_does_not_share_it(tiny_folder, tmp_path) -> None:
+    from transformers import LlamaForCausalLM
+
+    LlamaForCausalLM(tiny_config(tie_word_embeddings=False)).save_pretrained(tmp_path / "untied")
+    assert not isinstance(trained(tiny_folder, 2)[0].get_input_embeddings(), HostEmbedding)
+    for folder, level in ((tiny_folder, 3), (tmp_path / "untied", 2)):
+        model, _ = trained(folder, level)
+        assert isinstance(model.get_input_embeddings(), HostEmbedding)
+        loss, _ = TASK.loss(model, batch())
+        loss.backward()
+
+
+def test_layer_inputs_go_through_the_host_and_one_layer_comes_back_ahead(tiny_folder) -> None:
+    model, controller = trained(tiny_folder, 2)
+    booked: list[torch.Size] = []
+    with host_memory_booked(lambda t: booked.append(t.shape)):
+        loss, count = TASK.loss(model, batch())
+        (loss / count).backward()
+    assert booked == [torch.Size((3, 40, 64))] * 2  # two layers
+    gradients = controller.trainer.optimiser.gradients.clone()
+    controller.trainer.optimiser.zero_grad()
+    loss, count = TASK.loss(model, batch())
+    (loss / count).backward()
+    assert torch.equal(controller.trainer.optimiser.gradients, gradients)
+
+
+def test_a_checkpointed_tiled_mlp_runs_forward_twice_not_three_times(tiny_folder) -> None:
+    model, _ = trained(tiny_folder, 2)
+    rows = []
+    for layer in model.model.layers:
+        layer.mlp.up_proj.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[0]))
+    loss, count = TASK.loss(model, batch())
+    forward = sum(rows)
+    (loss / count).backward()
+    assert forward == 2 * 3 * 40
+    assert sum(rows) == 2 * forward
+
+
+def test_losses_agree_over_fifty_steps(tiny_folder) -> None:
+    """fp32, same seed, growth included: every technique on and off."""
+    curves = []
+    for level in (0, 1, 2):
+        model, controller = trained(tiny_folder, level)
+        curve = []
+        for _ in range(50):
+            loss, count = TASK.loss(model, batch(2, 30))
+            (loss / count).backward()
+            controller.step()
+            curve.append(loss.item() / count)
+        curves.append(curve)
+    assert curves[0][-1] < curves[0][0] - 0.1
+    for other in curves[1:]:
+        assert max(abs(a - b) for a, b in zip(curves[0], other, strict=True)) < 1e-4
+
+
+def test_levels_only_ever_save_more() -> None:
+    switches = [[v for v in vars(level).values() if isinstance(v, bool)] for level in LEVELS]
+    for fewer, more in itertools.pairwise(switches):
+        assert all(b or not a for a, b in zip(fewer, more, strict=True))
+        assert sum(more) > sum(fewer)

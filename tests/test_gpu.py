@@ -1,0 +1,86 @@
+"""What only a GPU can show. Run with: pytest -m gpu"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+CUDA = torch.device("cuda")
+MIB = 2**20
+
+
+def step_at(level: int, length: int, layers: int = 4):
+    """One step of LLaMA-3-8B's shape, ``layers`` deep; returns step, method and config."""
+    from qaroma.bench.contestants import examples, qaroma_step, random_base
+    from qaroma.plan.shapes import model_config
+
+    config = model_config("llama3-8b")
+    config.num_hidden_layers = layers
+    torch.manual_seed(0)
+    model = random_base(config, dtype=torch.bfloat16, device=CUDA)
+    rows = examples(config.vocab_size, rows=1, length=length)
+    return *qaroma_step(model, rows, level=level, frozen=16), config
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_offload_and_tiles_change_no_gradient(level: int) -> None:
+    from qaroma.bench.contestants import examples, qaroma_step, random_base, twin
+    from qaroma.plan.shapes import model_config
+
+    config = model_config("llama3-8b")
+    config.num_hidden_layers = 3
+    model = random_base(config, dtype=torch.bfloat16, device=CUDA)
+    rows = examples(config.vocab_size, rows=1, length=3000)
+    values = []
+    for chosen in (0, level):
+        torch.manual_seed(1)
+        step, method = qaroma_step(twin(model), rows, level=chosen)
+        for _ in range(3):
+            step()
+        values.append(method.trainer.optimiser.values.clone())
+    naive_error = values[0].norm() * 2**-8
+    assert (values[1] - values[0]).norm() < naive_error
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize("length", [2048, 8192])
+def test_the_allocator_agrees_with_the_plan(level: int, length: int) -> None:
+    from qaroma.plan.trace import StepSettings, trace_step
+
+    step, _, config = step_at(level, length)
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    measured = torch.cuda.max_memory_allocated()
+    planned = trace_step(config, StepSettings(level=level, seq_len=length)).peak.bytes
+    assert measured == pytest.approx(planned, rel=0.05)
+
+
+def test_a_check_costs_one_synchronisation() -> None:
+    step, method, _ = step_at(1, 256, layers=1)
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert method.step() == []  # no check is due
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_bf16_nf4_trains_and_grows_on_the_gpu(tiny_folder) -> None:
+    from qaroma import GrowthController, GrowthSettings, attach, load_base
+
+    model = load_base(tiny_folder, device="cuda")
+    adapter = attach(model)
+    settings = GrowthSettings(t_in=5, check_every=2, warmup=1, restart_warmup=1, eps_out=1e-9)
+    growth = GrowthController(adapter, settings, learning_rate=1e-2, total_steps=40)
+    batch = torch.arange(3, 60, device=CUDA)[None]
+    losses = []
+    for _ in range(30):
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        growth.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+    assert min(adapter.ranks().values()) > 3
