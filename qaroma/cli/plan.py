@@ -1,0 +1,64 @@
+"""``qaroma plan``."""
+
+from __future__ import annotations
+
+import click
+
+from qaroma.cli.options import config_option
+from qaroma.cli.output import JSON_OPTION, figures_only
+
+_EPILOG = """\b
+Examples:
+  qaroma plan --model llama3-8b --vram 8GiB
+  qaroma plan --model mistralai/Mistral-7B-v0.3 --seq-len 8192 --memory 2
+"""
+
+
+@click.command(epilog=_EPILOG)
+@click.option("--model", required=True, metavar="TEXT",
+              help="Built-in shape (llama3-8b, qwen2.5-7b, ...), config.json, folder or hub id.")  # fmt: skip
+@click.option("--vram", metavar="SIZE", help="Memory of the card, as 8GiB. Default: this machine's GPU, if it has one.")
+@click.option("--seq-len", type=click.IntRange(min=2), default=2048, show_default=True, metavar="INTEGER",
+              help="Tokens of a sequence.")  # fmt: skip
+@click.option("--micro-batch", type=click.IntRange(min=1), default=1, show_default=True, metavar="INTEGER",
+              help="Sequences in one forward pass.")  # fmt: skip
+@config_option("training.memory")
+@click.option("--rank-frozen", type=click.IntRange(min=0), default=16, show_default=True, metavar="INTEGER",
+              help="Rank of the frozen components of every layer.")  # fmt: skip
+@config_option("model.trust_remote_code")
+@JSON_OPTION
+def command(
+    model: str,
+    vram: str | None,
+    seq_len: int,
+    micro_batch: int,
+    training__memory: str | None,
+    rank_frozen: int,
+    model__trust_remote_code: bool | None,
+    json_output: bool,
+) -> None:
+    """Tell what a training step takes and what fits a card, without weights and without a GPU.
+
+    The step is run on tensors that have a shape and no contents, and every byte that is alive is
+    counted: nothing is estimated from a formula.
+    """
+    from rich.console import Console
+
+    from qaroma.plan.report import make_plan, parse_memory, print_plan, this_card
+    from qaroma.plan.trace import StepSettings
+
+    with figures_only(json_output) as write:
+        card = parse_memory(vram) if vram else this_card()
+        with Console(stderr=True).status("reading the model's shapes") as status:
+            plan = make_plan(
+                model,
+                StepSettings(0, seq_len, micro_batch, frozen_rank=rank_frozen),
+                memory=training__memory or "auto",
+                vram=card,
+                trust_remote_code=bool(model__trust_remote_code),
+                tell=lambda doing: status.update(doing),
+            )
+        if json_output:
+            write(plan.to_json())
+            return
+    print_plan(plan, Console())

@@ -1,0 +1,1 @@
+"""How much memory a training step takes, without weights and without a GPU."""

@@ -1,0 +1,168 @@
+"""Counting the bytes that are alive while code runs, on real tensors or fake ones."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most bytes of a phase: how many, of which categories, and after which operation (from 1)."""
+
+    bytes: int
+    categories: dict[str, int]
+    event: int
+
+
+@dataclass
+class Memory:
+    """What one memory holds now, and the most that it held in each phase."""
+
+    now: int = 0
+    categories: Counter[str] = field(default_factory=Counter)
+    peaks: dict[str, Peak] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> Peak:
+        """The largest of all phases."""
+        return max(self.peaks.values(), key=lambda peak: peak.bytes, default=Peak(0, {}, 0))
+
+    def add(self, category: str, size: int) -> None:
+        self.now += size
+        self.categories[category] += size
+
+    def note(self, phase: str, event: int) -> None:
+        """Keep what there is now if the phase never had more."""
+        known = self.peaks.get(phase)
+        if known is None or self.now > known.bytes:
+            self.peaks[phase] = Peak(self.now, {name: size for name, size in self.categories.items() if size}, event)
+
+
+@dataclass(frozen=True)
+class Contributor:
+    """Storages of one kind that are alive at one moment: their bytes, how many, and what made them."""
+
+    bytes: int
+    count: int
+    category: str
+    made_by: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass
+class _Entry:
+    reference: weakref.ref[Any]  # held for its callback
+    bytes: int
+    category: str
+    memory: Memory
+    made_by: Any  # an operation, or a word
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows every storage that an operation inside the block returns, until it dies.
+
+    A storage counts once however many tensors view it, at its whole size, from the operation that
+    made it until nothing refers to it any more (autograd's saved tensors do). What an operation
+    allocates and frees inside itself is not seen. A phase's peak is known when the phase has ended.
+
+    Args:
+        snapshot_at: after this operation, keep what is alive in :attr:`contributors`.
+
+    Attributes:
+        device, host: the two memories; everything is on the device but what :meth:`book_on_host` was given.
+        events: operations so far.
+        category: what new storages are booked under.
+    """
+
+    def __init__(self, *, snapshot_at: int | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device, self.host = Memory(), Memory()
+        self.events, self.category = 0, "other"
+        self.contributors: tuple[Contributor, ...] = ()
+        self._snapshot_at, self._phase = snapshot_at, "setup"
+        self._entries: dict[int, _Entry] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.events += 1
+        for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._see(leaf, func)
+        if self.events == self._snapshot_at:
+            self.contributors = self.alive()
+        return result
+
+    def __exit__(self, *error: Any) -> None:
+        self._note()
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def phase(self, name: str, category: str) -> None:
+        """Begin another phase, which has its own peak; new storages are booked under ``category``."""
+        self._note()
+        self._phase, self.category = name, category
+        self._note()
+
+    def adopt(self, tensors: Iterable[Tensor], category: str) -> None:
+        """Count tensors that were made outside the block, or book known ones under another category."""
+        for tensor in tensors:
+            entry = self._see(tensor, "adopted")
+            self._move(entry, category, entry.memory)
+
+    def book_on_host(self, tensor: Tensor) -> None:
+        """Count this tensor, made by the last operation, in the host's memory instead."""
+        entry = self._see(tensor, "adopted")
+        self._move(entry, entry.category, self.host)
+
+    def alive(self) -> tuple[Contributor, ...]:
+        """What lies on the device now, the largest first; storages that are alike are one line."""
+        groups: dict[Any, list[int]] = defaultdict(list)
+        for entry in self._entries.values():
+            if entry.memory is self.device:
+                groups[entry.category, str(entry.made_by), entry.shape, entry.dtype].append(entry.bytes)
+        lines = [Contributor(sum(sizes), len(sizes), *key) for key, sizes in groups.items()]
+        return tuple(sorted(lines, key=lambda line: -line.bytes))
+
+    def _see(self, tensor: Tensor, made_by: Any) -> _Entry:
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        entry = self._entries.get(key)
+        if entry is None:
+            reference = weakref.ref(storage, lambda _: self._forget(key))
+            entry = _Entry(reference, 0, self.category, self.device, made_by, tuple(tensor.shape), tensor.dtype)
+            self._entries[key] = entry
+        if size != entry.bytes:  # new, or resized in place
+            if size < entry.bytes:
+                self._note()
+            entry.memory.add(entry.category, size - entry.bytes)
+            entry.bytes = size
+        return entry
+
+    def _forget(self, key: int) -> None:
+        self._note()
+        entry = self._entries.pop(key)
+        entry.memory.add(entry.category, -entry.bytes)
+
+    def _move(self, entry: _Entry, category: str, memory: Memory) -> None:
+        entry.memory.add(entry.category, -entry.bytes)
+        entry.category, entry.memory = category, memory
+        memory.add(category, entry.bytes)
+
+    def _note(self) -> None:
+        """Look for a peak. Called before the bytes fall, which is when one has been reached; so a copy that
+        is booked on the host right after it was made never counts as the device's."""
+        for memory in (self.device, self.host):
+            memory.note(self._phase, self.events)

@@ -1,0 +1,138 @@
+"""A base model of the right shapes and no contents, its linear layers in 4 bits.
+
+It is what :func:`qaroma.load_base` would load, without reading or computing anything.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qaroma.model.bnb import bnb
+from qaroma.model.targets import find_targets
+
+BLOCK = 64  # weights that share one quantisation constant (QLoRA, section 3)
+NESTED_BLOCK = 256  # such constants that share one of their own
+
+
+def with_depth(config: Any, layers: int) -> Any:
+    """The same architecture with so many decoder layers: the first ones, where they differ."""
+    changed = copy.deepcopy(config)
+    text = changed.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return changed
+
+
+def skeleton(
+    config: Any, *, dtype: torch.dtype = torch.bfloat16, packed: bool = True, double: bool = True,
+    packed_head: bool = False,
+) -> Any:  # fmt: skip
+    """The model on device ``meta``, its linear layers replaced by ``Linear4bit``.
+
+    Attention is SDPA where transformers has it for the architecture, else its eager one.
+
+    Args:
+        config: transformers' configuration of a causal language model.
+        dtype: compute dtype: of embeddings, norms, head and arithmetic.
+        packed: whether the linear layers lie in 4 bits.
+        double: whether their quantisation constants are quantised too.
+        packed_head: put the output head into 4 bits as well, as memory level 3 does.
+
+    Returns:
+        The model in eval mode, nothing of it requiring a gradient. Give it to :func:`materialise`.
+    """
+    with torch.device("meta"):
+        model = _from_config(config, dtype)
+        head = model.get_output_embeddings()
+        linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        for name, plain in linear:
+            if not (packed_head if plain is head else packed):
+                continue
+            parent, _, child = name.rpartition(".")
+            layer = bnb.nn.Linear4bit(
+                plain.in_features, plain.out_features, plain.bias is not None,
+                compute_dtype=dtype, compress_statistics=double or plain is head, quant_type="nf4",
+            )  # fmt: skip
+            if plain.bias is not None:
+                layer.bias = plain.bias
+            setattr(model.get_submodule(parent), child, layer)
+    return model.requires_grad_(False).eval()
+
+
+def _from_config(config: Any, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    except ValueError as error:
+        if "does not support an attention implementation" not in str(error):
+            raise
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+
+
+def materialise(model: nn.Module) -> None:
+    """Give a skeleton new, uninitialised tensors on the default device. Tied parameters stay tied."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    if isinstance(tensor, bnb.nn.Params4bit):
+                        made[id(tensor)] = _packed(tensor, module.compute_dtype)
+                    else:
+                        empty = torch.empty(tuple(tensor.shape), dtype=tensor.dtype)
+                        made[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+                table[name] = made[id(tensor)]  # type: ignore[assignment]
+
+
+def _packed(weight: Any, dtype: Any) -> nn.Parameter:
+    """An NF4 weight in the layout of ``quantize_4bit``, as the plain parameter that computing with it needs."""
+    blocks = math.ceil(weight.numel() / BLOCK)
+    double = weight.compress_statistics
+    packed: Any = nn.Parameter(torch.empty(math.ceil(weight.numel() / 2), 1, dtype=torch.uint8), False)
+    packed.quant_state = bnb.functional.QuantState(
+        absmax=torch.empty(blocks, dtype=torch.uint8 if double else torch.float32),
+        shape=weight.shape,
+        code=torch.empty(16),
+        blocksize=BLOCK,
+        quant_type="nf4",
+        dtype=dtype,
+        offset=torch.empty(()) if double else None,
+        state2=_nested_constants(blocks) if double else None,
+    )
+    return packed  # type: ignore[no-any-return]
+
+
+def _nested_constants(blocks: int) -> Any:
+    return bnb.functional.QuantState(
+        absmax=torch.empty(math.ceil(blocks / NESTED_BLOCK)),
+        code=torch.empty(256),
+        blocksize=NESTED_BLOCK,
+        dtype=torch.float32,
+    )
+
+
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that a module holds, quantisation constants included."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        yield tensor
+        state = getattr(tensor, "quant_state", None)
+        while state is not None:
+            yield from (part for part in (state.absmax, state.code, state.offset) if part is not None)
+            state = state.state2
+
+
+def adapter_parameters(model: nn.Module, targets: str | tuple[str, ...] = "all-linear") -> int:
+    """Parameters of a rank-one component in every layer that has an adapter: the sum of in- and out-features."""
+    names = find_targets(model, targets if isinstance(targets, str) else list(targets))
+    layers: list[Any] = [model.get_submodule(name) for name in names]
+    return sum(layer.in_features + layer.out_features for layer in layers)

@@ -1,0 +1,242 @@
+"""What ``qaroma plan`` answers, as figures and as a page to read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from qaroma.engine.levels import LEVELS
+from qaroma.errors import QaromaError
+from qaroma.model.failures import explained
+from qaroma.plan.phantom import adapter_parameters, skeleton
+from qaroma.plan.search import LONGEST, RESERVE, Estimate, Planner
+from qaroma.plan.shapes import model_config
+from qaroma.plan.trace import StepSettings
+from qaroma.plan.workspaces import workspaces_measured
+
+CHECKPOINTS = 3  # on disk at a time: two are kept while a third is written
+_PHASES = {
+    "setup": "set-up",
+    "forward": "forward pass",
+    "loss": "loss",
+    "backward": "backward pass",
+    "update": "update",
+}
+_UNITS = {"": 2**30, "g": 2**30, "m": 2**20, "t": 2**40}
+
+
+def parse_memory(text: str) -> int:
+    """The bytes of a card as one would say it: ``8GiB``, ``8GB``, ``8`` or ``8192MiB``.
+
+    GB counts as GiB: the 8 GB of a card's name are 8,192 MiB.
+
+    Raises:
+        QaromaError: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([gmt]?)i?b?\s*", text, re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise QaromaError(f"Got memory '{text}'; expected a size such as 8GiB or 8192MiB. Type: --vram 8GiB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def this_card() -> int | None:
+    """The memory of this machine's GPU in bytes; None where it has none."""
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer for one model and one step.
+
+    Attributes:
+        model: as it was named.
+        parameters, trained: of the base, and of one component in all its layers.
+        positions: longest input that the model was made for.
+        vram: bytes of the card; None where none was named.
+        levels: the same step at every level that was looked at.
+        chosen: the level to use; None where none fits.
+        longest: the step with the longest context that fits; None without a card, or where nothing does.
+        disk: bytes of the base's download and of a run.
+    """
+
+    model: str
+    parameters: int
+    trained: int
+    positions: int | None
+    vram: int | None
+    levels: tuple[Estimate, ...]
+    chosen: Estimate | None
+    longest: Estimate | None
+    disk: int
+
+    @property
+    def shown(self) -> Estimate:
+        """The step whose bytes are laid out: the chosen one, or the smallest there is."""
+        return self.chosen or self.levels[-1]
+
+    def to_json(self) -> dict[str, Any]:
+        """Every figure, in bytes and tokens."""
+        shown, settings = self.shown, self.shown.settings
+        return {
+            "model": self.model,
+            "seq_len": settings.seq_len,
+            "micro_batch": settings.micro_batch,
+            "memory_level": settings.level,
+            "peak_bytes": shown.peak,
+            "resident_bytes": shown.resident,
+            "host_bytes": shown.host,
+            "disk_bytes": self.disk,
+            "vram_bytes": self.vram,
+            "fits": None if self.vram is None else self.chosen is not None,
+            "max_context": None if self.longest is None else self.longest.settings.seq_len,
+            "max_context_level": None if self.longest is None else self.longest.settings.level,
+            "max_context_host_bytes": None if self.longest is None else self.longest.host,
+            "breakdown": shown.breakdown,
+            "levels": [
+                {"memory_level": e.settings.level, "peak_bytes": e.peak, "resident_bytes": e.resident,
+                 "host_bytes": e.host, "full_depth": e.exact}
+                for e in self.levels
+            ],
+        }  # fmt: skip
+
+
+def make_plan(
+    model: str, settings: StepSettings, *, memory: str = "auto", vram: int | None = None,
+    trust_remote_code: bool = False, tell: Callable[[str], None] = lambda _: None,
+) -> Plan:  # fmt: skip
+    """Find out what a step takes and what a card holds.
+
+    Args:
+        model: see :func:`qaroma.plan.shapes.model_config`.
+        settings: of the step; its level does not matter.
+        memory: ``auto`` or a level.
+        vram: bytes of the card, if one is meant.
+        trust_remote_code: run Python code that comes with the model.
+        tell: called with what is being looked at.
+
+    Raises:
+        QaromaError: no such model, one that cannot be planned, or a card smaller than what is kept free.
+    """
+    if vram is not None and vram <= RESERVE:
+        raise QaromaError(f"Got a card of {_size(vram)}; expected more than the {_size(RESERVE)} that are kept free")
+    config = model_config(model, trust_remote_code=trust_remote_code)
+    with explained(model):
+        base = skeleton(config, packed=False)
+    planner = Planner(config)
+    limit = None if vram is None else vram - RESERVE
+    asked = range(len(LEVELS)) if memory == "auto" else (int(memory),)
+    levels = []
+    for level in asked:
+        tell(f"tracing a step of {settings.seq_len:,} tokens at level {level}")
+        levels.append(planner.estimate(replace(settings, level=level)))
+    fitting = [index for index, found in enumerate(levels) if limit is None or found.peak <= limit]
+    chosen = None
+    if fitting and (limit is not None or len(levels) == 1):
+        tell("tracing all layers")
+        chosen = levels[fitting[0]] = planner.verified(levels[fitting[0]].settings)
+    longest = None
+    if limit is not None:
+        tell(f"looking for the longest context at level {asked[-1]}")
+        longest = planner.longest_context(replace(settings, level=asked[-1]), limit)
+    parameters = sum(p.numel() for p in base.parameters())
+    width = adapter_parameters(base, settings.targets)
+    trained, frozen = width * settings.inner_rank, width * settings.frozen_rank
+    disk = 2 * parameters + CHECKPOINTS * (12 * trained + 2 * frozen)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return Plan(model, parameters, trained, positions, vram, tuple(levels), chosen, longest, disk)
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Write a plan for people."""
+    say = partial(console.print, highlight=False, soft_wrap=True)
+    settings = plan.shown.settings
+    say(
+        f"{plan.model}: {plan.parameters:,} parameters; {settings.micro_batch} x {settings.seq_len:,} tokens, "
+        f"{settings.frozen_rank} frozen ranks and {settings.inner_rank} in training in every layer\n"
+    )
+    console.print(_levels_table(plan))
+    say("")
+    for found in plan.levels:
+        say(f"Level {found.settings.level}: {LEVELS[found.settings.level].summary}.")
+    say(f"\nWhere the bytes are at the peak of level {settings.level}, which is in the {_PHASES[plan.shown.phase]}:")
+    console.print(_breakdown_table(plan))
+    for line in ("", *_lines(plan)):
+        say(line)
+
+
+def _levels_table(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("level", "peak", "between steps", "host memory"):
+        table.add_column(name, justify="right")
+    if plan.vram is not None:
+        table.add_column(f"on {_size(plan.vram)}")
+    for found in plan.levels:
+        row = [str(found.settings.level), *(_size(count) for count in (found.peak, found.resident, found.host))]
+        if plan.vram is not None:
+            row.append("fits" if found.peak <= plan.vram - RESERVE else "too large")
+        table.add_row(*row)
+    return table
+
+
+def _breakdown_table(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(min_width=20)
+    table.add_column(justify="right")
+    for name, size in sorted(plan.shown.breakdown.items(), key=lambda item: -item[1]):
+        if name == "kernel_workspaces" and not workspaces_measured():
+            table.add_row("kernel workspaces", "not measured")
+        elif size >= 2**20:
+            table.add_row(name.replace("_", " "), _size(size))
+    table.add_row("together", _size(plan.shown.peak))
+    return table
+
+
+def _lines(plan: Plan) -> list[str]:
+    """What follows from the figures, a sentence each."""
+    lines = []
+    settings = plan.shown.settings
+    if plan.vram is not None:
+        card = f"{_size(plan.vram)} of memory, {_size(RESERVE)} of it kept free"
+        if plan.chosen is not None:
+            lines.append(f"Use --memory {settings.level}: the fastest level that fits {card}.")
+        else:
+            lines.append(f"Too large for {card}: level {settings.level} takes {_size(plan.shown.peak)}.")
+        lines += _context_lines(plan)
+    else:
+        lines.append("Say which card, to see the level to use and the longest context: --vram 8GiB")
+    host = plan.shown.host
+    if host:
+        lines.append(f"Host memory: {_size(host)}{_beside_this_machine(host)}.")
+    lines.append(f"Disk: {_size(plan.disk)} for the download in bf16 and the checkpoints of a run.")
+    return lines
+
+
+def _context_lines(plan: Plan) -> list[str]:
+    longest = plan.longest
+    if longest is None:
+        return ["No context fits. Name a smaller --model, or a larger card."]
+    tokens = longest.settings.seq_len
+    least = "at least " if tokens >= LONGEST else ""
+    depth = "" if longest.exact else "; extrapolated over the layers"
+    line = f"Longest context that fits: {least}{tokens:,} tokens, at level {longest.settings.level}{depth}"
+    lines = [f"{line}, with {_size(longest.host)} of host memory{_beside_this_machine(longest.host)}."]
+    if plan.positions is not None and tokens > plan.positions:
+        lines.append(f"The model was made for {plan.positions:,} tokens.")
+    return lines
+
+
+def _beside_this_machine(host: int) -> str:
+    there = psutil.virtual_memory().total
+    return f", more than this machine's {_size(there)}" if host > there else ""
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 100 or not count else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,196 @@
+"""From single traces to answers: the peak at full depth, the level that fits, the longest context.
+
+A model's layers are alike, so every figure of a phase is a straight line over their number: two
+shallow traces give it for any depth.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qaroma.engine.levels import LEVELS
+from qaroma.plan.counter import Peak
+from qaroma.plan.phantom import with_depth
+from qaroma.plan.trace import StepSettings, Trace, trace_step
+from qaroma.plan.workspaces import workspace_bytes
+
+RESERVE = int(0.65 * 2**30)  # of a card's memory: CUDA's context and what fragmentation costs
+GRAIN = 256  # a context is found to so many tokens
+LONGEST = 2**18  # beyond it nobody looks
+SHALLOW = (2, 4)  # depths that a deeper model is extrapolated from
+PATIENCE_S = 60.0  # that a trace at full depth may take
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One step of a model, in bytes.
+
+    Attributes:
+        settings: of the step.
+        peak, resident: on the device.
+        host: the most in host memory.
+        breakdown: what the device holds at the peak; sums to ``peak``.
+        phases: the peak of each phase of the step.
+        exact: traced at full depth, not extrapolated.
+    """
+
+    settings: StepSettings
+    peak: int
+    resident: int
+    host: int
+    breakdown: dict[str, int]
+    phases: dict[str, int]
+    exact: bool
+
+    @property
+    def phase(self) -> str:
+        """Where the peak is."""
+        return max(self.phases, key=lambda name: self.phases[name])
+
+
+class Planner:
+    """Answers about one model. Traces are kept, so that no question costs one twice.
+
+    Args:
+        config: transformers' configuration of a causal language model.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.layers: int = config.get_text_config().num_hidden_layers
+        self._traces: dict[tuple[StepSettings, int], Trace] = {}
+        self._seconds: dict[tuple[StepSettings, int], float] = {}
+
+    def estimate(self, settings: StepSettings) -> Estimate:
+        """A step's memory, extrapolated from shallow traces."""
+        if self.layers <= SHALLOW[1]:
+            return self.exact(settings)
+        few, more = (self._trace(settings, depth) for depth in SHALLOW)
+        steps = (self.layers - SHALLOW[0]) / (SHALLOW[1] - SHALLOW[0])
+
+        def line(a: int, b: int) -> int:
+            return round(a + (b - a) * steps)
+
+        peaks = {name: _peak_line(few.peaks[name], more.peaks[name], line) for name in more.peaks}
+        deep = Trace(line(few.resident, more.resident), peaks, line(few.host, more.host))
+        return self._estimate(settings, deep, exact=False)
+
+    def exact(self, settings: StepSettings) -> Estimate:
+        """A step's memory, traced at full depth."""
+        return self._estimate(settings, self._trace(settings, self.layers), exact=True)
+
+    def verified(self, settings: StepSettings) -> Estimate:
+        """Traced at full depth, unless that would take longer than anybody waits."""
+        estimate = self.estimate(settings)
+        if estimate.exact:
+            return estimate
+        few, more = (self._seconds[settings, depth] for depth in SHALLOW)
+        seconds = few + (more - few) / (SHALLOW[1] - SHALLOW[0]) * (self.layers - SHALLOW[0])
+        return self.exact(settings) if seconds < PATIENCE_S else estimate
+
+    def fastest_level(self, settings: StepSettings, device_bytes: int, host_bytes: int | None) -> int | None:
+        """The first level whose step fits.
+
+        Args:
+            settings: of the step; its own level does not matter.
+            device_bytes: that the step may take, :data:`RESERVE` already left out on a GPU.
+            host_bytes: likewise of the host's memory; None where the device is the host, whose memory
+                holds both.
+
+        Returns:
+            The level, or None where the smallest does not fit either.
+        """
+        for level in range(len(LEVELS)):
+            found = self.estimate(replace(settings, level=level))
+            if host_bytes is None and found.peak + found.host <= device_bytes:
+                return level
+            if host_bytes is not None and found.peak <= device_bytes and found.host <= host_bytes:
+                return level
+        return None
+
+    def longest_context(self, settings: StepSettings, device_bytes: int) -> Estimate | None:
+        """The longest sequence whose step fits, to :data:`GRAIN` tokens, at most :data:`LONGEST`.
+
+        Args:
+            settings: of the step; its own length does not matter.
+            device_bytes: that the step may take.
+
+        Returns:
+            That step, verified at full depth where possible; None where not even ``GRAIN`` tokens fit.
+        """
+
+        best = _longest(lambda tokens: self.estimate(replace(settings, seq_len=tokens)).phases, device_bytes)
+        while best:
+            found = self.verified(replace(settings, seq_len=best))
+            if found.peak <= device_bytes:
+                return found
+            best = best * 49 // 50 // GRAIN * GRAIN
+        return None
+
+    def _trace(self, settings: StepSettings, depth: int) -> Trace:
+        key = (settings, depth)
+        if key not in self._traces:
+            start = time.perf_counter()
+            self._traces[key] = trace_step(with_depth(self.config, depth), settings)
+            self._seconds[key] = time.perf_counter() - start
+        return self._traces[key]
+
+    def _estimate(self, settings: StepSettings, trace: Trace, *, exact: bool) -> Estimate:
+        phase = max(trace.peaks, key=lambda name: trace.peaks[name].bytes)
+        workspaces = workspace_bytes(self.config, settings.seq_len * settings.micro_batch)
+        breakdown = dict(trace.peaks[phase].categories)
+        layer = breakdown.pop("layer", 0)
+        breakdown["layer_recompute" if LEVELS[settings.level].checkpointing else "activations"] = layer
+        breakdown["kernel_workspaces"] = workspaces
+        phases = {name: peak.bytes + workspaces for name, peak in trace.peaks.items()}
+        return Estimate(settings, phases[phase], trace.resident, trace.host, breakdown, phases, exact)
+
+
+def _peak_line(few: Peak, more: Peak, line: Callable[[int, int], int]) -> Peak:
+    names = {**few.categories, **more.categories}
+    categories = {name: line(few.categories.get(name, 0), more.categories.get(name, 0)) for name in names}
+    return Peak(line(few.bytes, more.bytes), categories, 0)
+
+
+def _longest(phases: Callable[[int], dict[str, int]], limit: int) -> int:
+    """The largest multiple of ``GRAIN`` up to ``LONGEST`` where every phase stays within the limit, or 0.
+
+    The bytes of a phase grow with the tokens, along straight lines that only ever become steeper. So
+    the line through two lengths that fit leads to a guess that is not too small, and the line from
+    one that fits to one that does not to a guess that is not too large. The search ends when the
+    first is within a hundredth of what fitted.
+    """
+    fits: list[tuple[int, dict[str, int]]] = []  # ascending
+    over: tuple[int, dict[str, int]] = (LONGEST + GRAIN, {})
+    guess = 8 * GRAIN
+    while True:
+        point = (guess, phases(guess))
+        if max(point[1].values()) <= limit:
+            fits.append(point)
+        else:
+            over = point
+        longest = fits[-1][0] if fits else 0
+        if over[0] - longest <= max(GRAIN, longest // 100):
+            return longest
+        if len(fits) < 2:
+            guess = min(4 * guess, (longest + over[0]) // 2) if fits else guess // 2
+        else:
+            guess = _crossing(fits[-2], fits[-1], limit, over[0])
+            if guess - longest < max(GRAIN, longest // 100):
+                return longest
+            if over[1]:
+                guess = (guess + _crossing(fits[-1], over, limit, over[0])) // 2
+        guess = min(max(guess // GRAIN * GRAIN, longest + GRAIN), over[0] - GRAIN)
+
+
+def _crossing(a: tuple[int, dict[str, int]], b: tuple[int, dict[str, int]], limit: int, most: int) -> int:
+    """The first length where the line of a phase through two points reaches the limit, at most ``most``."""
+    found = float(most)
+    for phase, at_b in b[1].items():
+        at_a = a[1][phase]
+        if at_b > at_a:
+            found = min(found, a[0] + (limit - at_a) * (b[0] - a[0]) / (at_b - at_a))
+    return int(found)

@@ -1,0 +1,192 @@
+"""One real training step on tensors without memory, and what is alive while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qaroma.engine.checkpointing import host_memory_booked
+from qaroma.engine.levels import LEVELS, apply_level
+from qaroma.errors import QaromaError
+from qaroma.method.aroma import GrowthController
+from qaroma.method.growth import GrowthSettings
+from qaroma.model.attach import attach
+from qaroma.plan.counter import Contributor, LiveStorages, Peak
+from qaroma.plan.phantom import materialise, skeleton, tensors_of
+from qaroma.plan.weightless import weightless
+from qaroma.tasks.base import Batch
+from qaroma.tasks.causal_lm import CausalLM
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What decides the memory of a step, apart from the model.
+
+    Attributes:
+        level: memory level, index into :data:`qaroma.engine.levels.LEVELS`.
+        seq_len, micro_batch: tokens of a sequence, all of them trained, and sequences.
+        inner_rank, frozen_rank: of the component that trains, and of the frozen ones, in every layer.
+        targets: layers that have an adapter.
+        quantized, double_quantization: whether linear layers lie in 4 bits, and their constants in 8.
+        dtype: compute dtype.
+    """
+
+    level: int
+    seq_len: int
+    micro_batch: int = 1
+    inner_rank: int = 1
+    frozen_rank: int = 16
+    targets: str | tuple[str, ...] = "all-linear"
+    quantized: bool = True
+    double_quantization: bool = True
+    dtype: torch.dtype = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a step took, in bytes.
+
+    Attributes:
+        resident: on the device between steps.
+        peaks: the most on the device in each phase: ``setup`` (adapter and optimiser are made),
+            ``forward``, ``loss``, ``backward``, ``update``. Loading the base is no part of it.
+        host: the most in host memory.
+        contributors: what was alive at the highest peak, storage by storage, where that was asked for.
+    """
+
+    resident: int
+    peaks: dict[str, Peak]
+    host: int
+    contributors: tuple[Contributor, ...] = ()
+
+    @property
+    def peak(self) -> Peak:
+        return max(self.peaks.values(), key=lambda peak: peak.bytes)
+
+
+def trace_step(config: Any, settings: StepSettings, *, snapshot_at: int | None = None) -> Trace:
+    """Run one training step on weightless tensors and count.
+
+    Args:
+        config: transformers' configuration of a causal language model.
+        settings: of the step.
+        snapshot_at: operation after which to keep :attr:`Trace.contributors`.
+
+    Raises:
+        QaromaError: a model whose step depends on values, which weightless tensors do not have.
+    """
+    s = settings
+    head = LEVELS[s.level].packed_head
+    model = skeleton(config, dtype=s.dtype, packed=s.quantized, double=s.double_quantization, packed_head=head)
+    with weightless(), LiveStorages(snapshot_at=snapshot_at) as counter:
+        counter.phase("load", "base")
+        materialise(model)
+        try:
+            resident = count_step(model, settings, counter)
+        except (NotImplementedError, RuntimeError) as error:
+            raise QaromaError(
+                f"{type(model).__name__} cannot be planned: its training step needs more than shapes "
+                f"({str(error).splitlines()[0]}). Type, to measure instead: qaroma finetune --max-steps 3"
+            ) from error
+    peaks = {phase: peak for phase, peak in counter.device.peaks.items() if phase != "load"}
+    return Trace(resident, peaks, counter.host.peak.bytes, counter.contributors)
+
+
+def peak_contributors(config: Any, settings: StepSettings) -> tuple[Contributor, ...]:
+    """What is alive at the peak of a step, the largest first: it is traced twice, once to find the peak.
+
+    Args:
+        config, settings: see :func:`trace_step`.
+    """
+    found = trace_step(config, settings)
+    return trace_step(config, settings, snapshot_at=found.peak.event).contributors
+
+
+def count_step(model: Any, settings: StepSettings, counter: LiveStorages) -> int:
+    """Set a base model up for training as ``finetune`` does, and run one step under a counter.
+
+    Args:
+        model: as :func:`qaroma.load_base` returns it, on real tensors or on weightless ones, known to the
+            counter under "base".
+        settings: of the step.
+        counter: entered.
+
+    Returns:
+        Bytes that are on the device between steps.
+    """
+    with host_memory_booked(counter.book_on_host):
+        method = _set_up(model, settings, counter)
+        resident = counter.device.now
+        with _booked_by_place(model, counter):
+            _step(model, method, settings, counter)
+    return resident
+
+
+def _set_up(model: Any, settings: StepSettings, counter: LiveStorages) -> GrowthController:
+    """What ``finetune`` has in memory before a step, some components later."""
+    counter.adopt(tensors_of(model.get_output_embeddings()), "head")
+    counter.adopt(tensors_of(model.get_input_embeddings()), "embeddings")  # where a table is both, it stands here
+    counter.category = "embeddings"
+    apply_level(model, settings.level)
+    counter.phase("setup", "adapter")
+    targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
+    adapter = attach(model, targets, inner_rank=settings.inner_rank)
+    for layer in adapter.layers.values():
+        A, B = (layer.A.new_empty(settings.frozen_rank, width) for width in (layer.in_features, layer.out_features))
+        layer.load_factors(A, B, [1] * settings.frozen_rank)
+    counter.category = "optimiser"
+    growth = GrowthSettings(t_in=1000)
+    method = GrowthController(adapter, growth, learning_rate=1e-4, total_steps=growth.t_in)
+    counter.adopt((factor for layer in adapter.layers.values() for factor in (layer.A, layer.B)), "adapter")
+    model.train()
+    return method
+
+
+def _step(model: Any, method: GrowthController, settings: StepSettings, counter: LiveStorages) -> None:
+    """Forward, loss, backward, update: what the loop does between two checks of growth."""
+    counter.phase("forward", "checkpoints")
+    shape = (settings.micro_batch, settings.seq_len)
+    tokens = torch.zeros(shape, dtype=torch.int64)
+    positions = torch.arange(settings.seq_len).expand(shape)
+    batch = Batch(tokens, tokens, positions, ((shape[1],),) * shape[0], torch.arange(1, tokens.numel()))
+    loss, count = CausalLM().loss(model, batch)
+    counter.phase("backward", "layer")
+    (loss / count).backward()  # type: ignore[no-untyped-call]
+    del loss
+    counter.phase("update", "optimiser")
+    method.step()
+
+
+@contextmanager
+def _booked_by_place(model: Any, counter: LiveStorages) -> Iterator[None]:
+    """Tell the counter what the forward pass is doing: a layer, what lies between layers, or the loss."""
+    decoder = model.base_model
+    forward = True
+
+    def inside(*_: Any) -> None:
+        if forward:  # later, a layer is computed again as a part of the backward pass
+            counter.category = "layer"
+
+    def between(_: nn.Module, __: Any, output: Any) -> None:
+        if forward:
+            counter.category = "checkpoints"
+            counter.adopt([output[0] if isinstance(output, tuple) else output], "checkpoints")
+
+    def ended(*_: Any) -> None:
+        nonlocal forward
+        forward = False
+        counter.phase("loss", "logits")
+
+    hooks = [decoder.register_forward_hook(ended)]
+    for layer in getattr(decoder, "layers", ()):
+        hooks += [layer.register_forward_pre_hook(inside), layer.register_forward_hook(between)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,325 @@
+"""``qaroma plan``: the counter counts what is alive, weightless steps weigh what real ones do, the goals hold."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_config
+
+from qaroma.cli import main
+from qaroma.engine import loss
+from qaroma.errors import QaromaError
+from qaroma.model.base import load_base
+from qaroma.plan import trace
+from qaroma.plan.counter import LiveStorages
+from qaroma.plan.phantom import materialise, skeleton, tensors_of, with_depth
+from qaroma.plan.report import parse_memory
+from qaroma.plan.search import GRAIN, LONGEST, RESERVE, Planner, _longest
+from qaroma.plan.shapes import SHAPES, model_config
+from qaroma.plan.trace import StepSettings, count_step, peak_contributors, trace_step
+from qaroma.plan.weightless import weightless
+from qaroma.tasks.causal_lm import hidden_states
+
+MIB, GIB = 2**20, 2**30
+LEVELS = range(4)
+KIB = 1024
+PUBLISHED_PARAMETERS = {
+    "llama3-8b": 8_030_261_248,
+    "llama3.1-8b": 8_030_261_248,
+    "llama3.2-1b": 1_235_814_400,
+    "llama3.2-3b": 3_212_749_824,
+    "mistral-7b": 7_248_023_552,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-2-9b": 9_241_705_984,
+    "phi-3-mini": 3_821_079_552,
+    "smollm2-135m": 134_515_008,
+}
+
+
+@pytest.fixture(scope="module")
+def llama() -> Planner:
+    return Planner(model_config("llama3-8b"))
+
+
+def test_a_storage_counts_once_from_its_birth_to_its_death() -> None:
+    with LiveStorages() as counter:
+        x = torch.zeros(KIB)
+        assert counter.device.now == 4 * KIB
+        view = x[512:].view(2, 256)
+        x.add_(1)
+        assert counter.device.now == 4 * KIB  # a view and an update in place make no storage
+        y = x.double()
+        del x
+        assert counter.device.now == 12 * KIB  # the view still needs all of it
+        del view
+        assert counter.device.now == 8 * KIB
+        y.untyped_storage().resize_(2 * KIB)
+        y.resize_(256)
+        assert counter.device.now == 2 * KIB
+        del y
+        assert counter.device.now == 0
+    assert counter.device.peak.bytes == 12 * KIB
+
+
+def test_what_autograd_saves_is_alive_until_the_backward_pass() -> None:
+    with LiveStorages() as counter:
+        x = torch.zeros(KIB, requires_grad=True)
+        z = (x * 2).exp().sum()  # exp keeps its result
+        assert counter.device.now == 8 * KIB + 4
+        z.backward()
+        assert counter.device.now == 8 * KIB + 4  # the result of exp is gone, the gradient of x is there
+        del z
+        x.grad = None
+        assert counter.device.now == 4 * KIB
+
+
+def test_each_phase_and_category_has_its_own_peak_and_the_host_none_of_it() -> None:
+    with LiveStorages() as counter:
+        counter.phase("one", "first")
+        a = torch.zeros(KIB)
+        copy = a.clone()
+        counter.book_on_host(copy)
+        b = torch.zeros(KIB)
+        del b
+        counter.phase("two", "second")
+        c = torch.zeros(2 * KIB)
+        counter.adopt([c], "third")
+    peaks = counter.device.peaks
+    assert peaks["one"].bytes == 8 * KIB  # the copy never counted here
+    assert (peaks["two"].bytes, peaks["two"].categories) == (12 * KIB, {"first": 4 * KIB, "third": 8 * KIB})
+    assert counter.host.peak.bytes == 4 * KIB
+    assert copy.numel() == KIB
+
+
+def test_weightless_tensors_take_no_memory_and_attention_on_them_is_fused() -> None:
+    with weightless(), LiveStorages() as counter:
+        q = torch.empty(1, 4, 2**20, 64, dtype=torch.bfloat16, requires_grad=True)
+        kv = torch.empty(1, 2, 2**20, 64, dtype=torch.bfloat16, requires_grad=True)
+        y = F.scaled_dot_product_attention(q, kv, kv, is_causal=True, enable_gqa=True)
+        y.sum().backward()
+        assert q.grad is not None
+        assert (y.shape, q.grad.shape) == (q.shape, q.shape)
+        assert y.is_meta
+    assert counter.device.peak.bytes < 5 * 2**30  # the scores alone would be 8 TiB
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_real_step_takes_the_bytes_of_a_weightless_one(tiny_folder: Path, level: int) -> None:
+    """The base is loaded and quantised, and the step computes, on real tensors of a CPU."""
+    settings = StepSettings(level, seq_len=96, micro_batch=2, frozen_rank=3, dtype=torch.float32)
+    model = load_base(tiny_folder, compute_dtype=torch.float32, device="cpu")
+    with LiveStorages() as counter:
+        counter.phase("load", "base")
+        counter.adopt(tensors_of(model), "base")
+        resident = count_step(model, settings, counter)
+    planned = trace_step(model.config, settings)
+    real = {name: peak.bytes for name, peak in counter.device.peaks.items() if name != "load"}
+    assert resident == planned.resident
+    assert real == {name: peak.bytes for name, peak in planned.peaks.items()}
+    assert counter.host.peak.bytes == planned.host
+    assert (planned.host > 0) == (level >= 2)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_shallow_traces_tell_the_bytes_of_a_deep_model(level: int) -> None:
+    planner = Planner(tiny_config(num_hidden_layers=9, tie_word_embeddings=False))
+    settings = StepSettings(level, seq_len=1500)
+    estimate, exact = planner.estimate(settings), planner.exact(settings)
+    assert (estimate.exact, exact.exact) == (False, True)
+    assert estimate.phases.pop("setup") < exact.phases.pop("setup") * 1.1 < exact.peak  # what is transient there varies
+    assert estimate == replace(exact, exact=False)
+    assert sum(exact.breakdown.values()) == exact.peak == max(exact.phases.values())
+
+
+def test_contributors_are_what_is_alive_at_the_peak() -> None:
+    config, settings = tiny_config(), StepSettings(1, seq_len=256)
+    lines = peak_contributors(config, settings)
+    assert sum(line.bytes for line in lines) == trace_step(config, settings).peak.bytes
+    assert lines == tuple(sorted(lines, key=lambda line: -line.bytes))
+    assert {"base", "adapter", "optimiser"} < {line.category for line in lines}
+
+
+def test_layer_types_are_cut_with_the_layers() -> None:
+    config = with_depth(model_config("gemma-2-2b"), 4)
+    assert len(config.layer_types) == config.num_hidden_layers == 4
+    assert trace_step(config, StepSettings(1, seq_len=512)).peak.bytes > 0  # eager attention: SDPA has no softcap
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_built_in_shapes_have_the_published_number_of_parameters(name: str) -> None:
+    model = skeleton(model_config(name.upper()), packed=False)
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED_PARAMETERS[name]
+
+
+def test_llama3_8b_at_rest_is_the_arithmetic_of_nf4() -> None:
+    """METHOD of counting: 4 bits, 8 bits a block of 64, 32 bits a block of 256 such, and nothing else of size."""
+    config = model_config("llama3-8b")
+    with weightless(), LiveStorages() as counter:
+        counter.phase("load", "base")
+        model = skeleton(config)
+        materialise(model)
+        linear = [layer for layer in model.modules() if type(layer).__name__ == "Linear4bit"]
+        counter.adopt((t for layer in linear for t in tensors_of(layer)), "linear")
+        packed = counter.device.categories["linear"]
+    parameters = sum(layer.in_features * layer.out_features for layer in linear)
+    assert parameters == 6_979_321_856
+    tables = len(linear) * 4 * (16 + 256 + 1)  # the two codes and the offset of each layer
+    assert packed - tables == pytest.approx(0.515869 * parameters, rel=1e-6)
+    assert counter.device.now - packed == 2 * (2 * 128256 * 4096 + 65 * 4096) + 2 * 64 * 4  # and two tables of RoPE
+
+
+class FullLogits:
+    """The plain loss: logits of all positions at once."""
+
+    def loss(self, model, batch):
+        logits = model.get_output_embeddings()(hidden_states(model, batch)).float()
+        return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum"), batch.labels.numel()
+
+
+def test_plain_qlora_takes_what_it_is_known_to_take(monkeypatch: pytest.MonkeyPatch, llama: Planner) -> None:
+    """9,069 MiB with PEFT's fp32 rank-8 factors and no optimiser yet, counted under FakeTensorMode elsewhere."""
+    monkeypatch.setattr(trace, "CausalLM", FullLogits)
+    found = Planner(llama.config).estimate(StepSettings(1, seq_len=2048))
+    ours = found.breakdown["adapter"] + found.breakdown["optimiser"]
+    assert (found.peak - ours) / MIB + 80 == pytest.approx(9069, abs=2)
+
+
+@pytest.mark.parametrize(("tokens", "goal"), [(2048, 4.3), (4096, 4.5), (8192, 4.8)])
+def test_goal_peak_of_llama3_8b(llama: Planner, tokens: int, goal: float) -> None:
+    found = llama.estimate(StepSettings(3, seq_len=tokens))
+    assert 3.7 * GIB < found.peak <= goal * GIB
+
+
+@pytest.mark.parametrize(("card", "tokens"), [(6, 8192), (8, 32_768), (12, 65_536), (24, 163_840)])
+def test_goal_context_of_llama3_8b(card: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of the loss grow here with the length: more memory than a run takes, and a trace of seconds."""
+    monkeypatch.setattr(loss, "CHUNK_BYTES", loss.CHUNK_BYTES * max(1, tokens // 8192))
+    found = Planner(model_config("llama3-8b")).estimate(StepSettings(3, seq_len=tokens))
+    assert found.peak <= card * GIB - RESERVE
+    checkpoints = found.host - 2 * 128256 * 4096
+    assert checkpoints == pytest.approx(tokens * GIB / 4096, rel=0.01)  # 0.25 MiB a token
+
+
+def test_the_fastest_level_that_fits_is_chosen(llama: Planner) -> None:
+    settings = StepSettings(0, seq_len=2048)
+    steps = [llama.estimate(replace(settings, level=level)) for level in LEVELS]
+    assert sorted((step.peak for step in steps), reverse=True) == [step.peak for step in steps]
+    assert [step.host > 0 for step in steps] == [False, False, True, True]
+    for level, step in enumerate(steps):
+        assert llama.fastest_level(settings, step.peak, host_bytes=step.host) == level
+    assert llama.fastest_level(settings, steps[3].peak - 1, host_bytes=64 * GIB) is None
+    assert llama.fastest_level(settings, steps[2].peak, host_bytes=steps[2].host - 1) is None
+    assert llama.fastest_level(settings, steps[2].peak + steps[2].host, host_bytes=None) == 2  # on a CPU
+
+
+def test_the_longest_context_fits_and_a_little_more_does_not() -> None:
+    planner = Planner(tiny_config(num_hidden_layers=6))
+    limit = 20 * MIB
+    found = planner.longest_context(StepSettings(1, seq_len=64), limit)
+    assert found is not None
+    tokens = found.settings.seq_len
+    assert found.exact
+    assert found.peak <= limit
+    assert planner.estimate(replace(found.settings, seq_len=tokens + max(GRAIN, tokens // 100))).peak > limit
+    assert planner.longest_context(StepSettings(1, seq_len=64), found.resident) is None
+
+
+def test_the_search_finds_the_last_length_that_fits_in_a_few_steps() -> None:
+    """On phases that are convex, with steps where a tile begins, as they are."""
+    draw = random.Random(0)
+    for _ in range(300):
+        lines = {
+            name: [(draw.randint(0, 5 * GIB), draw.randint(1, 10 ** draw.randint(2, 6))) for _ in range(3)]
+            for name in ("forward", "loss", "backward")
+        }
+        limit, asked = draw.randint(GIB, 40 * GIB), []
+
+        def phases(tokens: int, lines=lines, asked=asked) -> dict[str, int]:
+            asked.append(tokens)
+            tiles = tokens // 1024 * 1024
+            return {name: max(a + b * tokens for a, b in kinks) + 7 * tiles for name, kinks in lines.items()}
+
+        found = _longest(phases, limit)
+        assert len(asked) <= 14
+        assert found % GRAIN == 0
+        assert found == 0 or max(phases(found).values()) <= limit
+        beyond = found + max(2 * GRAIN, found // 50)
+        assert found == LONGEST or max(phases(beyond).values()) > limit
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GiB", 8 * GIB), ("8GB", 8 * GIB), ("8", 8 * GIB), ("7.5 gib", 15 * GIB // 2), ("512MiB", GIB // 2)]
+)  # fmt: skip
+def test_a_cards_memory_is_read_as_it_is_said(text: str, size: int) -> None:
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "eight", "-8", "0", "8 KiB", "8GiB of it"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(QaromaError, match="expected a size such as 8GiB"):
+        parse_memory(text)
+
+
+def test_the_command_prints_figures_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.json"
+    tiny_config(num_hidden_layers=3).save_pretrained(tmp_path)
+    assert main(["plan", "--model", str(file), "--vram", "60MiB", "--seq-len", "64", "--memory", "1", "--json"]) == 2
+    assert "more than the 0.65 GiB that are kept free" in capsys.readouterr().err
+    arguments = ["plan", "--model", str(file), "--vram", "0.66GiB", "--seq-len", "128", "--micro-batch", "2"]
+    assert main([*arguments, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    expected = trace_step(model_config(str(tmp_path)), StepSettings(0, 128, 2))
+    assert (figures["peak_bytes"], figures["resident_bytes"]) == (expected.peak.bytes, expected.resident)
+    assert (figures["memory_level"], figures["host_bytes"], figures["fits"]) == (0, 0, True)
+    assert sum(figures["breakdown"].values()) == figures["peak_bytes"]
+    assert figures["max_context"] % GRAIN == 0
+    assert figures["max_context_level"] == 3
+
+
+def test_the_command_prints_a_page(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tiny_config().save_pretrained(tmp_path)
+    assert main(["plan", "--model", str(tmp_path), "--vram", "0.655GiB", "--seq-len", "4096"]) == 0
+    page = capsys.readouterr().out
+    for words in ("too large", "Where the bytes are", "together", "Longest context that fits", "Host memory", "Disk"):
+        assert words in page
+    assert "made for 512 tokens" in page
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        ("lama3-8b", "near it are llama3-8b"),
+        ("zzz", "built in are llama3-8b"),
+        ("no/such-model", "HF_HUB_OFFLINE|hub"),
+    ],
+)
+def test_an_unknown_model_is_refused_with_what_to_type(
+    model: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import re
+
+    assert main(["plan", "--model", model]) == 2
+    assert re.search(sentence, capsys.readouterr().err)
+
+
+def test_a_model_that_is_no_causal_language_model_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}', encoding="utf-8")
+    assert main(["plan", "--model", str(tmp_path), "--memory", "1"]) == 2
+    assert "not a causal language model" in capsys.readouterr().err
