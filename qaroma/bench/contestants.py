@@ -1,0 +1,141 @@
+"""Who is measured: qaroma's training step, and PEFT's on the same frozen weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from qaroma.data.encode import Example
+from qaroma.engine.checkpointing import enable_checkpointing
+from qaroma.engine.levels import apply_level
+from qaroma.errors import QaromaError
+from qaroma.method.aroma import GrowthController
+from qaroma.method.growth import GrowthSettings
+from qaroma.method.lora import PlainLora
+from qaroma.model.attach import attach
+from qaroma.model.bnb import bnb
+from qaroma.plan.phantom import skeleton
+from qaroma.tasks.causal_lm import CausalLM
+
+Step = Callable[[], None]
+
+
+def random_base(config: Any, *, dtype: torch.dtype, device: torch.device) -> Any:
+    """A 4-bit base of random weights: speed and memory do not depend on their values.
+
+    Made layer by layer on the device, so that no dense copy of the model ever exists.
+
+    Args:
+        config: transformers' configuration of a causal language model.
+        dtype: compute dtype.
+        device: where.
+    """
+    model = skeleton(config, dtype=dtype)
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            dense = torch.empty(module.out_features, module.in_features, dtype=dtype, device=device).normal_(std=0.02)
+            packed = bnb.nn.Params4bit(dense.cpu(), requires_grad=False, quant_type="nf4", module=module)
+            module.weight = packed.to(device)
+            module.support_avx512bf16_for_cpu = False
+    for module in list(model.modules()):
+        if hasattr(module, "inv_freq"):  # computed from the configuration, not learnt
+            with torch.device(device):
+                module._buffers.update(type(module)(config.get_text_config())._buffers)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.device.type == "meta":
+                value = torch.ones if parameter.ndim == 1 else torch.randn
+                filled = value(parameter.shape, dtype=dtype, device=device) * (1 if parameter.ndim == 1 else 0.02)
+                setattr(module, name, nn.Parameter(filled, requires_grad=False))
+    model.tie_weights()
+    return model
+
+
+def twin(model: Any) -> Any:
+    """The same model a second time: other modules, the very same weights."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def examples(vocabulary: int, *, rows: int, length: int) -> list[Example]:
+    """Random tokens of which every one is trained but the first: the most work for the loss."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (rows, length), generator=generator).tolist()
+    return [Example(row, [-100, *row[1:]]) for row in ids]
+
+
+def qaroma_step(
+    model: Any,
+    rows: list[Example],
+    *,
+    level: int,
+    frozen: int = 0,
+    rank: int = 1,
+    growing: bool = True,
+) -> tuple[Step, GrowthController | PlainLora]:
+    """qaroma's step: forward, chunked loss, backward, update, growth.
+
+    Args:
+        model: base; an adapter is put on it.
+        rows: one micro-batch.
+        level: memory level.
+        frozen: components that each module has already.
+        rank: inner rank, or LoRA's rank where nothing grows.
+        growing: AROMA with a check every 10 steps, or plain LoRA.
+
+    Returns:
+        The step, and the method.
+    """
+    adapter = attach(model, inner_rank=rank, alpha=2.0 * rank)
+    for layer in adapter.layers.values():
+        if frozen:
+            A = torch.randn(frozen, layer.in_features, dtype=layer.A.dtype) * 0.01
+            B = torch.randn(frozen, layer.out_features, dtype=layer.B.dtype) * 0.01
+            layer.load_factors(A, B, [1] * frozen)
+    method: GrowthController | PlainLora
+    if growing:
+        settings = GrowthSettings(t_in=10_000, warmup=1, restart_warmup=1, max_update=1.0)
+        method = GrowthController(adapter, settings, learning_rate=1e-4, total_steps=1_000_000)
+    else:
+        method = PlainLora(adapter, learning_rate=1e-4, total_steps=1_000_000)
+    apply_level(model, level)
+    model.train()
+    task = CausalLM()
+    batch = task.collate(rows).to(next(iter(adapter.layers.values())).A.device)
+
+    def step() -> None:
+        loss, count = task.loss(model, batch)
+        (loss / count).backward()  # type: ignore[no-untyped-call]
+        method.step()
+
+    return step, method
+
+
+def peft_step(model: Any, rows: list[Example], *, rank: int = 8, checkpointing: bool = True) -> Step:
+    """PEFT's QLoRA step as its users run it: adapters in fp32 on every linear layer, torch's AdamW, full logits.
+
+    Raises:
+        QaromaError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise QaromaError("--against peft needs peft; type: pip install 'qaroma[bench]'") from error
+    device = model.get_output_embeddings().weight.device
+    if checkpointing:
+        enable_checkpointing(model)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    wrapped = get_peft_model(model, config).train()
+    optimiser = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-4)
+    ids = torch.tensor([row.input_ids for row in rows], device=device)
+
+    def step() -> None:
+        wrapped(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    return step

@@ -1,0 +1,118 @@
+"""Timing in turns, A B A B, so that a machine whose speed drifts drifts for both.
+
+Dimensions of the FLOP count: T tokens of a step, L sequence length.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qaroma.bench.contestants import Step
+from qaroma.plan.counter import LiveStorages
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median of several measurements, with the smallest and the largest."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values))
+
+
+def seconds_per_step(
+    steps: dict[str, Step], *, count: int, rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Mean seconds of a step in each round; in a round every contestant has its turn of ``count`` steps.
+
+    Args:
+        steps: name -> step; each runs twice first, uncounted.
+        count: steps of one turn.
+        rounds: turns of each.
+        device: synchronised around every turn.
+    """
+    measured: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+        step()
+    for _ in range(rounds):
+        for name, step in steps.items():
+            synchronise(device)
+            start = time.perf_counter()
+            for _ in range(count):
+                step()
+            synchronise(device)
+            measured[name].append((time.perf_counter() - start) / count)
+    return measured
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for what a GPU has queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_bytes(step: Step, device: torch.device, resident: Sequence[torch.Tensor]) -> int:
+    """Most bytes of tensors alive during one step.
+
+    On a GPU the allocator's own figure. On a CPU every storage is followed, from what is resident on.
+
+    Args:
+        step: run once.
+        device: where it runs.
+        resident: tensors that are there before: the model's, the optimiser's.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return int(torch.cuda.max_memory_allocated(device))
+    with LiveStorages() as counter:
+        counter.adopt(resident, "resident")
+        counter.phase("step", "step")
+        step()
+    return int(counter.device.peak.bytes)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square product in ``dtype``: the bound that a step is held against."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        synchronise(device)
+        start = time.perf_counter()
+        a @ b
+        synchronise(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def step_flops(model: Any, *, tokens: int, length: int, checkpointed: bool) -> float:
+    """FLOPs that a step cannot do without: no weight gradients, adapters left out.
+
+    Linear layers: forward, gradient of the input, and once more forward where recomputed. Head: forward
+    and gradient. Causal attention: two products forward, four and a half times that in all when recomputed.
+    """
+    head = model.get_output_embeddings()
+    linear = 0
+    for module in model.modules():
+        features = getattr(module, "in_features", None)
+        if features is not None and module is not head and hasattr(module, "weight") and not hasattr(module, "base"):
+            linear += features * module.out_features
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    attention = 2 * 2 * length * width * config.num_hidden_layers / 2
+    passes = 3 if checkpointed else 2
+    products = 2 * linear * passes + 4 * head.in_features * head.out_features
+    return float(tokens * (products + attention * (passes + 1.5)))
