@@ -55,20 +55,37 @@ def save_adapter(
         name, layer = next(iter(adapter.layers.items()))
         pairs = {name: (torch.zeros(1, layer.in_features), torch.zeros(layer.out_features, 1))}
     ranks = {name: A.shape[0] for name, (A, _) in pairs.items()}
-    weights = {}
-    for name, (A, B) in pairs.items():
-        weights[f"base_model.model.{name}.lora_A.weight"] = A
-        weights[f"base_model.model.{name}.lora_B.weight"] = B
     components = {
         name: [*layer.components, *([layer.active_rank] if layer.active_rank else [])]
         for name, layer in adapter.layers.items()
     }
     info = {"version": VERSION, "inner_rank": adapter.inner_rank, "alpha": adapter.alpha, "components": components}
     with directory_written_aside(Path(folder)) as aside:
-        save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
-        (aside / CONFIG).write_text(json.dumps(peft_config(ranks, base), indent=2), encoding="utf-8")
+        write_lora(aside, pairs, peft_config(ranks, base))
         (aside / GROWTH).write_text(json.dumps({**info, **(growth or {})}, indent=2), encoding="utf-8")
     return Path(folder)
+
+
+def write_lora(
+    folder: Path,
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    config: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write the two files of a PEFT LoRA.
+
+    Args:
+        folder: an existing directory.
+        pairs: module name -> A (R, N) and B (M, R).
+        config: what ``adapter_config.json`` says.
+        dtype: of the factors in the file.
+    """
+    weights = {}
+    for name, (A, B) in pairs.items():
+        weights[f"base_model.model.{name}.lora_A.weight"] = A.to(dtype).contiguous()
+        weights[f"base_model.model.{name}.lora_B.weight"] = B.to(dtype).contiguous()
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def peft_config(ranks: Mapping[str, int], base: str | None) -> dict[str, Any]:

@@ -1,0 +1,112 @@
+"""``qaroma export``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qaroma.cli.options import config_option
+from qaroma.cli.output import JSON_OPTION, figures_only
+from qaroma.cli.run_options import BASE_OPTION, RUN_ARGUMENT
+
+if TYPE_CHECKING:
+    from qaroma.data.encode import Example
+
+_FORMATS = ("peft", "padded", "gguf-adapter", "merged", "gguf", "all")
+_OUTTYPES = ("f32", "f16", "bf16", "q8_0", "q4_k_m")
+_EPILOG = """\b
+Formats:
+  peft          a rank for each module: PEFT, transformers
+  padded        one rank, zero-padded: vLLM, SGLang, Ollama
+  gguf-adapter  llama.cpp, LM Studio
+  merged        an ordinary checkpoint: anything
+  gguf          a model file with an Ollama Modelfile: llama.cpp, Ollama
+\b
+Examples:
+  qaroma export runs/quickstart
+  qaroma export runs/quickstart --format merged --merge-into original --dtype bf16
+  qaroma export runs/quickstart --format all --output exports --compress 0.01
+"""
+
+
+@click.command(epilog=_EPILOG)
+@RUN_ARGUMENT
+@click.option("--format", "formats", type=click.Choice(_FORMATS), multiple=True, default=("padded",), show_default=True,
+              help="What to write. Repeatable.")  # fmt: skip
+@click.option("--output", metavar="DIR",
+              help="Folder of the export, or of several; default: export/FORMAT in the run.")  # fmt: skip
+@click.option("--merge-into", type=click.Choice(("dequantised", "original")), default="dequantised", show_default=True,
+              help="Weights that merged and gguf add to: as 4 bits give them back (what training saw), or as "
+                   "published.")  # fmt: skip
+@click.option("--dtype", type=click.Choice(("bf16", "fp16", "fp32")),
+              help="Of the stored numbers; default: fp32 for adapters, bf16 for merged.")  # fmt: skip
+@click.option("--outtype", type=click.Choice(_OUTTYPES), default="f16", show_default=True,
+              help="Of the matrices of a GGUF model.")  # fmt: skip
+@click.option("--compress", type=click.FloatRange(0, 1, max_open=True), metavar="ERR",
+              help="Drop redundant directions up to this relative error in a module.")  # fmt: skip
+@click.option("--self-test/--no-self-test", default=True, show_default=True,
+              help="Read the export back and compare it with the live model.")  # fmt: skip
+@BASE_OPTION
+@config_option("training.device", text="Where the live model computes.")
+@JSON_OPTION
+def command(
+    run: str,
+    formats: tuple[str, ...],
+    output: str | None,
+    merge_into: str,
+    dtype: str | None,
+    outtype: str,
+    compress: float | None,
+    self_test: bool,
+    base: str | None,
+    training__device: str | None,
+    json_output: bool,
+) -> None:
+    """Write the fine-tuned model of RUN, a run directory, a checkpoint or an adapter folder, as other
+    engines load it.
+
+    Every export holds the tokenizer, the chat template and a model card, and is read back by another
+    way than qaroma's own before it appears.
+    """
+    from qaroma.export.exporter import Options, export
+
+    with figures_only(json_output) as write:
+        exported = export(
+            run,
+            formats,
+            output=output,
+            base=base,
+            device=training__device or "auto",
+            options=Options(merge_into, dtype, outtype, compress, self_test),
+            validation=_validation(run),
+            say=click.echo,
+        )
+        if json_output:
+            write({"exports": [one.to_json() for one in exported]})
+
+
+def _validation(run: str) -> Callable[[], Sequence[Example]] | None:
+    """The validation examples of the run that a path is or lies in, read when they are wanted."""
+    from qaroma.runs import RunDirectory
+
+    path = Path(run).resolve()
+    found = next((RunDirectory(p) for p in (path, *list(path.parents)[:2]) if RunDirectory(p).exists()), None)
+    if found is None:
+        return None
+
+    def read() -> Sequence[Example]:
+        from qaroma.configfile import load_config
+        from qaroma.errors import QaromaError
+        from qaroma.training.setup import prepare_data
+
+        try:
+            return prepare_data(load_config(found.config, {}, [])).validation
+        except QaromaError as error:
+            click.echo(f"validation loss not measured: {error}", file=sys.stderr)
+            return ()
+
+    return read

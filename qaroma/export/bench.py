@@ -1,0 +1,191 @@
+"""The live model of an export, and what it answers: made once, used by every format's self-test."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+
+from qaroma.answers import read_conversations
+from qaroma.data.encode import Example
+from qaroma.errors import QaromaError
+from qaroma.evaluate import evaluate_loss
+from qaroma.export.delta import Factors, attach_delta, detach
+from qaroma.export.selftest import Answered, live_answers
+from qaroma.export.source import Source, load_live
+from qaroma.export.weights import StoredTensor, dequantised_tensors, original_tensors
+from qaroma.tasks.causal_lm import CausalLM
+
+PROMPTS = 4
+VALIDATION_ROWS = 64
+_MICRO_BATCH = 4
+_SPARE = 1.15  # of the memory that weights take, for activations and buffers
+# Where an adapter lies outside its run, so that it has no prompts of its own.
+_GENERAL_PROMPTS = ("What is the capital of France?", "Write one sentence about the sea.", "Count from 1 to 12.")
+
+
+class Bench:
+    """A base in fp32 arithmetic with an update that can be put on and taken off.
+
+    Args:
+        source: what is exported.
+        delta: its update, compressed or not.
+        device: where the live model computes.
+        merge_into: ``original`` or ``dequantised``.
+        validation: gives the run's validation examples; None where there are none.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        delta: dict[str, Factors],
+        device: torch.device,
+        merge_into: str,
+        validation: Callable[[], Sequence[Example]] | None,
+    ) -> None:
+        self.source, self.delta, self.device = source, delta, device
+        self.merge_into = merge_into
+        self._validation = validation
+        self._examples: Sequence[Example] | None = None
+        self._model: Any = None
+        self._answers: dict[str, list[Answered]] = {}
+        self._losses: dict[str, float] = {}
+        self._tensors: list[StoredTensor] = []
+
+    def model(self) -> Any:
+        """The base as training held it, without an adapter."""
+        if self._model is None:
+            self._model = load_live(self.source, quantization=None, dtype=torch.float32, device=self.device)
+        return self._model
+
+    def tensors(self) -> list[StoredTensor]:
+        """What is merged into."""
+        if self.merge_into == "dequantised":
+            return dequantised_tensors(self.model())
+        self.model()  # whose fingerprint says whether it is the right base
+        if not self._tensors:
+            source = self.source
+            self._tensors = original_tensors(source.base, source.config, revision=source.revision)
+        return self._tensors
+
+    def answers(self) -> list[Answered]:
+        """The live model's, on the base that training saw."""
+        self._meet("dequantised", self.model, answers=True)
+        return self._answers["dequantised"]
+
+    def merged_answers(self) -> list[Answered]:
+        """The live model's, on the base that is merged into."""
+        if self.merge_into == "dequantised":
+            return self.answers()
+        self._meet("original", self._dense, answers=True, loss=True)
+        return self._answers["original"]
+
+    def losses(self) -> dict[str, float]:
+        """Validation loss of the update on either base; nothing where there is no data or no room."""
+        if self._validation is None:
+            return {}
+        self._meet("dequantised", self.model, loss=True)
+        if self._has_room(self._dense_bytes(torch.bfloat16)) and self.source.growth["base"]["quantization"] != "none":
+            self._meet("original", self._dense, loss=True)
+        return dict(self._losses)
+
+    def room_for_dense(self, dtype: str) -> tuple[torch.device, torch.dtype]:
+        """Where the whole model fits in fp32, or in its own 16 bits.
+
+        Args:
+            dtype: ``fp32``, ``bf16`` or ``fp16``, of the files.
+
+        Raises:
+            QaromaError: nowhere.
+        """
+        own = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)
+        for kind in (torch.float32, own):
+            for device in (self.device, torch.device("cpu")):
+                if self._has_room(self._dense_bytes(kind), device):
+                    return device, kind
+        need, free = (f"{size / 1e9:.1f} GB" for size in (self._dense_bytes(own), _free(torch.device("cpu"))))
+        raise QaromaError(
+            f"the self-test loads the whole model, which takes {need}, but {free} are free; "
+            "type --no-self-test, or export an adapter: --format padded"
+        )
+
+    def _dense(self) -> Any:
+        device, dtype = self.room_for_dense("bf16")
+        return load_live(self.source, quantization="none", dtype=dtype, device=device)
+
+    def _meet(self, name: str, load: Callable[[], Any], *, answers: bool = False, loss: bool = False) -> None:
+        """Ask one of the two models what is wanted of it and not known yet, while it is loaded."""
+        answers = answers and name not in self._answers
+        examples = self._validation_examples() if loss and name not in self._losses else ()
+        if not answers and not examples:
+            return
+        model, source = load(), self.source
+        with self._wearing(model):
+            if answers:
+                prompts = sample_prompts(source)
+                self._answers[name] = live_answers(model, source.tokenizer, source.template, prompts)
+            if examples:
+                self._losses[name] = self._loss(model, examples)
+        del model
+        gc.collect()
+
+    @contextmanager
+    def _wearing(self, model: Any) -> Iterator[None]:
+        """The update on a model, inside the block."""
+        adapter = attach_delta(model, self.delta)
+        try:
+            yield
+        finally:
+            detach(adapter)
+
+    def _validation_examples(self) -> Sequence[Example]:
+        if self._examples is None:
+            found = list(self._validation()) if self._validation else []
+            random.Random(0).shuffle(found)
+            self._examples = sorted(found[:VALIDATION_ROWS], key=lambda e: len(e.input_ids))
+        return self._examples
+
+    def _loss(self, model: Any, examples: Sequence[Example]) -> float:
+        task = CausalLM(self.source.tokenizer.pad_token_id or 0)
+        device = model.get_input_embeddings().weight.device
+        batches = (task.collate(examples[i : i + _MICRO_BATCH]) for i in range(0, len(examples), _MICRO_BATCH))
+        return evaluate_loss(lambda batch: task.loss(model, batch.to(device)), batches, model).mean
+
+    def _dense_bytes(self, dtype: torch.dtype) -> int:
+        config = self.source.config.get_text_config()
+        linear = sum(rows * columns for rows, columns in self.source.shapes.values())
+        table = config.vocab_size * config.hidden_size
+        return int((linear + table) * dtype.itemsize * _SPARE)
+
+    def _has_room(self, size: int, device: torch.device | None = None) -> bool:
+        return size < _free(device or torch.device("cpu"))
+
+
+def _free(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def sample_prompts(source: Source) -> list[str]:
+    """Prompts that a run was tested with, else the first of its data, else general ones."""
+    for record in source.records():
+        if record.get("event") == "answers":
+            return [str(prompt) for prompt in record["prompts"][:PROMPTS]]
+    data = source.settings().get("data") or {}
+    for place in [data.get("validation"), *(one["path"] for one in data.get("train", []))]:
+        if place is None:
+            continue
+        try:
+            conversations = read_conversations([(place, 1.0)], rows=PROMPTS, skip_bad=True)
+        except QaromaError:  # moved since, or plain text, which holds no questions
+            continue
+        prompts = [next((m.content for m in talk if m.role == "user"), "") for talk in conversations]
+        if any(prompts):
+            return [prompt for prompt in prompts if prompt]
+    return list(_GENERAL_PROMPTS)

@@ -1,0 +1,84 @@
+"""Removing redundant directions from an adapter before it is exported.
+
+Components grow one after the other and may point the same way. The sum of a module's components is
+re-factorised exactly (QR of both factors and an SVD of an R x R matrix; the m x n product is never
+formed), and the smallest singular values are dropped as far as a stated error allows.
+
+Dimensions: N in_features, M out_features, R rank before, K rank after.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qaroma.export.delta import Delta, Factors
+
+_ROUNDING = 1e-7  # singular values below this share of the largest are fp32 rounding of the factors
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What compression did.
+
+    Attributes:
+        error: the relative error that was allowed, per module, in the Frobenius norm.
+        before, after: sums of the ranks of all modules.
+        largest_before, largest_after: the largest rank.
+        reached: the largest relative error of a module.
+    """
+
+    error: float
+    before: int
+    after: int
+    largest_before: int
+    largest_after: int
+    reached: float
+
+
+def compress_factors(factors: Factors, error: float) -> tuple[Factors, float]:
+    """The update of smallest rank within a relative error, ||B A - B' A'||_F <= error ||B A||_F.
+
+    Equivalent to truncating ``torch.linalg.svd(B @ A)``; by Eckart and Young no update of that rank
+    is nearer. Each kept singular value is shared by both factors, as its square root.
+
+    Args:
+        factors: A (R, N) and B (M, R).
+        error: 0 drops nothing but directions of no size.
+
+    Returns:
+        The factors, A' (K, N) and B' (M, K), and the relative error reached.
+    """
+    if factors.rank == 0:
+        return factors, 0.0
+    Q_MR, left_RR = torch.linalg.qr(factors.B.double())
+    Q_NR, right_RR = torch.linalg.qr(factors.A.double().T)
+    U_RR, values_R, V_RR = torch.linalg.svd(left_RR @ right_RR.T)
+    squares = values_R.square()
+    total = squares.sum()
+    if total == 0:
+        return Factors.zero(factors.shape), 0.0
+    # dropped[k] is the squared error of keeping the k largest.
+    dropped = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
+    allowed = max(error, _ROUNDING) ** 2 * total
+    rank = int((dropped > allowed).sum())
+    root_K = values_R[:rank].sqrt()
+    A_KN = root_K[:, None] * (V_RR[:rank] @ Q_NR.T)
+    B_MK = (Q_MR @ U_RR[:, :rank]) * root_K
+    return Factors(A_KN.float().contiguous(), B_MK.float().contiguous()), float((dropped[rank] / total).sqrt())
+
+
+def compress(delta: Delta, error: float) -> tuple[dict[str, Factors], Compression]:
+    """:func:`compress_factors` for every module.
+
+    Args:
+        delta: the update.
+        error: relative error allowed in each module, 0 or more and below 1.
+    """
+    compressed, errors = {}, [0.0]
+    for name, factors in delta.items():
+        compressed[name], reached = compress_factors(factors, error)
+        errors.append(reached)
+    before, after = ([f.rank for f in each.values()] for each in (delta, compressed))
+    return compressed, Compression(error, sum(before), sum(after), max(before), max(after), max(errors))

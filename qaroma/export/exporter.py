@@ -1,0 +1,235 @@
+"""``qaroma export``: from a run to folders that other engines load, each tested before it appears."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from qaroma import __version__
+from qaroma.data.encode import Example
+from qaroma.errors import QaromaError
+from qaroma.export import card
+from qaroma.export.bench import Bench
+from qaroma.export.chat_template import complete_jinja
+from qaroma.export.compress import Compression, compress
+from qaroma.export.delta import Factors
+from qaroma.export.formats import DTYPES, FORMATS, Format
+from qaroma.export.rank_map import rank_map_svg
+from qaroma.export.selftest import SelfTest
+from qaroma.export.source import Source, open_source
+from qaroma.model.base import resolve_device
+from qaroma.runs import directory_written_aside
+
+MARKER = "export.json"
+FAILED = ".failed"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to export.
+
+    Attributes:
+        merge_into: ``original`` or ``dequantised``, for merged and gguf.
+        dtype: of the stored numbers; None is fp32 for adapters and bf16 for a merged checkpoint.
+        outtype: of a GGUF model's matrices.
+        compress: relative error up to which redundant directions are dropped; None leaves them.
+        self_test: read every export back and compare.
+    """
+
+    merge_into: str = "dequantised"
+    dtype: str | None = None
+    outtype: str = "f16"
+    compress: float | None = None
+    self_test: bool = True
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One export that stands."""
+
+    format: str
+    folder: Path
+    bytes: int
+    test: SelfTest | None
+    written: dict[str, Any] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": self.format,
+            "folder": self.folder.as_posix(),
+            "bytes": self.bytes,
+            "self_test": self.test.to_json() if self.test else None,
+            "validation_loss": self.losses or None,
+            **self.written,
+        }
+
+
+def export(
+    run: str | Path,
+    formats: Sequence[str],
+    *,
+    output: str | Path | None = None,
+    base: str | None = None,
+    device: str = "auto",
+    options: Options | None = None,
+    validation: Callable[[], Sequence[Example]] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Exported]:
+    """Export a run in one or several formats.
+
+    Args:
+        run: run directory, checkpoint, or adapter folder of qaroma.
+        formats: names of :data:`FORMATS`, or ``all``, which leaves out what the base cannot be written as.
+        output: the folder of one format, or the parent of several; None is ``export/`` in the run.
+        base: where the base lies now, if not where it was.
+        device: where the live model computes.
+        options: see :class:`Options`.
+        validation: gives the run's validation examples, for the losses of a merge.
+        say: takes a line for people.
+
+    Returns:
+        The exports, each whole and tested.
+
+    Raises:
+        QaromaError: anything the user can mend; a failed self-test too, whose files are kept under
+            another name.
+    """
+    options = options or Options()
+    source = open_source(run, base=base)
+    delta, compression = source.delta, None
+    if options.compress is not None:
+        delta, compression = compress(source.delta, options.compress)
+        say(
+            f"compressed: ranks sum to {compression.after} instead of {compression.before}, largest "
+            f"{compression.largest_after} instead of {compression.largest_before}, "
+            f"relative error {compression.reached:.2g}"
+        )
+    chosen = _possible(formats, source, delta, options, say)
+    folders = {one.name: _folder(source, one.name, output, len(chosen) > 1 or "all" in formats) for one in chosen}
+    for folder in folders.values():
+        _check_free(folder)
+    bench = Bench(source, delta, resolve_device(device), options.merge_into, validation)
+    bench.model()  # the wrong base is told before anything is written
+    licence = card.licence_of(source.base, source.revision)
+    found = []
+    for one in chosen:
+        exported = _export_one(one, bench, folders[one.name], options, compression, licence)
+        for line in _lines(exported):
+            say(line)
+        found.append(exported)
+    return found
+
+
+def _possible(
+    names: Sequence[str], source: Source, delta: dict[str, Factors], options: Options, say: Callable[[str], None]
+) -> list[Format]:
+    """The formats that were asked for; with ``all``, those that this base can be written as."""
+    if "all" not in names:
+        chosen = [_format(name) for name in dict.fromkeys(names)]
+        for one in chosen:
+            one.check(source, delta, options.outtype)
+        return chosen
+    chosen = []
+    for one in FORMATS.values():
+        try:
+            one.check(source, delta, options.outtype)
+        except QaromaError as error:
+            say(f"{one.name}: left out, since {error}")
+        else:
+            chosen.append(one)
+    return chosen
+
+
+def _format(name: str) -> Format:
+    if name not in FORMATS:
+        raise QaromaError(f"got the format '{name}'; expected {', '.join(FORMATS)} or all")
+    return FORMATS[name]
+
+
+def _folder(source: Source, name: str, output: str | Path | None, several: bool) -> Path:
+    if output is None:
+        parent = source.run.path if source.run else source.folder
+        return Path(os.path.relpath(parent)) / "export" / name if _near(parent) else parent / "export" / name
+    return Path(output) / name if several else Path(output)
+
+
+def _near(path: Path) -> bool:
+    return path.resolve().is_relative_to(Path.cwd())
+
+
+def _check_free(folder: Path) -> None:
+    """Refuse to replace anything but an earlier export."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file()):
+        raise QaromaError(f"{folder} exists and is no earlier export; choose another --output")
+
+
+def _export_one(
+    one: Format, bench: Bench, folder: Path, options: Options, compression: Compression | None, licence: str
+) -> Exported:
+    source = bench.source
+    dtype = DTYPES[options.dtype] if options.dtype else one.dtype
+    with _explained(folder), directory_written_aside(folder) as aside:
+        written = one.write(bench, aside, dtype, options.outtype)
+        source.tokenizer.save_pretrained(aside)
+        (aside / "chat_template.jinja").write_text(complete_jinja(source.template), encoding="utf-8")
+        (aside / "template.json").write_text(json.dumps(source.template.to_json(), indent=2), encoding="utf-8")
+        test = one.test(bench, aside, dtype, options.outtype) if options.self_test else None
+        losses = bench.losses() if one.merges else {}
+        ranks = {name: factors.rank for name, factors in bench.delta.items()}
+        (aside / card.RANK_MAP).write_text(rank_map_svg(ranks), encoding="utf-8")
+        text = card.model_card(
+            source, one.name, ranks=ranks, test=test, licence=licence, written=written,
+            compression=compression, losses=losses,
+        )  # fmt: skip
+        (aside / "README.md").write_text(text, encoding="utf-8")
+        size = sum(file.stat().st_size for file in aside.iterdir())
+        exported = Exported(one.name, folder, size, test, written, losses)
+        marker = {"qaroma": __version__, **exported.to_json()}
+        (aside / MARKER).write_text(json.dumps(marker, indent=2, allow_nan=True), encoding="utf-8")
+        if test is not None and not test.passed:
+            raise QaromaError(f"{one.name}: self-test {test.sentence()}; {_kept(aside, folder)}")
+    return exported
+
+
+def _kept(aside: Path, folder: Path) -> str:
+    """Put the files of a failed export aside under a name that says so."""
+    import shutil
+
+    failed = folder.with_name(folder.name + FAILED)
+    shutil.rmtree(failed, ignore_errors=True)
+    aside.rename(failed)
+    return f"do not use what was written, it is kept in {failed} for a look"
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """A full or read-only disk as a sentence; the half-written folder is gone by then."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if not full and not isinstance(error, OSError):
+            raise
+        reason = "the disk is full" if full else (getattr(error, "strerror", None) or str(error))
+        raise QaromaError(f"cannot write to {folder} ({reason}); free some room, or choose another --output") from error
+
+
+def _lines(exported: Exported) -> list[str]:
+    """What is printed of an export."""
+    lines = [f"{exported.format}: {exported.folder.as_posix()}, {exported.bytes / 1e6:,.1f} MB"]
+    if "max_lora_rank" in exported.written:
+        lines.append(f"  start the engine with: --max-lora-rank {exported.written['max_lora_rank']}")
+    if exported.losses:
+        shown = ", ".join(f"{name} base {loss:.4f}" for name, loss in exported.losses.items())
+        lines.append(f"  validation loss merged into the {shown}")
+    lines.append(f"  self-test {exported.test.sentence()}" if exported.test else "  self-test not run")
+    return lines

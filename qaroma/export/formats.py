@@ -1,0 +1,176 @@
+"""The five formats: how each is checked beforehand, written, and read back for its self-test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qaroma.export import gguf_adapter, gguf_model
+from qaroma.export.bench import Bench
+from qaroma.export.delta import Factors
+from qaroma.export.engines import LlamaCpp, in_peft, installed, load_gguf_model, load_merged, on_hooks
+from qaroma.export.foreign import read_lora
+from qaroma.export.gguf_names import GgufNames
+from qaroma.export.gguf_vocab import pre_tokenizer_name
+from qaroma.export.merged import write_generation_settings, write_merged
+from qaroma.export.ollama import modelfile
+from qaroma.export.padded import padded_rank, write_padded
+from qaroma.export.per_module import write_per_module
+from qaroma.export.selftest import (
+    LOG_PROBABILITY_TOLERANCE,
+    LOGIT_TOLERANCE,
+    SelfTest,
+    compare_llama_cpp,
+    compare_model,
+    share_arrived,
+)
+from qaroma.export.source import Source
+from qaroma.export.weights import checkpoint_tensors, gguf_tensors
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_OUTTYPE_TOLERANCE = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "q8_0": "q8_0"}
+
+Check = Callable[[Source, dict[str, Factors], str], None]
+Write = Callable[[Bench, Path, torch.dtype, str], dict[str, Any]]
+Test = Callable[[Bench, Path, torch.dtype, str], SelfTest]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One export format.
+
+    Attributes:
+        name: as ``--format`` has it.
+        dtype: of the stored numbers where none is asked for.
+        merges: whether the update is added to the weights.
+        check: raises where this base or adapter cannot be written so.
+        write: writes into an existing folder.
+        test: reads the folder in another way and compares it with the live model.
+    """
+
+    name: str
+    dtype: torch.dtype
+    merges: bool
+    check: Check
+    write: Write
+    test: Test
+
+
+def _no_check(source: Source, delta: dict[str, Factors], outtype: str) -> None:
+    """Everything can be written so."""
+
+
+def _check_padded(source: Source, delta: dict[str, Factors], outtype: str) -> None:
+    padded_rank(max(factors.rank for factors in delta.values()))
+
+
+def _check_gguf_adapter(source: Source, delta: dict[str, Factors], outtype: str) -> None:
+    names = GgufNames(source.config)
+    for module in delta:
+        names.tensor(f"{module}.weight")
+
+
+def _check_gguf(source: Source, delta: dict[str, Factors], outtype: str) -> None:
+    _check_gguf_adapter(source, delta, outtype)
+    gguf_model.check_outtype(outtype)
+    gguf_model.check_positions(source.config)
+    pre_tokenizer_name(source.tokenizer)
+
+
+def _write_peft(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
+    source = bench.source
+    write_per_module(folder, bench.delta, base=source.public_base, dtype=dtype, growth=source.growth)
+    return {}
+
+
+def _write_padded(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
+    return write_padded(folder, bench.delta, linear=bench.source.shapes, base=bench.source.public_base, dtype=dtype)
+
+
+def _write_gguf_adapter(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
+    source = bench.source
+    return gguf_adapter.write_gguf_adapter(folder, bench.delta, source.config, name=source.name, dtype=dtype)
+
+
+def _write_merged(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
+    source = bench.source
+    told = write_merged(folder, bench.tensors(), bench.delta, source.config, dtype=dtype)
+    write_generation_settings(folder, source.tokenizer, source.template.stop_token_ids(source.tokenizer))
+    return {"merged_into": bench.merge_into, "weights_bytes": told["bytes"]}
+
+
+def _write_gguf(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
+    source = bench.source
+    gguf_model.write_gguf_model(
+        folder, bench.tensors(), bench.delta, source.config, source.tokenizer, source.template,
+        outtype=outtype, name=source.name,
+    )  # fmt: skip
+    text = modelfile(source.template, source.tokenizer, source.config, model=gguf_model.FILE)
+    (folder / "Modelfile").write_text(text, encoding="utf-8")
+    return {"merged_into": bench.merge_into, "outtype": outtype}
+
+
+def _test_lora(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -> SelfTest:
+    """In PEFT itself, or by PEFT's rules in plain torch where it is not installed."""
+    tolerance = LOGIT_TOLERANCE[_NAMES[dtype]]
+    live = bench.answers()
+    if installed("peft"):
+        with in_peft(bench.model(), folder) as model:
+            return compare_model(model, live, engine="PEFT", tolerance=tolerance)
+    with on_hooks(bench.model(), read_lora(folder)[0]):
+        engine = "PEFT's rules in plain torch (peft is not installed)"
+        return compare_model(bench.model(), live, engine=engine, tolerance=tolerance)
+
+
+def _test_gguf_adapter(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -> SelfTest:
+    """Read with gguf-py and applied by llama.cpp's rules; llama.cpp itself would need a GGUF of the base."""
+    read = gguf_adapter.read_gguf_adapter(folder / gguf_adapter.FILE, bench.source.config)
+    with on_hooks(bench.model(), read):
+        tolerance = LOGIT_TOLERANCE[_NAMES[dtype]]
+        engine = "gguf-py, by llama.cpp's rules"
+        return compare_model(bench.model(), bench.answers(), engine=engine, tolerance=tolerance)
+
+
+def _test_merged(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -> SelfTest:
+    live = bench.merged_answers()
+    share = share_arrived(checkpoint_tensors(folder), bench.tensors(), bench.delta)
+    device, arithmetic = bench.room_for_dense(_NAMES[dtype])
+    model = load_merged(folder, arithmetic, device)
+    tolerance = LOGIT_TOLERANCE[_NAMES[dtype]]
+    if arithmetic != torch.float32:
+        tolerance *= 2  # rounding of the sums comes on top of that of the weights
+    test = compare_model(model, live, engine="transformers", tolerance=tolerance)
+    return replace(test, share=share)
+
+
+def _test_gguf(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -> SelfTest:
+    """In llama.cpp where it is installed, else through transformers' own GGUF reader."""
+    source, path = bench.source, folder / gguf_model.FILE
+    live = bench.merged_answers()
+    share = share_arrived(gguf_tensors(path, source.config), bench.tensors(), bench.delta)
+    kind = _OUTTYPE_TOLERANCE[outtype]
+    if installed("xllamacpp"):
+        engine = LlamaCpp(path, context=max(len(one.ids) for one in live))
+        test = compare_llama_cpp(engine, live, source.tokenizer, tolerance=LOG_PROBABILITY_TOLERANCE[kind])
+    else:
+        device, _ = bench.room_for_dense("fp32")
+        model = load_gguf_model(path, device)
+        test = compare_model(model, live, engine="transformers' GGUF reader", tolerance=LOGIT_TOLERANCE[kind])
+    return replace(test, share=share)
+
+
+FORMATS = {
+    one.name: one
+    for one in (
+        Format("peft", torch.float32, False, _no_check, _write_peft, _test_lora),
+        Format("padded", torch.float32, False, _check_padded, _write_padded, _test_lora),
+        Format("gguf-adapter", torch.float32, False, _check_gguf_adapter, _write_gguf_adapter, _test_gguf_adapter),
+        Format("merged", torch.bfloat16, True, _no_check, _write_merged, _test_merged),
+        Format("gguf", torch.float32, True, _check_gguf, _write_gguf, _test_gguf),
+    )
+}

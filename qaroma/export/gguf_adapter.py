@@ -1,0 +1,100 @@
+"""The adapter as llama.cpp reads it.
+
+llama.cpp multiplies B A by ``adapter.lora.alpha`` over that tensor's own rank. Ranks differ here, so
+every pair is zero-padded to one rank R and alpha is R: the factor is 1 and ours stands in B.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qaroma.export.delta import Delta, Factors
+from qaroma.export.gguf_names import GgufNames
+from qaroma.export.padded import pad
+
+FILE = "adapter.gguf"
+
+
+def write_gguf_adapter(folder: Path, delta: Delta, config: Any, *, name: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Write ``adapter.gguf``; modules of rank 0 are left out.
+
+    Args:
+        folder: an existing directory.
+        delta: the update.
+        config: the base's transformers configuration.
+        name: what the adapter is called in the file.
+        dtype: fp32, fp16 or bf16, of the factors.
+
+    Returns:
+        ``rank``, the R that every pair has.
+
+    Raises:
+        QaromaError: an architecture or a module that GGUF has no name for.
+    """
+    from gguf import GGUFType, GGUFWriter, Keys
+
+    names = GgufNames(config)
+    pairs = {module: factors for module, factors in delta.items() if factors.rank} or dict(list(delta.items())[:1])
+    rank = max(1, *(factors.rank for factors in pairs.values()))
+    writer = GGUFWriter(folder / FILE, names.architecture.name)
+    writer.add_type(GGUFType.ADAPTER)
+    writer.add_string(Keys.Adapter.TYPE, "lora")
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, float(rank))
+    writer.add_name(name)
+    for module, factors in pairs.items():
+        A, B = pad(factors, rank)
+        order = names.row_order(f"{module}.weight", B.shape[0])
+        tensor = names.tensor(f"{module}.weight")
+        for suffix, values in (("lora_a", A), ("lora_b", B if order is None else B[order])):
+            data, kind = _stored(values, dtype)
+            writer.add_tensor(f"{tensor}.{suffix}", data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return {"rank": rank}
+
+
+def read_gguf_adapter(path: Path, config: Any) -> dict[str, Factors]:
+    """Read an adapter back by llama.cpp's rules: alpha over each tensor's rank, rows put in transformers' order.
+
+    Args:
+        path: the file.
+        config: the base's transformers configuration.
+    """
+    from gguf import GGUFReader, Keys, dequantize
+
+    names = GgufNames(config)
+    reader = GGUFReader(path)
+    alpha = float(reader.fields[Keys.Adapter.LORA_ALPHA].contents())
+    tensors = {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
+    found = {}
+    for module in _modules(config):
+        stored = names.tensor(f"{module}.weight")
+        if f"{stored}.lora_a" not in tensors:
+            continue
+        A, B = tensors[f"{stored}.lora_a"], tensors[f"{stored}.lora_b"]
+        order = names.row_order(f"{module}.weight", B.shape[0])
+        if order is not None:
+            B = B[order.argsort()]
+        found[module] = Factors(A, B * (alpha / A.shape[0]))
+    return found
+
+
+def _modules(config: Any) -> list[str]:
+    """Linear layers of a decoder of the covered architectures."""
+    parts = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+    return [f"model.layers.{layer}.{part}" for layer in range(config.num_hidden_layers) for part in parts]
+
+
+def _stored(values: torch.Tensor, dtype: torch.dtype) -> tuple[np.ndarray[Any, Any], Any]:
+    """A matrix as gguf's writer takes it, and its type."""
+    from gguf import GGMLQuantizationType as Kind
+    from gguf import quantize
+
+    kind = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}[dtype]
+    return quantize(np.ascontiguousarray(values.numpy()), kind), kind

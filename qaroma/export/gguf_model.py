@@ -1,0 +1,212 @@
+"""The fine-tuned model as a GGUF model file, written a tensor at a time."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qaroma.data.templates import Template
+from qaroma.errors import QaromaError
+from qaroma.export.delta import Delta
+from qaroma.export.gguf_names import GgufNames
+from qaroma.export.gguf_vocab import add_vocabulary
+from qaroma.export.weights import StoredTensor, merged_tensors
+
+FILE = "model.gguf"
+OUTTYPES = ("f32", "bf16", "f16", "q8_0", "q4_k_m")
+
+
+def write_gguf_model(
+    folder: Path,
+    tensors: list[StoredTensor],
+    delta: Delta,
+    config: Any,
+    tokenizer: Any,
+    template: Template,
+    *,
+    outtype: str,
+    name: str,
+) -> dict[str, Any]:
+    """Write ``model.gguf``: weights, hyper-parameters, tokenizer and chat template.
+
+    Args:
+        folder: an existing directory.
+        tensors: the base's, from :mod:`qaroma.export.weights`.
+        delta: the update; empty writes the base itself.
+        config, tokenizer: the base's, from transformers.
+        template: of the run.
+        outtype: one of :data:`OUTTYPES`, of the matrices; vectors are f32 always.
+        name: ``general.name``.
+
+    Returns:
+        ``bytes`` of the tensors.
+
+    Raises:
+        QaromaError: an architecture, a tokenizer or an outtype that cannot be written.
+    """
+    from gguf import GGML_QUANT_VERSION, GGUFWriter
+
+    names = GgufNames(config)
+    kind = check_outtype(outtype)
+    check_positions(config)
+    writer = GGUFWriter(folder / FILE, names.architecture.name)
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    writer.add_file_type(_file_type(outtype))
+    _add_hyper_parameters(writer, config)
+    add_vocabulary(writer, tokenizer, template, config.vocab_size)
+    stored = merged_tensors(tensors, delta)
+    factors = rope_factors(config)
+    kinds = [_kind_of(tensor, kind) for tensor in stored]
+    if factors is not None:
+        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+    for tensor, its_kind in zip(stored, kinds, strict=True):
+        size = _row_bytes(tensor, its_kind) * (tensor.elements // tensor.shape[-1])
+        writer.add_tensor_info(names.tensor(tensor.name), tensor.shape, np.float32, size, raw_dtype=its_kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if factors is not None:
+        writer.write_tensor_data(factors)
+    for tensor, its_kind in zip(stored, kinds, strict=True):
+        writer.write_tensor_data(_converted(tensor, its_kind, names.row_order(tensor.name, tensor.shape[0])))
+    writer.close()
+    return {"bytes": (folder / FILE).stat().st_size}
+
+
+def check_outtype(outtype: str) -> Any:
+    """gguf's type of an outtype.
+
+    Raises:
+        QaromaError: an unknown one, or one that the installed library only reads.
+    """
+    from gguf import GGMLQuantizationType as Kind
+    from gguf import quantize
+
+    kinds = {"f32": Kind.F32, "bf16": Kind.BF16, "f16": Kind.F16, "q8_0": Kind.Q8_0, "q4_k_m": Kind.Q4_K}
+    if outtype not in kinds:
+        raise QaromaError(f"got the outtype '{outtype}'; expected {', '.join(OUTTYPES)}")
+    try:
+        quantize(np.zeros((1, 256), dtype=np.float32), kinds[outtype])
+    except NotImplementedError as error:
+        raise QaromaError(
+            f"the installed gguf library cannot write {outtype}; write f16 and convert it with llama.cpp: "
+            f"llama-quantize {FILE} model-{outtype}.gguf {outtype.upper()}"
+        ) from error
+    return kinds[outtype]
+
+
+def check_positions(config: Any) -> None:
+    """Refuse a way of scaling positions that is not written here.
+
+    Raises:
+        QaromaError: dynamic scaling, LongRoPE and others.
+    """
+    kind = config.rope_parameters.get("rope_type", "default")
+    if kind not in ("default", "linear", "yarn", "llama3"):
+        raise QaromaError(
+            f"the base scales its positions by '{kind}', which is not written to GGUF here; "
+            "type: --format gguf-adapter, or --format merged"
+        )
+
+
+def _file_type(outtype: str) -> int:
+    from gguf import LlamaFileType as Type
+
+    types = {"f32": Type.ALL_F32, "bf16": Type.MOSTLY_BF16, "f16": Type.MOSTLY_F16, "q8_0": Type.MOSTLY_Q8_0}
+    return int(types.get(outtype, Type.MOSTLY_Q4_K_M))
+
+
+def _kind_of(tensor: StoredTensor, kind: Any) -> Any:
+    """Vectors stay f32; a matrix whose rows are no whole number of blocks becomes f16."""
+    from gguf import GGML_QUANT_SIZES
+    from gguf import GGMLQuantizationType as Kind
+
+    if len(tensor.shape) < 2:
+        return Kind.F32
+    return kind if tensor.shape[-1] % GGML_QUANT_SIZES[kind][0] == 0 else Kind.F16
+
+
+def _row_bytes(tensor: StoredTensor, kind: Any) -> int:
+    from gguf import GGML_QUANT_SIZES
+
+    block, size = GGML_QUANT_SIZES[kind]
+    return int(tensor.shape[-1] // block * size)
+
+
+def _converted(tensor: StoredTensor, kind: Any, order: torch.Tensor | None) -> np.ndarray[Any, Any]:
+    """A whole tensor in its GGUF type and row order, filled block by block."""
+    from gguf import quantize
+
+    place = None if order is None else order.argsort().numpy()  # row of the file for each row of transformers'
+    whole: np.ndarray[Any, Any] | None = None
+    for start, block in tensor.blocks():
+        part = quantize(np.ascontiguousarray(block.float().numpy()), kind)
+        if part.dtype.kind == "f" and not np.isfinite(part).all():
+            raise QaromaError(f"{tensor.name} has values that {kind.name.lower()} cannot hold; type --outtype bf16")
+        if whole is None:
+            whole = np.empty((tensor.shape[0], *part.shape[1:]), dtype=part.dtype)
+        stop = start + len(part)
+        whole[slice(start, stop) if place is None else place[start:stop]] = part
+    assert whole is not None
+    return whole
+
+
+def _add_hyper_parameters(writer: Any, config: Any) -> None:
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = config.rope_parameters
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    kind = rope.get("rope_type", "default")
+    if kind == "linear":
+        writer.add_rope_scaling_type(_scaling("LINEAR"))
+        writer.add_rope_scaling_factor(rope["factor"])
+    elif kind == "yarn":
+        writer.add_rope_scaling_type(_scaling("YARN"))
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+
+
+def _scaling(name: str) -> Any:
+    from gguf import RopeScalingType
+
+    return RopeScalingType[name]
+
+
+def rope_factors(config: Any) -> np.ndarray[Any, Any] | None:
+    """By what llama.cpp divides each rotary frequency, for Llama 3's scaling; None for all others.
+
+    Wavelengths above ``original / low_freq_factor`` are stretched by ``factor``, those below
+    ``original / high_freq_factor`` are left, and between them the inverse factor is blended linearly
+    in original / wavelength (Llama 3.1's reference code).
+
+    Returns:
+        (head_dim / 2,), fp32.
+    """
+    rope = config.rope_parameters
+    if rope.get("rope_type") != "llama3":
+        return None
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    low, high, original = (
+        rope[key] for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    )
+    frequencies = rope["rope_theta"] ** -(np.arange(0, head, 2, dtype=np.float64) / head)
+    turns = original * frequencies / (2 * math.pi)  # full turns within the original context
+    blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    inverse: np.ndarray[Any, Any] = (1 - blend) / rope["factor"] + blend
+    return (1 / inverse).astype(np.float32)

@@ -1,0 +1,71 @@
+"""The fine-tuned model as an ordinary checkpoint: the update added to the weights, never requantised."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qaroma.export.delta import Delta
+from qaroma.export.shards import MAX_SHARD_BYTES, write_shards
+from qaroma.export.weights import StoredTensor, merged_tensors
+
+
+def write_merged(
+    folder: Path,
+    tensors: list[StoredTensor],
+    delta: Delta,
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> dict[str, Any]:
+    """Write ``config.json`` and safetensors shards, one block of rows after another.
+
+    Args:
+        folder: an existing directory.
+        tensors: the base's, from :mod:`qaroma.export.weights`.
+        delta: the update.
+        config: the base's transformers configuration.
+        dtype: bf16, fp16 or fp32, of every weight.
+        max_shard_bytes: of one file.
+
+    Returns:
+        ``bytes`` of the weights.
+
+    Raises:
+        QaromaError: the update does not fit the tensors, or a value the dtype cannot hold.
+    """
+    total = write_shards(folder, merged_tensors(tensors, delta), dtype, max_shard_bytes=max_shard_bytes)
+    plain = plain_config(config, dtype)
+    # A head that was held in 4 bits apart from the embeddings is a tensor of its own from then on.
+    plain.tie_word_embeddings = plain.tie_word_embeddings and all(t.name != "lm_head.weight" for t in tensors)
+    plain.save_pretrained(folder)
+    return {"bytes": total}
+
+
+def plain_config(config: Any, dtype: torch.dtype) -> Any:
+    """A copy of a configuration that says nothing of quantisation."""
+    plain = copy.deepcopy(config)
+    for part in (plain, plain.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+        part.dtype = dtype
+        part.use_cache = True
+    return plain
+
+
+def write_generation_settings(folder: Path, tokenizer: Any, stops: list[int]) -> None:
+    """Write ``generation_config.json``: what ends an answer, and no sampling that nobody tested.
+
+    Args:
+        folder: an existing directory.
+        tokenizer: of the base.
+        stops: ids of the tokens at which generation ends.
+    """
+    from transformers import GenerationConfig
+
+    settings = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    GenerationConfig(eos_token_id=stops, **settings).save_pretrained(folder)

@@ -1,0 +1,289 @@
+"""GGUF: names, row orders, rotary factors, vocabulary, Modelfile; and llama.cpp itself on tiny models."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+from export_adapters import random_delta
+
+from qaroma.data.forms import Message
+from qaroma.data.templates import Template
+from qaroma.errors import QaromaError
+from qaroma.export.delta import attach_delta, detach, linear_shapes
+from qaroma.export.engines import LlamaCpp
+from qaroma.export.gguf_adapter import read_gguf_adapter, write_gguf_adapter
+from qaroma.export.gguf_model import rope_factors, write_gguf_model
+from qaroma.export.gguf_names import GgufNames
+from qaroma.export.gguf_vocab import pre_tokenizer_name
+from qaroma.export.ollama import modelfile, template_pieces
+from qaroma.export.selftest import compare_llama_cpp, live_answers
+from qaroma.export.weights import dequantised_tensors
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def tiny(kind: str, tokenizer=None):
+    """A tiny random model of one of the architectures, every weight random, biases too.
+
+    With a tokenizer, it never says a special token, at which llama.cpp may stop, nor half a character, of
+    which it does not tell.
+    """
+    import transformers
+
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "max_position_embeddings", "eos_token_id", "pad_token_id")
+    settings = {**{name: getattr(tiny_config(), name) for name in names}, "tie_word_embeddings": False}
+    if kind == "llama3":
+        config = transformers.LlamaConfig(**settings, rope_parameters=LLAMA3_ROPE, attention_bias=True)
+        model = transformers.LlamaForCausalLM(config)
+    elif kind == "tied":
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**settings, "tie_word_embeddings": True}))
+    elif kind == "mistral":
+        model = transformers.MistralForCausalLM(transformers.MistralConfig(**settings))
+    elif kind == "qwen2":
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**settings))
+    else:
+        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**settings, head_dim=32))
+    torch.manual_seed(4)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data += 1.0
+    if tokenizer is not None:
+        strange = [index for index in range(512) if index < 3 or not tokenizer.decode([index]).isascii()]
+        model.get_output_embeddings().weight.data[strange] = 0
+    return model.float().eval()
+
+
+def test_an_adapter_comes_back_by_llama_cpps_rules(tiny_model, tmp_path: Path) -> None:
+    delta = random_delta(linear_shapes(tiny_model))
+    assert write_gguf_adapter(tmp_path, delta, tiny_model.config, name="x", dtype=torch.float32) == {"rank": 4}
+    read = read_gguf_adapter(tmp_path / "adapter.gguf", tiny_model.config)
+    assert set(read) == {name for name, factors in delta.items() if factors.rank}
+    for name, factors in read.items():
+        assert factors.rank == 4
+        assert torch.allclose(factors.B @ factors.A, delta[name].B @ delta[name].A, atol=1e-7), name
+
+
+def test_what_an_adapter_file_says(tiny_model, tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    delta = random_delta(linear_shapes(tiny_model))
+    write_gguf_adapter(tmp_path, delta, tiny_model.config, name="x", dtype=torch.float16)
+    reader = GGUFReader(tmp_path / "adapter.gguf")
+    said = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    assert said["general.type"] == "adapter"
+    assert said["adapter.type"] == "lora"
+    assert said["general.architecture"] == "llama"
+    assert said["adapter.lora.alpha"] == 4.0
+    shapes = {tensor.name: tuple(int(n) for n in tensor.shape) for tensor in reader.tensors}
+    assert shapes["blk.1.ffn_down.weight.lora_a"] == (128, 4)  # gguf's order: the fastest dimension first
+    assert shapes["blk.1.ffn_down.weight.lora_b"] == (4, 64)
+    assert {tensor.tensor_type.name for tensor in reader.tensors} == {"F16"}
+
+
+def test_rows_of_q_and_k_are_reordered_as_the_converter_does() -> None:
+    from model_bases import llama_cpp_rows
+
+    names = GgufNames(tiny_config())
+    weight = torch.randn(64, 5)
+    order = names.row_order("model.layers.0.self_attn.q_proj.weight", 64)
+    assert np.array_equal(weight[order].numpy(), llama_cpp_rows(weight.numpy(), 4))
+    order = names.row_order("model.layers.0.self_attn.k_proj.bias", 32)
+    assert np.array_equal(weight[:32][order].numpy(), llama_cpp_rows(weight[:32].numpy(), 2))
+    assert names.row_order("model.layers.0.self_attn.v_proj.weight", 32) is None
+
+
+def test_rotary_factors_are_transformers_frequencies() -> None:
+    model = tiny("llama3")
+    plain = 10000.0 ** -(np.arange(0, 16, 2) / 16)
+    factors = rope_factors(model.config)
+    np.testing.assert_allclose(plain / factors, model.model.rotary_emb.inv_freq.numpy(), rtol=1e-5)
+    assert len(set(factors.tolist())) > 1
+    assert rope_factors(tiny_config()) is None
+
+
+def test_architectures_without_names_are_refused() -> None:
+    from transformers import GPTNeoXConfig
+
+    with pytest.raises(QaromaError, match=r"of the architecture 'gpt_neox', which GGUF exports do not cover.*padded"):
+        GgufNames(GPTNeoXConfig())
+    with pytest.raises(QaromaError, match=r"no name for the tensor model\.layers\.0\.self_attn\.extra\.weight"):
+        GgufNames(tiny_config()).tensor("model.layers.0.self_attn.extra.weight")
+
+
+LLAMA3_CUT = "|".join(
+    [
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+
+
+def cutting(tokenizer, pre_tokenizer, **model):
+    """A copy of a tokenizer that cuts text in another way."""
+    import copy
+    import json
+
+    from tokenizers import Tokenizer
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"].update(model)
+    other = copy.deepcopy(tokenizer)
+    other._tokenizer = Tokenizer.from_str(json.dumps(state))
+    if pre_tokenizer is not None:
+        other._tokenizer.pre_tokenizer = pre_tokenizer
+    return other
+
+
+def test_ways_of_cutting_text_have_llama_cpps_names(tokenizer) -> None:
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Sequence, Split
+
+    def split(pattern: str):
+        return Sequence([Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
+
+    assert pre_tokenizer_name(tokenizer) == "gpt-2"
+    digits = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    assert pre_tokenizer_name(cutting(tokenizer, digits)) == "smollm"
+    assert pre_tokenizer_name(cutting(tokenizer, split(LLAMA3_CUT), ignore_merges=True)) == "llama-bpe"
+    assert pre_tokenizer_name(cutting(tokenizer, split(LLAMA3_CUT))) == "smaug-bpe"
+    assert pre_tokenizer_name(cutting(tokenizer, split(LLAMA3_CUT.replace("{1,3}", "")))) == "qwen2"
+    for unknown in (split(r"\p{L}+"), ByteLevel(add_prefix_space=True), Metaspace()):
+        with pytest.raises(QaromaError, match=r"no name known here for llama\.cpp"):
+            pre_tokenizer_name(cutting(tokenizer, unknown))
+    with pytest.raises(QaromaError, match="byte-level BPE only"):
+        pre_tokenizer_name(cutting(tokenizer, None, byte_fallback=True))
+
+
+PROMPTS = ["count 7 x", "Who's there?\n\n  12 345 don't", "für Élise 3.14"]
+
+
+@pytest.mark.parametrize("kind", ["tied", "llama3", "mistral", "qwen2", "qwen3"])
+def test_llama_cpp_gives_transformers_answers(kind: str, tokenizer, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    model = tiny(kind, tokenizer)
+    template = Template.choose(tokenizer)
+    bare = live_answers(model, tokenizer, template, PROMPTS, tokens=12)
+    delta = random_delta(linear_shapes(model), size=1.0)
+    adapter = attach_delta(model, delta)
+    live = live_answers(model, tokenizer, template, PROMPTS, tokens=12)
+    detach(adapter)
+    assert max((one.logits[0] - two.logits[0]).abs().max() for one, two in zip(live, bare, strict=True)) > 0.1
+    for name, update in (("base", {}), ("merged", delta)):
+        (tmp_path / name).mkdir()
+        write_gguf_model(
+            tmp_path / name, dequantised_tensors(model), update, model.config, tokenizer, template,
+            outtype="f32", name=name,
+        )  # fmt: skip
+    write_gguf_adapter(tmp_path, delta, model.config, name="x", dtype=torch.float32)
+    merged = compare_llama_cpp(LlamaCpp(tmp_path / "merged" / "model.gguf"), live, tokenizer, tolerance=1e-3)
+    adapted = LlamaCpp(tmp_path / "base" / "model.gguf", tmp_path / "adapter.gguf")
+    adapted = compare_llama_cpp(adapted, live, tokenizer, tolerance=1e-3)
+    for test in (merged, adapted):
+        assert test.passed, test.sentence()
+        assert test.same_answers == len(PROMPTS)
+
+
+def test_every_outtype_is_near_and_norms_stay_exact(tiny_model, tokenizer, tmp_path: Path) -> None:
+    from gguf import GGUFReader, dequantize
+
+    template = Template.choose(tokenizer)
+    for outtype, bound in (("f32", 0.0), ("f16", 1e-3), ("bf16", 5e-3), ("q8_0", 1e-2)):
+        write_gguf_model(
+            tmp_path, dequantised_tensors(tiny_model), {}, tiny_model.config, tokenizer, template,
+            outtype=outtype, name="x",
+        )  # fmt: skip
+        stored = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "model.gguf").tensors}
+        assert "output.weight" not in stored  # tied
+        down = stored["blk.0.ffn_down.weight"]
+        values = torch.from_numpy(dequantize(down.data, down.tensor_type).copy())
+        wanted = tiny_model.model.layers[0].mlp.down_proj.weight
+        assert down.tensor_type.name == outtype.upper()
+        assert float((values - wanted).detach().norm() / wanted.detach().norm()) <= bound
+        assert stored["output_norm.weight"].tensor_type.name == "F32"
+    with pytest.raises(QaromaError, match=r"cannot write q4_k_m; write f16 and convert it .* llama-quantize"):
+        write_gguf_model(tmp_path, [], {}, tiny_model.config, tokenizer, template, outtype="q4_k_m", name="x")
+
+
+USER, ANSWER = Message("user", "one\ntwo"), Message("assistant", "three")
+TALKS = [
+    [USER],
+    [USER, ANSWER, USER],
+    [Message("system", "be kind"), USER],
+    [Message("system", "s"), USER, ANSWER, USER],
+]
+
+
+def run_go_template(text: str, messages: list[Message]) -> str:
+    """The few words of Go's template language that a Modelfile uses, as Ollama would fill them in."""
+    system = "\n\n".join(message.content for message in messages if message.role == "system")
+    condition = re.match(r"\{\{ if \.System \}\}(.*?)\{\{ else \}\}(.*?)\{\{ end \}\}", text, re.DOTALL)
+    if condition:
+        head = condition[1].replace("{{ .System }}", system) if system else condition[2]
+        text = text[condition.end() :]
+    else:
+        head, text = text[: text.index("{{ range")], text[text.index("{{ range") :]
+    loop = re.match(
+        r'\{\{ range \.Messages \}\}\{\{ if eq \.Role "user" \}\}(.*?)\{\{ else if eq \.Role "assistant" \}\}'
+        r"(.*?)\{\{ end \}\}\{\{ end \}\}",
+        text,
+        re.DOTALL,
+    )
+    forms = {"user": loop[1], "assistant": loop[2], "system": ""}
+    turns = "".join(forms[message.role].replace("{{ .Content }}", message.content) for message in messages)
+    return head + turns + text[loop.end() :].replace("{{ .Response }}", "")
+
+
+@pytest.mark.parametrize("kind", ["chat", "plain", "none"])
+def test_the_modelfile_renders_what_the_template_does(kind: str, tokenizer) -> None:
+    template = Template.choose(tokenizer, kind)
+    text = modelfile(template, tokenizer, tiny_config(), model="model.gguf")
+    assert text.startswith("FROM ./model.gguf\n")
+    assert 'PARAMETER stop "<|im_end|>"' in text
+    assert "PARAMETER num_ctx 512" in text
+    go = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)[1]
+    for talk in TALKS:
+        assert run_go_template(go, talk) == template.render_prompt(talk)
+
+
+def test_a_default_system_text_and_a_first_token_are_kept_apart(tokenizer) -> None:
+    default = (
+        "{{ '<|endoftext|>' }}{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nbe good<|im_end|>\n' }}"
+        "{% endif %}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    other = cutting(tokenizer, None)
+    other.chat_template = default
+    template = Template.choose(other)
+    pieces = template_pieces(template, other)
+    assert pieces.without_system == "<|endoftext|><|im_start|>system\nbe good<|im_end|>\n"
+    assert pieces.system == ("<|endoftext|><|im_start|>system\n", "<|im_end|>\n")
+    for talk in TALKS:
+        assert run_go_template(pieces.go_template(), talk) == template.render_prompt(talk)
+
+
+def test_a_template_with_more_rules_is_not_translated(tokenizer) -> None:
+    numbered = (
+        "{% for m in messages %}{{ loop.index ~ ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'answer: ' }}{% endif %}"
+    )
+    other = cutting(tokenizer, None)
+    other.chat_template = numbered
+    template = Template.choose(other)
+    assert template_pieces(template, other) is None
+    assert 'TEMPLATE """{{ .Prompt }}"""' in modelfile(template, other, tiny_config(), model="m.gguf")
