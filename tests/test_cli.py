@@ -134,7 +134,7 @@ def test_option_texts_defaults_and_choices_come_from_the_configuration() -> None
         assert option.help.startswith(str(fields[key].description))
         if fields[key].default not in (None, False) and not fields[key].default_factory:
             assert f"[default: {fields[key].default}]" in option.help
-    assert from_fields == 21
+    assert from_fields == 22
 
 
 def test_finetune_passes_every_flag_on(

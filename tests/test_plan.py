@@ -205,7 +205,10 @@ def test_goal_peak_of_llama3_8b(llama: Planner, tokens: int, goal: float) -> Non
     assert 3.7 * GIB < found.peak <= goal * GIB
 
 
-@pytest.mark.parametrize(("card", "tokens"), [(6, 8192), (8, 32_768), (12, 65_536), (24, 163_840)])
+@pytest.mark.parametrize(
+    ("card", "tokens"),
+    [(6, 8192), (8, 32_768), (12, 65_536), pytest.param(24, 163_840, marks=pytest.mark.slow)],
+)
 def test_goal_context_of_llama3_8b(card: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of the loss grow here with the length: more memory than a run takes, and a trace of seconds."""
     monkeypatch.setattr(loss, "CHUNK_BYTES", loss.CHUNK_BYTES * max(1, tokens // 8192))
@@ -263,7 +266,8 @@ def test_the_search_finds_the_last_length_that_fits_in_a_few_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("8GiB", 8 * GIB), ("8GB", 8 * GIB), ("8", 8 * GIB), ("7.5 gib", 15 * GIB // 2), ("512MiB", GIB // 2)]
+    ("text", "size"),
+    [("8GiB", 8 * GIB), ("8GB", 8 * GIB), ("8", 8 * GIB), ("7.5 gib", 15 * GIB // 2), ("512MiB", GIB // 2)],
 )  # fmt: skip
 def test_a_cards_memory_is_read_as_it_is_said(text: str, size: int) -> None:
     assert parse_memory(text) == size
