@@ -103,3 +103,15 @@ def test_a_check_synchronises_once_for_all_modules(monkeypatch: pytest.MonkeyPat
         events = controller.step()
         per_step.append((len(reads), len(events)))
     assert per_step == [(0, 0), (1, 0), (0, 0), (1, 7)] * 2
+
+
+def test_components_that_an_adapter_brought_count_towards_max_rank() -> None:
+    adapter = Adapter(nn.Sequential(nn.Linear(64, 64)), ["0"])
+    adapter.layers["0"].load_factors(torch.randn(3, 64), torch.randn(3, 64), [3])
+    settings = GrowthSettings(t_in=2, check_every=1, warmup=0, restart_warmup=0, eps_out=1e-9, max_rank=5)
+    controller = GrowthController(adapter, settings, learning_rate=1e-2, total_steps=50)
+    for _ in range(20):
+        controller.trainer.optimiser.gradients.normal_()
+        controller.step()
+    assert controller.finished
+    assert adapter.ranks() == {"0": 5}

@@ -55,6 +55,8 @@ class GrowthController:
         self.adapter, self.settings = adapter, settings
         self.peak, self.total_steps, self.learning_rate = learning_rate, total_steps, 0.0
         self.growth = GrowthState.start(list(adapter.layers), settings, adapter.inner_rank)
+        for name, layer in adapter.layers.items():  # what an adapter brought counts towards max_rank
+            self.growth.modules[name].frozen_rank = layer.frozen_rank
         self._rows = {name: row for row, name in enumerate(adapter.layers)}
         self._weight_norm_sq = self._initial_weight_norms()
         self._previous: dict[str, tuple[Tensor, Tensor]] = {}  # factors at the last check, criterion "product"
