@@ -164,7 +164,7 @@ def _decide_auto(config: Config, steps: int, decide: Any) -> None:
     decide("training.learning_rate", rate, "0.4 / t_in, within 1e-4 .. 1e-2: a short inner loop needs larger steps")
     rate = config.training.learning_rate or rate
     eps_out = float(f"{0.02 * rate * t_in:.1e}")
-    decide("growth.eps_out", eps_out, "0.02 x learning rate x t_in, which is the most a weight can move")
+    decide("growth.eps_out", eps_out, "a fiftieth of learning rate x t_in, the most that one element can move")
     decide("growth.max_update", 1.0, "guards the steps after a reset")
     _decide_common(decide)
 
