@@ -16,7 +16,7 @@ from qaroma.cli import main
 from qaroma.engine import loss
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_base
-from qaroma.plan import trace
+from qaroma.plan import trace, workspaces
 from qaroma.plan.counter import LiveStorages
 from qaroma.plan.phantom import materialise, skeleton, tensors_of, with_depth
 from qaroma.plan.report import parse_memory
@@ -152,6 +152,17 @@ def test_contributors_are_what_is_alive_at_the_peak() -> None:
     assert sum(line.bytes for line in lines) == trace_step(config, settings).peak.bytes
     assert lines == tuple(sorted(lines, key=lambda line: -line.bytes))
     assert {"base", "adapter", "optimiser"} < {line.category for line in lines}
+
+
+def test_what_a_kernel_takes_inside_counts_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, settings = tiny_config(), StepSettings(1, seq_len=2048)
+    without = trace_step(config, settings)
+    monkeypatch.setattr(workspaces, "ATTENTION_BACKWARD", 1000.0)
+    inside = 1000 * 2048 * 64  # the queries of a tiny layer
+    found = trace_step(config, settings).peak
+    assert found.categories["kernel_workspaces"] == inside
+    assert inside < found.bytes <= without.peaks["backward"].bytes + inside
+    assert sum(found.categories.values()) == found.bytes
 
 
 def test_layer_types_are_cut_with_the_layers() -> None:

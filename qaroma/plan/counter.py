@@ -13,6 +13,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qaroma.plan.workspaces import workspace_bytes
+
+WORKSPACE = "kernel_workspaces"
+
 
 @dataclass(frozen=True)
 class Peak:
@@ -75,7 +79,8 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     A storage counts once however many tensors view it, at its whole size, from the operation that
     made it until nothing refers to it any more (autograd's saved tensors do). What an operation
-    allocates and frees inside itself is not seen. A phase's peak is known when the phase has ended.
+    allocates and frees inside itself is not seen, but for what :func:`workspace_bytes` knows. A phase's
+    peak is known when the phase has ended.
 
     Args:
         snapshot_at: after this operation, keep what is alive in :attr:`contributors`.
@@ -102,6 +107,11 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._see(leaf, func)
+        inside = workspace_bytes(func, args)
+        if inside:
+            self.device.add(WORKSPACE, inside)
+            self._note()
+            self.device.add(WORKSPACE, -inside)
         if self.events == self._snapshot_at:
             self.contributors = self.alive()
         return result

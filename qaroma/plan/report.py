@@ -16,6 +16,7 @@ from rich.table import Table
 from qaroma.engine.levels import LEVELS
 from qaroma.errors import QaromaError
 from qaroma.model.failures import explained
+from qaroma.plan.counter import WORKSPACE
 from qaroma.plan.phantom import adapter_parameters, skeleton
 from qaroma.plan.search import LONGEST, RESERVE, Estimate, Planner
 from qaroma.plan.shapes import model_config
@@ -60,6 +61,7 @@ class Plan:
         model: as it was named.
         parameters, trained: of the base, and of one component in all its layers.
         positions: longest input that the model was made for.
+        attention: transformers' implementation that is counted.
         vram: bytes of the card; None where none was named.
         levels: the same step at every level that was looked at.
         chosen: the level to use; None where none fits.
@@ -71,6 +73,7 @@ class Plan:
     parameters: int
     trained: int
     positions: int | None
+    attention: str
     vram: int | None
     levels: tuple[Estimate, ...]
     chosen: Estimate | None
@@ -151,7 +154,18 @@ def make_plan(
     trained, frozen = width * settings.inner_rank, width * settings.frozen_rank
     disk = 2 * parameters + CHECKPOINTS * (12 * trained + 2 * frozen)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return Plan(model, parameters, trained, positions, vram, tuple(levels), chosen, longest, disk)
+    return Plan(
+        model,
+        parameters,
+        trained,
+        positions,
+        base.config._attn_implementation,
+        vram,
+        tuple(levels),
+        chosen,
+        longest,
+        disk,
+    )
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -191,7 +205,7 @@ def _breakdown_table(plan: Plan) -> Table:
     table.add_column(min_width=20)
     table.add_column(justify="right")
     for name, size in sorted(plan.shown.breakdown.items(), key=lambda item: -item[1]):
-        if name == "kernel_workspaces" and not workspaces_measured():
+        if name == WORKSPACE and not workspaces_measured():
             table.add_row("kernel workspaces", "not measured")
         elif size >= 2**20:
             table.add_row(name.replace("_", " "), _size(size))
@@ -215,6 +229,8 @@ def _lines(plan: Plan) -> list[str]:
     host = plan.shown.host
     if host:
         lines.append(f"Host memory: {_size(host)}{_beside_this_machine(host)}.")
+    if plan.attention == "eager":
+        lines.append("transformers has no fused attention for it: memory grows with the square of the context.")
     lines.append(f"Disk: {_size(plan.disk)} for the download in bf16 and the checkpoints of a run.")
     return lines
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qaroma.engine.levels import LEVELS
-from qaroma.plan.counter import Peak
+from qaroma.plan.counter import WORKSPACE, Peak
 from qaroma.plan.phantom import with_depth
 from qaroma.plan.trace import StepSettings, Trace, trace_step
-from qaroma.plan.workspaces import workspace_bytes
+from qaroma.plan.workspaces import FIXED
 
 RESERVE = int(0.65 * 2**30)  # of a card's memory: CUDA's context and what fragmentation costs
 GRAIN = 256  # a context is found to so many tokens
@@ -140,13 +140,12 @@ class Planner:
 
     def _estimate(self, settings: StepSettings, trace: Trace, *, exact: bool) -> Estimate:
         phase = max(trace.peaks, key=lambda name: trace.peaks[name].bytes)
-        workspaces = workspace_bytes(self.config, settings.seq_len * settings.micro_batch)
         breakdown = dict(trace.peaks[phase].categories)
         layer = breakdown.pop("layer", 0)
         breakdown["layer_recompute" if LEVELS[settings.level].checkpointing else "activations"] = layer
-        breakdown["kernel_workspaces"] = workspaces
-        phases = {name: peak.bytes + workspaces for name, peak in trace.peaks.items()}
-        return Estimate(settings, phases[phase], trace.resident, trace.host, breakdown, phases, exact)
+        breakdown[WORKSPACE] = breakdown.get(WORKSPACE, 0) + FIXED
+        phases = {name: peak.bytes + FIXED for name, peak in trace.peaks.items()}
+        return Estimate(settings, phases[phase], trace.resident + FIXED, trace.host, breakdown, phases, exact)
 
 
 def _peak_line(few: Peak, more: Peak, line: Callable[[int, int], int]) -> Peak:

@@ -1,41 +1,39 @@
-"""Memory that kernels take inside themselves, which no count of tensors can see."""
+"""Memory that kernels take inside themselves, which no count of tensors can see.
+
+The constants are to be measured on a GPU, by ``torch.cuda.max_memory_allocated`` beside the planned
+peak at 2,048 and at 8,192 tokens. Not measured: no GPU. Zero until then, which ``qaroma plan`` says.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+import torch
 
-@dataclass(frozen=True)
-class Workspace:
-    """Bytes of one kind of kernel: at any size, and for each token and unit of attention width.
+# Bytes that the library of matrix products keeps from its first one on.
+FIXED = 0
 
-    The width is query heads times head dimension: FlashAttention's backward pass, the one kernel
-    whose workspace grows with the sequence, accumulates gradients in fp32 at that width.
-    """
+# Bytes for each element of the queries while attention's backward pass runs. By its source FlashAttention-2
+# takes 4, where it sums their gradient in fp32, and with fewer key heads than query heads another 4, where it
+# holds the gradients of keys and values for each query head.
+ATTENTION_BACKWARD = 0.0
 
-    fixed: int = 0
-    per_token_and_width: float = 0.0
-
-
-# To be measured on a GPU: torch.cuda.max_memory_allocated less the planned peak, at 2,048 and 8,192 tokens.
-# Not measured: no GPU. Zero until then, which `qaroma plan` says.
-WORKSPACES: dict[str, Workspace] = {"matrix products": Workspace(), "attention": Workspace()}
+_ATTENTION_BACKWARD_OP = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def workspace_bytes(config: Any, tokens: int) -> int:
-    """What to add to a counted peak.
+def workspace_bytes(func: Any, args: tuple[Any, ...]) -> int:
+    """What an operation takes while it runs, beside its result.
 
     Args:
-        config: transformers' configuration.
-        tokens: of a micro-batch.
+        func: the operation, as a ``TorchDispatchMode`` is given it.
+        args: its positional arguments.
     """
-    text = config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    width = text.num_attention_heads * head_dim
-    return int(sum(w.fixed + w.per_token_and_width * tokens * width for w in WORKSPACES.values()))
+    if func is _ATTENTION_BACKWARD_OP:
+        query = args[1]
+        return int(ATTENTION_BACKWARD * query.numel())
+    return 0
 
 
 def workspaces_measured() -> bool:
-    """Whether the table holds anything yet."""
-    return any(workspace != Workspace() for workspace in WORKSPACES.values())
+    """Whether the constants say anything yet."""
+    return bool(FIXED or ATTENTION_BACKWARD)
