@@ -70,6 +70,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def compute_device(model: Any) -> torch.device:
+    """Where a causal model computes: its head's device, since its embeddings may lie in host memory."""
+    device: torch.device = model.get_output_embeddings().weight.device
+    return device
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -215,7 +221,7 @@ def _generate_batch(
     width = max(len(prompt) for prompt in prompts)
     rows = [[padding] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    device = model.get_input_embeddings().weight.device
+    device = compute_device(model)
     produced: Any = model.generate(
         input_ids=torch.tensor(rows, device=device),
         attention_mask=torch.tensor(mask, device=device),

@@ -71,6 +71,7 @@ def open_run(run: str | Path, *, base: str | None = None, device: str = "auto") 
         name,
         quantization=remembered["quantization"],
         double_quantization=remembered["double_quantization"],
+        quantize_head=remembered.get("head_quantization", "none") != "none",
         compute_dtype=resolve_dtype(remembered["compute_dtype"], target),
         device=target,
         revision=None if base else remembered["revision"],

@@ -75,3 +75,19 @@ def test_plain_text_has_a_loss_and_no_exact_match(run: Path, tmp_path: Path) -> 
     figures = evaluate_run(str(run), [(str(text), 1.0)], device="cpu")
     assert figures["tokens"] > 50
     assert "exact_match" not in figures
+
+
+@pytest.mark.parametrize(("quantization", "double"), [("nf4", False), ("fp4", True), ("none", True)])
+def test_a_packed_head_is_remembered_as_it_was(
+    tiny_folder: Path, data_file: Path, tmp_path: Path, quantization: str, double: bool
+) -> None:
+    """Memory level 3: whoever opens the run gets the very head that it was trained with."""
+    folder = tmp_path / "run"
+    config = make_config(tiny_folder, data_file, folder, training__max_steps=3, training__memory=3)
+    config.model.quantization, config.model.double_quantization = quantization, double
+    finetune(config, console=Console(quiet=True))
+    growth = json.loads((folder / "adapter_last" / "growth.json").read_text())
+    expected = "nf4" if quantization == "none" else quantization
+    assert growth["base"]["head_quantization"] == expected
+    state = open_run(folder, device="cpu").model.get_output_embeddings().weight.quant_state
+    assert (state.quant_type, state.nested) == (expected, double)

@@ -13,6 +13,7 @@ from qaroma.data.encode import Example
 from qaroma.engine.checkpointing import enable_checkpointing
 from qaroma.engine.levels import apply_level
 from qaroma.errors import QaromaError
+from qaroma.evaluate import compute_device
 from qaroma.method.aroma import GrowthController
 from qaroma.method.growth import GrowthSettings
 from qaroma.method.lora import PlainLora
@@ -124,7 +125,7 @@ def peft_step(model: Any, rows: list[Example], *, rank: int = 8, checkpointing: 
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise QaromaError("--against peft needs peft; type: pip install 'qaroma[bench]'") from error
-    device = model.get_output_embeddings().weight.device
+    device = compute_device(model)
     if checkpointing:
         enable_checkpointing(model)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -46,7 +46,7 @@ LEVELS = (
 )
 
 
-def apply_level(model: Any, level: int, *, quant_type: str = "nf4") -> None:
+def apply_level(model: Any, level: int, *, quant_type: str = "nf4", double_quantization: bool = True) -> None:
     """Put a model into a memory level; a later call may go further down.
 
     What a level saves comes at a price in time, and at level 3 in exactness: the head's logits are
@@ -55,11 +55,11 @@ def apply_level(model: Any, level: int, *, quant_type: str = "nf4") -> None:
     Args:
         model: transformers model, with or without an adapter on; changed in place.
         level: index into :data:`LEVELS`.
-        quant_type: 4-bit type of the head at level 3.
+        quant_type, double_quantization: of the head at level 3.
     """
     chosen = LEVELS[level]
     if chosen.packed_head:
-        quantise_head(model, quant_type)
+        quantise_head(model, quant_type, double_quantization=double_quantization)
     if chosen.host_embeddings:
         move_embeddings_to_host(model)
     if chosen.tiled:

@@ -54,6 +54,12 @@ def move_embeddings_to_host(model: Any) -> bool:
     return True
 
 
+def head_quantization(model: Any) -> str:
+    """4-bit type of a model's output head, ``none`` where it is dense."""
+    state = getattr(model.get_output_embeddings().weight, "quant_state", None)
+    return "none" if state is None else str(state.quant_type)
+
+
 def quantise_head(model: Any, quant_type: str = "nf4", *, double_quantization: bool = True) -> None:
     """Put the output head into 4 bits; a table shared with the embeddings is no longer shared.
 
@@ -63,7 +69,7 @@ def quantise_head(model: Any, quant_type: str = "nf4", *, double_quantization: b
         double_quantization: quantise the constants too.
     """
     head = model.get_output_embeddings()
-    if getattr(head.weight, "quant_state", None) is not None:
+    if head_quantization(model) != "none":
         return
     import bitsandbytes as bnb
 

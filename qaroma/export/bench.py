@@ -14,7 +14,7 @@ import torch
 from qaroma.answers import read_conversations
 from qaroma.data.encode import Example
 from qaroma.errors import QaromaError
-from qaroma.evaluate import evaluate_loss
+from qaroma.evaluate import compute_device, evaluate_loss
 from qaroma.export.delta import Factors, attach_delta, detach
 from qaroma.export.selftest import Answered, live_answers
 from qaroma.export.source import Source, load_live
@@ -152,7 +152,7 @@ class Bench:
 
     def _loss(self, model: Any, examples: Sequence[Example]) -> float:
         task = CausalLM(self.source.tokenizer.pad_token_id or 0)
-        device = model.get_input_embeddings().weight.device
+        device = compute_device(model)
         batches = (task.collate(examples[i : i + _MICRO_BATCH]) for i in range(0, len(examples), _MICRO_BATCH))
         return evaluate_loss(lambda batch: task.loss(model, batch.to(device)), batches, model).mean
 

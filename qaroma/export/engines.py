@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qaroma.evaluate import compute_device
 from qaroma.export.delta import Delta
 
 # (token ids, first position wanted) -> logits (positions, vocabulary), fp32 on the CPU.
@@ -31,7 +32,7 @@ def model_logits(model: Any) -> Logits:
 
     @torch.no_grad()
     def logits(ids: Sequence[int], start: int) -> Tensor:
-        device = model.get_input_embeddings().weight.device
+        device = compute_device(model)
         output = model(input_ids=torch.tensor([list(ids)], device=device), logits_to_keep=len(ids) - start)
         found: Tensor = output.logits[0].float().cpu()
         return found

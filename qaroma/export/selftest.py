@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qaroma.data.forms import Message
 from qaroma.data.templates import Template, added_bos
-from qaroma.evaluate import evaluating
+from qaroma.evaluate import compute_device, evaluating
 from qaroma.export.delta import Delta
 from qaroma.export.engines import LlamaCpp, Logits, model_logits
 from qaroma.export.weights import StoredTensor
@@ -118,7 +118,7 @@ def live_answers(
 
 def _greedy(model: Any, ids: list[int], tokens: int, stops: set[int]) -> list[int]:
     """Greedy search by hand, with a key-value cache: no setting of the base's can interfere."""
-    device = model.get_input_embeddings().weight.device
+    device = compute_device(model)
     cache, fed = None, ids
     ids = list(ids)
     for _ in range(tokens):

@@ -211,7 +211,8 @@ def load_base(
         if quantize_head and not config.get_text_config().tie_word_embeddings:
             bnb_config.llm_int8_skip_modules = []  # transformers leaves the head out only where nothing is said
     with explained(str(model), gguf=place.gguf_file is not None), freed_memory_goes_back():
-        network, info = _read(place, config, bnb_config, dtype, target, attention, revision, trust_remote_code)
+        implementation = _implementation(attention)
+        network, info = _read(place, config, bnb_config, dtype, target, implementation, revision, trust_remote_code)
     _require_complete(str(model), info)
     _settle(network, dtype)
     return network
@@ -230,7 +231,7 @@ def _bnb_config(quantization: str, double_quantization: bool, dtype: torch.dtype
 
 def _read(
     place: ResolvedModel, config: Any, bnb_config: Any, dtype: torch.dtype, device: torch.device,
-    attention: str, revision: str | None, trust_remote_code: bool,
+    attention: str | None, revision: str | None, trust_remote_code: bool,
 ) -> tuple[Any, Any]:  # fmt: skip
     from transformers import AutoModelForCausalLM
 
@@ -243,7 +244,7 @@ def _read(
         place.folder_or_id,
         dtype=dtype,
         device_map={"": device},
-        attn_implementation=_implementation(attention),
+        attn_implementation=attention,
         output_loading_info=True,
         # Given as None, it would overwrite what a quantised checkpoint says of itself.
         **({} if bnb_config is None else {"quantization_config": bnb_config}),

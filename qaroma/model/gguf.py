@@ -103,7 +103,14 @@ def _rotary_heads(name: str, config: Any) -> int | None:
 
 
 def load_gguf(
-    folder: str, file: str, config: Any, *, dtype: torch.dtype, device: torch.device, attention: str, bnb_config: Any
+    folder: str,
+    file: str,
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str | None,
+    bnb_config: Any,
 ) -> tuple[Any, Mapping[str, Any]]:
     """Load a causal language model from a GGUF file.
 
@@ -113,7 +120,7 @@ def load_gguf(
         config: the configuration read from it.
         dtype: compute dtype of everything that is not quantised.
         device: where the model goes.
-        attention: transformers' attention implementation.
+        attention: transformers' attention implementation; None leaves the choice to it.
         bnb_config: transformers' BitsAndBytesConfig, or None for a dense model.
 
     Returns:

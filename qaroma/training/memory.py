@@ -54,7 +54,7 @@ def relieve(session: Session) -> str:
         return f"going on with micro-batches of {session.plan.micro_batch}, the same effective batch"
     if session.level + 1 < len(LEVELS):
         session.level += 1
-        apply_level(session.model, session.level, quant_type=packed_type(session.config))
+        enter_level(session.model, session.level, session.config)
         return f"going on at memory level {session.level} ({LEVELS[session.level].summary})"
     raise QaromaError(
         f"out of memory at the smallest memory level with one example at a time; type a smaller --max-length "
@@ -62,9 +62,10 @@ def relieve(session: Session) -> str:
     )
 
 
-def packed_type(config: Config) -> str:
-    """4-bit type of a packed head: the base's."""
-    return "nf4" if config.model.quantization == "none" else config.model.quantization
+def enter_level(model: Any, level: int, config: Config) -> None:
+    """Put a run's model into a memory level; a packed head is quantised as the base is, or in NF4."""
+    quant_type = "nf4" if config.model.quantization == "none" else config.model.quantization
+    apply_level(model, level, quant_type=quant_type, double_quantization=config.model.double_quantization)
 
 
 def choose_level(config: Config, device: torch.device) -> int:

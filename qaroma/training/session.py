@@ -11,7 +11,7 @@ from torch import nn
 
 from qaroma.config import Config
 from qaroma.data.encode import Example
-from qaroma.engine.levels import LEVELS
+from qaroma.engine.placement import head_quantization
 from qaroma.method.base import Method
 from qaroma.runs import MetricsLog, RunDirectory
 from qaroma.tasks.base import Batch, Task
@@ -72,7 +72,7 @@ class Session:
                 "fingerprint": self.fingerprint,
                 "quantization": model.quantization,
                 "double_quantization": model.double_quantization,
-                "head_quantization": model.quantization if LEVELS[self.level].packed_head else "none",
+                "head_quantization": head_quantization(self.model),
                 "compute_dtype": model.compute_dtype,
             },
             "template": self.template,

@@ -15,7 +15,7 @@ from qaroma.data.encode import Encoded, Example, encode_rows, limit_length, spli
 from qaroma.data.packing import pack
 from qaroma.data.sources import read_rows
 from qaroma.data.templates import Template
-from qaroma.engine.levels import LEVELS, apply_level
+from qaroma.engine.levels import LEVELS
 from qaroma.errors import QaromaError
 from qaroma.export.foreign import continue_from
 from qaroma.method.aroma import GrowthController
@@ -27,7 +27,7 @@ from qaroma.presets import DataFacts, Decision, growth_settings, resolve
 from qaroma.runs import MetricsLog, RunDirectory
 from qaroma.tasks.causal_lm import CausalLM
 from qaroma.training.batches import BatchPlan
-from qaroma.training.memory import choose_level, packed_type
+from qaroma.training.memory import choose_level, enter_level
 from qaroma.training.session import Session
 
 
@@ -142,7 +142,7 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
     )
     identity = fingerprint(model)
     method = build_method(config, model)
-    apply_level(model, level, quant_type=packed_type(config))
+    enter_level(model, level, config)
     training = config.training
     plan = BatchPlan(
         [len(e.input_ids) for e in data.train],
