@@ -105,6 +105,16 @@ class GrowthSection(Section):
     inner_criterion: Literal["norm", "product"] | None = Field(
         None, description="norm: change of ||BA|| (eq. 5); product: norm of the change of BA."
     )
+    outer_criterion: Literal["weight", "update"] | None = Field(
+        None,
+        description="What eps_out is a share of. weight: the weight with all earlier components (eq. 6); "
+        "update: the earlier components alone, which asks for no tuning.",
+    )
+    init: Literal["kaiming", "gradient"] | None = Field(
+        None,
+        description="How a component begins. kaiming: random A (paper); gradient: A is the leading right singular "
+        "vector of the loss's gradient, from two more backward passes.",
+    )
     schedule: Literal["lockstep", "independent"] | None = Field(
         None, description="lockstep: all modules grow together (paper); independent: each by itself."
     )
@@ -134,6 +144,9 @@ class TrainingSection(Section):
     """Optimiser, batches and length of the run."""
 
     learning_rate: PositiveFloat | None = Field(None, description="Peak learning rate.")
+    head_learning_rate: PositiveFloat | None = Field(
+        None, description="Peak learning rate of a head that is trained in full (tasks classification and regression)."
+    )
     max_steps: PositiveInt | None = Field(None, description="Step budget T; None follows epochs.")
     epochs: PositiveFloat | None = Field(None, description="Passes over the data; ignored where max_steps is given.")
     micro_batch: PositiveInt = Field(4, description="Examples in one forward pass.")
@@ -176,10 +189,16 @@ class Config(Section):
 
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
-    method: Literal["aroma", "lora"] = Field(
-        "aroma", description="aroma grows ranks; lora is plain LoRA in the same loop."
+    task: Literal["causal-lm", "classification", "regression"] = Field(
+        "causal-lm",
+        description="causal-lm: answers or text; classification and regression: a label for a text or a pair of texts.",
     )
-    rank: PositiveInt = Field(8, description="Rank of method lora; aroma needs none.")
+    method: Literal["aroma", "relora", "lora", "peft-lora", "adalora"] = Field(
+        "aroma",
+        description="aroma grows ranks until each layer has enough; for comparison, in the same loop: relora (a new "
+        "component every t_in steps, no criteria), lora (ours), peft-lora and adalora (PEFT's).",
+    )
+    rank: PositiveInt = Field(8, description="Rank of the methods lora, peft-lora and adalora; aroma needs none.")
     growth: GrowthSection = Field(default_factory=GrowthSection)
     training: TrainingSection = Field(default_factory=TrainingSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
