@@ -21,8 +21,8 @@ from qaroma.export.peft import load_factors, save_adapter
 from qaroma.model.builtin import portable_name, resolve_model
 from qaroma.model.targets import unadaptable
 from qaroma.presets import Decision
-from qaroma.report import BeforeAfter, RunSummary, Score, print_summary
 from qaroma.runs import RunDirectory
+from qaroma.summary import BeforeAfter, RunSummary, Score, print_summary
 from qaroma.training.fit import Ending, FitState, fit, restore_state
 from qaroma.training.interrupt import StopRequest
 from qaroma.training.progress import ProgressView
