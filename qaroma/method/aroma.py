@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qaroma.method.adapter import Adapter
-from qaroma.method.base import FactorTrainer, MethodState
+from qaroma.method.base import AdapterMethod, FactorTrainer, MethodState
 from qaroma.method.criteria import (
     change_norm_sq,
     dense_inner_product,
@@ -16,10 +18,10 @@ from qaroma.method.criteria import (
 )
 from qaroma.method.dequantise import dense_weight
 from qaroma.method.growth import GrowthEvent, GrowthSettings, GrowthState, Measurement
-from qaroma.method.schedule import jagged_cosine
+from qaroma.method.schedule import cosine, jagged_cosine
 
 
-class GrowthController:
+class GrowthController(AdapterMethod):
     """Trains an adapter by AROMA (Algorithm 1), one call of :meth:`step` after each backward pass.
 
     Usable in any loop::
@@ -38,6 +40,8 @@ class GrowthController:
         learning_rate: peak of the jagged cosine.
         total_steps: step budget T.
         weight_decay, max_grad_norm: of the optimiser.
+        head: parameters trained in full beside the adapter until the last module is done.
+        head_learning_rate: peak of their cosine, which no reinit interrupts; None is ``learning_rate``.
     """
 
     name = "aroma"
@@ -51,8 +55,11 @@ class GrowthController:
         total_steps: int,
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
+        head: Sequence[nn.Parameter] = (),
+        head_learning_rate: float | None = None,
     ) -> None:
         self.adapter, self.settings = adapter, settings
+        self.head_peak = head_learning_rate or learning_rate
         self.peak, self.total_steps, self.learning_rate = learning_rate, total_steps, 0.0
         self.growth = GrowthState.start(list(adapter.layers), settings, adapter.inner_rank)
         for name, layer in adapter.layers.items():  # what an adapter brought counts towards max_rank
@@ -61,7 +68,7 @@ class GrowthController:
         self._weight_norm_sq = self._initial_weight_norms()
         self._previous: dict[str, tuple[Tensor, Tensor]] = {}  # factors at the last check, criterion "product"
         self.trainer = FactorTrainer(
-            adapter, max_grad_norm=max_grad_norm, weight_decay=weight_decay, max_update=settings.max_update
+            adapter, head=head, max_grad_norm=max_grad_norm, weight_decay=weight_decay, max_update=settings.max_update
         )
 
     @property
@@ -85,6 +92,11 @@ class GrowthController:
             for name in self.growth.active()
         }
 
+    def _head_factor(self) -> float:
+        s, step = self.settings, self.growth.step
+        climb = min((step + 1) / s.warmup, 1.0) if s.warmup else 1.0
+        return climb * cosine(step, total=self.total_steps, warmup=s.warmup, min_ratio=s.min_lr_ratio)
+
     def step(self) -> list[GrowthEvent]:
         """Clip, update, zero the gradients; check and grow where that is due.
 
@@ -95,7 +107,7 @@ class GrowthController:
         """
         rates = self.learning_rates()
         self.learning_rate = max(rates.values(), default=0.0)
-        self.trainer.update(rates)
+        self.trainer.update(rates, self.head_peak * self._head_factor())
         due = self.growth.tick()
         if not due or self.growth.step >= self.total_steps:  # a component begun now would never train
             return []

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from qaroma.method.adapter import Adapter
 from qaroma.method.growth import GrowthEvent
 from qaroma.method.optimiser import FlatAdamW
+
+HEAD = "(head)"  # the optimiser's group of a head that is trained in full; no module has such a name
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,10 @@ class Method(Protocol):
     """A way of adapting a model; owns its trainable parameters and their optimiser.
 
     The loop runs forward and backward passes; ``step`` does everything else. Gradients accumulate
-    until then.
+    until then. Ranks and parameters are the adapter's: a head that is trained in full counts to neither.
     """
 
     name: str
-    adapter: Adapter
 
     @property
     def finished(self) -> bool:
@@ -38,15 +39,56 @@ class Method(Protocol):
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate of the last update (the largest where modules differ)."""
+        """Learning rate of the adapter's last update (the largest where modules differ)."""
+        ...
+
+    @property
+    def probing(self) -> bool:
+        """Whether the next gradients are to be given to :meth:`probe` instead of :meth:`step`."""
+        ...
+
+    def probe(self) -> None:
+        """Take gradients that choose where new components begin; zeroes them. No update."""
+        ...
+
+    def penalty(self) -> Tensor | None:
+        """A scalar to add to every step's loss; None adds nothing."""
         ...
 
     def step(self) -> list[GrowthEvent]:
         """Clip, update, zero the gradients and grow; returns what grew."""
         ...
 
+    def zero_grad(self) -> None:
+        """Throw away what has accumulated."""
+        ...
+
     def finish(self) -> list[GrowthEvent]:
         """The step budget is spent; what is active is kept."""
+        ...
+
+    def ranks(self) -> dict[str, int]:
+        """Rank of each module."""
+        ...
+
+    def components(self) -> dict[str, list[int]]:
+        """Inner ranks of each module's components, in order."""
+        ...
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """A (R, N) and B (R, M) of each module, the scale folded into B."""
+        ...
+
+    def load_factors(self, factors: Mapping[str, tuple[Tensor, Tensor]], components: Mapping[str, list[int]]) -> None:
+        """After ``finish``: put saved factors in the place of the present ones."""
+        ...
+
+    def active_modules(self) -> int:
+        """How many modules train."""
+        ...
+
+    def trainable_parameters(self) -> int:
+        """How many numbers of the adapter train."""
         ...
 
     def state(self) -> MethodState:
@@ -59,18 +101,25 @@ class Method(Protocol):
 
 
 class FactorTrainer:
-    """The active factors of an adapter and their optimiser: what AROMA and plain LoRA share.
+    """The active factors of an adapter, the head if one is trained, and their optimiser.
 
     Args:
         adapter: layers without an active component; each is given its first one here.
+        head: fp32 parameters that are trained in full beside the adapter.
         max_grad_norm: gradients are clipped to this joint norm before an update.
         weight_decay, max_update: see :class:`FlatAdamW`.
     """
 
     def __init__(
-        self, adapter: Adapter, *, max_grad_norm: float, weight_decay: float, max_update: float | None
+        self,
+        adapter: Adapter,
+        *,
+        head: Sequence[nn.Parameter] = (),
+        max_grad_norm: float,
+        weight_decay: float,
+        max_update: float | None,
     ) -> None:
-        self.adapter, self.max_grad_norm = adapter, max_grad_norm
+        self.adapter, self.head, self.max_grad_norm = adapter, list(head), max_grad_norm
         self._options = {"weight_decay": weight_decay, "max_update": max_update}
         for layer in adapter.layers.values():
             layer.start_component(adapter.initial_A(layer))
@@ -78,12 +127,14 @@ class FactorTrainer:
 
     def _build_optimiser(self) -> None:
         groups = {name: list(layer.parameters(recurse=False)) for name, layer in self.adapter.active_layers()}
+        if self.head:
+            groups[HEAD] = self.head
         self.optimiser = FlatAdamW(groups, **self._options)  # type: ignore[arg-type]
 
-    def update(self, learning_rates: Mapping[str, float]) -> None:
+    def update(self, learning_rates: Mapping[str, float], head_learning_rate: float = 0.0) -> None:
         """Clip the gradients, update the fp32 factors, refresh the compute copies, zero the gradients."""
         self.optimiser.clip(self.max_grad_norm)
-        self.optimiser.step(learning_rates)
+        self.optimiser.step({**learning_rates, HEAD: head_learning_rate})
         self.optimiser.zero_grad()
         self.adapter.refresh()
 
@@ -103,7 +154,8 @@ class FactorTrainer:
             components[name] = layer.components
             if layer.components:
                 tensors[f"frozen.{name}.A"], tensors[f"frozen.{name}.B"] = layer.frozen_factors()
-        return MethodState(tensors, {"components": components, "steps": dict(self.optimiser.steps)})
+        steps = dict(self.optimiser.steps)
+        return MethodState(tensors, {"components": components, "head_steps": steps.pop(HEAD, 0), "steps": steps})
 
     def load_state(self, state: MethodState) -> None:
         active = state.values["steps"]
@@ -119,6 +171,45 @@ class FactorTrainer:
         self._build_optimiser()
         prefix = "optimiser."
         tensors = {k.removeprefix(prefix): t for k, t in state.tensors.items() if k.startswith(prefix)}
-        self.optimiser.load_state(tensors, active)
+        self.optimiser.load_state(tensors, {**active, HEAD: state.values["head_steps"]})
         self.adapter.refresh()
         self.adapter.generator.set_state(state.tensors["generator"])
+
+
+class AdapterMethod:
+    """What methods on our own adapter answer alike."""
+
+    adapter: Adapter
+    trainer: FactorTrainer
+    probing = False
+
+    def probe(self) -> None:
+        raise AssertionError("nothing to probe")
+
+    def penalty(self) -> Tensor | None:
+        return None
+
+    def zero_grad(self) -> None:
+        self.trainer.optimiser.zero_grad()
+
+    def ranks(self) -> dict[str, int]:
+        return self.adapter.ranks()
+
+    def components(self) -> dict[str, list[int]]:
+        return {
+            name: [*layer.components, *([layer.active_rank] if layer.active_rank else [])]
+            for name, layer in self.adapter.layers.items()
+        }
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {name: layer.factors() for name, layer in self.adapter.layers.items()}
+
+    def load_factors(self, factors: Mapping[str, tuple[Tensor, Tensor]], components: Mapping[str, list[int]]) -> None:
+        for name, layer in self.adapter.layers.items():
+            layer.load_factors(*factors[name], components[name])
+
+    def active_modules(self) -> int:
+        return sum(1 for _ in self.adapter.active_layers())
+
+    def trainable_parameters(self) -> int:
+        return self.adapter.trainable_parameters()

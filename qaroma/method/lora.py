@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from torch import nn
+
 from qaroma.method.adapter import Adapter
-from qaroma.method.base import FactorTrainer, MethodState
+from qaroma.method.base import AdapterMethod, FactorTrainer, MethodState
 from qaroma.method.growth import GrowthEvent
 from qaroma.method.schedule import jagged_cosine
 
 
-class PlainLora:
+class PlainLora(AdapterMethod):
     """One component of fixed rank per layer, trained to the end of the step budget.
 
     Args:
@@ -18,6 +22,8 @@ class PlainLora:
         warmup: steps of the warm-up.
         min_lr_ratio: where the cosine ends.
         weight_decay, max_grad_norm: of the optimiser.
+        head: parameters trained in full beside the adapter, with the same schedule.
+        head_learning_rate: their peak; None is ``learning_rate``.
     """
 
     name = "lora"
@@ -32,10 +38,15 @@ class PlainLora:
         min_lr_ratio: float = 0.1,
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
+        head: Sequence[nn.Parameter] = (),
+        head_learning_rate: float | None = None,
     ) -> None:
         self.adapter, self.peak, self.total_steps, self.learning_rate = adapter, learning_rate, total_steps, 0.0
+        self.head_peak = head_learning_rate or learning_rate
         self.warmup, self.min_lr_ratio, self.steps_done = warmup, min_lr_ratio, 0
-        self.trainer = FactorTrainer(adapter, max_grad_norm=max_grad_norm, weight_decay=weight_decay, max_update=None)
+        self.trainer = FactorTrainer(
+            adapter, head=head, max_grad_norm=max_grad_norm, weight_decay=weight_decay, max_update=None
+        )
 
     finished = False
 
@@ -51,7 +62,7 @@ class PlainLora:
             min_ratio=self.min_lr_ratio,
         )
         self.learning_rate = self.peak * factor
-        self.trainer.update(dict.fromkeys(self.adapter.layers, self.learning_rate))
+        self.trainer.update(dict.fromkeys(self.adapter.layers, self.learning_rate), self.head_peak * factor)
         self.steps_done += 1
         return []
 
