@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from qaroma.config import Config
 from qaroma.errors import QaromaError
 
-_SHIPPED = Path(__file__).resolve().parent.parent / "configs"
+_PACKAGE = Path(__file__).resolve().parent
 _YAML_SUFFIXES = (".yaml", ".yml")
 _WEIGHT = re.compile(r"(?P<path>.+):(?P<weight>[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?)")
 _EXPECTED = {
@@ -88,7 +88,7 @@ def find_config(path: str | Path) -> Path:
     asked = Path(path)
     names = [asked] if asked.suffix in _YAML_SUFFIXES else [asked, asked.with_name(asked.name + ".yaml")]
     inside = [Path(*name.parts[1:]) if name.parts[:1] == ("configs",) else name for name in names]
-    for candidate in [*names, *(_SHIPPED / name for name in inside)]:
+    for candidate in [*names, *(shipped_folder() / name for name in inside)]:
         if candidate.is_file():
             return candidate
     if asked.is_dir():
@@ -104,9 +104,16 @@ def find_config(path: str | Path) -> Path:
     )
 
 
+def shipped_folder() -> Path:
+    """The folder of what comes with qaroma: inside the installed package, or beside it in a checkout."""
+    installed = _PACKAGE / "configs"
+    return installed if installed.is_dir() else _PACKAGE.parent / "configs"
+
+
 def shipped_configs() -> list[str]:
     """Names of the configurations that come with qaroma, as ``--config`` takes them."""
-    return [file.relative_to(_SHIPPED).with_suffix("").as_posix() for file in sorted(_SHIPPED.rglob("*.yaml"))]
+    folder = shipped_folder()
+    return [file.relative_to(folder).with_suffix("").as_posix() for file in sorted(folder.rglob("*.yaml"))]
 
 
 def parse_source(text: str) -> tuple[str, float]:

@@ -202,7 +202,7 @@ def test_a_missing_file_names_near_and_shipped_ones(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     assert "did you mean my_run.yaml?" in problems("my_rnu.yaml")
     assert "did you mean quickstart?" in problems("configs/quikstart.yaml")
-    assert "comes with qaroma: quickstart" in problems("zzz.yaml")
+    assert f"comes with qaroma: {', '.join(shipped_configs())}" in problems("zzz.yaml")
     assert "expected a YAML file" in problems(tmp_path)
 
 
