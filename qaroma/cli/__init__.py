@@ -21,10 +21,13 @@ COMMANDS = {
     "finetune": "Fine-tune a model on your data.",
     "generate": "Answer prompts with a fine-tuned model.",
     "evaluate": "Score a fine-tuned model on a data set.",
+    "runs": "List runs: state, scores, ranks.",
+    "compare-runs": "Put runs side by side: settings, figures, answers.",
     "export": "Write a fine-tuned model as other engines load it.",
     "data": "Look at data as training sees it.",
     "plan": "Tell what fits a card, without weights and without a GPU.",
     "bench": "Time a training step and count its memory.",
+    "doctor": "Look at this machine and say what to do about what is missing.",
 }
 
 _EPILOG = """\b

@@ -1,0 +1,234 @@
+"""`runs` and `compare-runs`: what is read from run directories in every state, and how it is shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+from test_training import make_config
+
+from qaroma.cli import main
+from qaroma.errors import QaromaError
+from qaroma.listing import FRESH_SECONDS, list_runs, read_run
+from qaroma.sidebyside import compare_runs
+from qaroma.training.run import finetune
+
+
+def write_run(
+    path: Path, *, steps: int = 4, total: int = 8, finished: bool = True, age: float = 1000, answers: str = "right",
+    **settings: Any,
+) -> Path:  # fmt: skip
+    """A run directory as training leaves it, without weights."""
+    path.mkdir(parents=True)
+    config = {
+        "model": {"name": "org/base"}, "data": {"train": [{"path": "a.jsonl", "weight": 1.0}]}, "task": "causal-lm",
+        "method": "aroma", "training": {"max_steps": total, "seed": 0}, "output": str(path), **settings,
+    }  # fmt: skip
+    (path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    prompts = {"prompts": ["p", "q"], "expected": ["right", "fixed"]}
+    lines: list[dict[str, Any]] = [
+        {"event": "answers", "when": "before", "step": 0, **prompts, "answers": ["x", "x"], "exact_match": 0.0},
+        {"event": "validation", "step": 0, "loss": 0.5, "perplexity": 1.6},
+    ]
+    for step in range(1, steps + 1):
+        lines += [{"step": step, "loss": 1 / step, "mean_rank": 1.5, "trainable_parameters": 100 - 10 * step,
+                   "seconds": float(step)},
+                  {"event": "validation", "step": step, "loss": 1 + abs(step - 2)}]  # fmt: skip
+    checkpoint = path / "checkpoints" / f"step-{steps:08d}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.safetensors").write_bytes(b"x" * 1000)
+    (path / "checkpoints" / f"step-{steps + 1:08d}.part").mkdir()
+    if finished:
+        lines.append({"event": "answers", "when": "after", "step": steps, **prompts, "answers": [answers, "fixed"],
+                      "exact_match": 0.75})  # fmt: skip
+        (path / "adapter").mkdir()
+        growth = {"components": {"a": [1, 1, 1], "b": [1], "c": []}, "step": 2}
+        (path / "adapter" / "growth.json").write_text(json.dumps(growth), encoding="utf-8")
+        (path / "summary.json").write_text(json.dumps({"steps": steps, "ended": "grown", "seconds": 12.5}))
+    metrics = path / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    then = time.time() - age
+    for file in [metrics, path / "config.yaml", path / "summary.json"]:
+        if file.exists():
+            os.utime(file, (then, then))
+    return path
+
+
+def test_a_finished_run_gives_its_figures(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "one"))
+    assert (run.state, run.steps, run.total, run.ended, run.seconds) == ("finished", 4, 8, "grown", 12.5)
+    assert (run.model, run.data, run.method, run.task) == ("org/base", "a.jsonl", "aroma", "causal-lm")
+    loss = run.validation[0]
+    # The untrained model's 0.5 is no result of the run; the best step is where |step - 2| vanishes.
+    assert (loss.name, loss.before, loss.best, loss.best_step, loss.last) == ("loss", 0.5, 1.0, 2, 3.0)
+    assert (run.exact_match_before, run.exact_match) == (0.0, 0.75)
+    assert (run.rank_min, run.rank_mean, run.rank_max) == (0, pytest.approx(4 / 3), 3)
+    assert (run.trainable_start, run.trainable_mean, run.trainable_end) == (90, 75, 60)
+    assert run.bytes == sum(file.stat().st_size for file in (tmp_path / "one").rglob("*") if file.is_file())
+    assert run.resume is None
+
+
+def test_an_unfinished_run_says_where_it_stands_and_how_to_go_on(tmp_path: Path) -> None:
+    stopped = read_run(write_run(tmp_path / "s", finished=False))
+    assert stopped.sentence() == "stopped at step 4 of 8, resumable from 4"
+    assert stopped.resume == f"qaroma finetune --resume --output {(tmp_path / 's').as_posix()}"
+    assert (stopped.rank_mean, stopped.exact_match, stopped.seconds) == (1.5, None, 4.0)
+    running = read_run(write_run(tmp_path / "r", finished=False, age=FRESH_SECONDS / 4))
+    assert (running.sentence(), running.resume) == ("running at step 4 of 8", None)
+
+
+def test_a_finished_run_that_was_resumed_with_more_steps_is_not_finished(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "s")
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 5, "loss": 1, "mean_rank": 1, "trainable_parameters": 3}) + "\n")
+    then = time.time() - 1000
+    for name in ("metrics.jsonl", "summary.json", "config.yaml"):
+        os.utime(path / name, (then, then))
+    assert read_run(path).sentence() == "stopped at step 5 of 8, resumable from 4"
+
+
+def _without_config(path: Path) -> None:
+    (path / "config.yaml").unlink()
+
+
+def _damaged_config(path: Path) -> None:
+    (path / "config.yaml").write_bytes(b"model: {name: [\xff")
+
+
+def _foreign_config(path: Path) -> None:
+    (path / "config.yaml").write_text("- 1\n")
+
+
+def _damaged_metrics(path: Path) -> None:
+    (path / "metrics.jsonl").write_bytes(b"\xff\xfe{}")
+
+
+def _foreign_metrics(path: Path) -> None:
+    (path / "metrics.jsonl").write_text("1\n2\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (_without_config, "it has no config.yaml"),
+        (_damaged_config, "config.yaml cannot be read"),
+        (_foreign_config, "config.yaml is no configuration of a run"),
+        (_damaged_metrics, "metrics.jsonl cannot be read"),
+        (_foreign_metrics, "metrics.jsonl holds lines that are no records"),
+    ],
+)
+def test_a_broken_run_is_listed_as_such(
+    damage: Any, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "runs" / "good")
+    damage(write_run(tmp_path / "runs" / "bad"))
+    assert main(["runs", str(tmp_path / "runs")]) == 0
+    out = capsys.readouterr().out
+    assert f"broken: {problem}" in out
+    assert "finished (grown)" in out
+    with pytest.raises(QaromaError, match="cannot be compared"):
+        compare_runs([tmp_path / "runs" / "good", tmp_path / "runs" / "bad"])
+
+
+def test_a_run_with_half_of_its_files_is_still_listed(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "one")
+    (path / "metrics.jsonl").unlink()
+    (path / "summary.json").write_text("[")
+    (path / "adapter" / "growth.json").write_text("{")
+    assert read_run(path).steps == 0
+
+
+def test_newest_first_folders_below_and_nothing_else(tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    write_run(root / "old", age=3000)
+    write_run(root / "new", age=1000)
+    write_run(root / "family" / "child", age=2000)
+    (root / "notes").mkdir()
+    (root / "file.txt").write_text("x")
+    assert [run.name for run in list_runs(root)] == ["new", "family/child", "old"]
+    assert [run.name for run in list_runs(root / "old")] == ["old"]
+
+
+def test_the_piped_table_cuts_no_column_and_names_the_command_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = "a-run-whose-name-is-rather-longer-than-most-names-of-runs-would-ever-be-in-practice"
+    write_run(tmp_path / long, finished=False, model={"name": "org/" + "m" * 90}, data={"train": [{"path": "d" * 90}]})
+    assert main(["runs", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    row = next(line for line in lines if line.startswith(long))
+    assert all(text in row for text in ("m" * 90, "d" * 90, "stopped at step 4 of 8, resumable from 4", "1.50"))
+    assert f"go on with {long}: qaroma finetune --resume --output {(tmp_path / long).as_posix()}" in lines
+
+
+def test_runs_as_json_and_where_there_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "runs" / "one")
+    assert main(["runs", str(tmp_path / "runs"), "--json"]) == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    assert (run["name"], run["state"], run["validation"][0]["best"]) == ("one", "finished", 1.0)
+    assert "settings" not in run
+    (tmp_path / "empty").mkdir()
+    assert main(["runs", str(tmp_path / "empty")]) == 0
+    assert "no runs in" in capsys.readouterr().out
+    assert main(["runs", str(tmp_path / "nowhere")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+
+
+def test_compare_shows_differing_settings_figures_and_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = write_run(tmp_path / "one", growth={"t_in": 5, "reset": "prune"})
+    two = write_run(tmp_path / "two", growth={"t_in": 9, "reset": "prune"}, answers="wrong", steps=6)
+    compared = compare_runs([one, two])
+    assert compared.settings == {"growth.t_in": (5, 9)}  # `output` differs too, and says nothing
+    assert compared.figures["steps"] == (4, 6)
+    assert compared.figures["validation_loss_last"] == (3.0, 5.0)
+    assert [(a.prompt, a.answers) for a in compared.answers] == [("p", ("right", "wrong")), ("q", ("fixed", "fixed"))]
+    assert main(["compare-runs", str(one), str(two), "--answers", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "2 prompts in common, 1 answered differently" in out
+    assert "growth.t_in" in out
+    assert "growth.reset" not in out
+    assert "fixed" not in out
+    assert main(["compare-runs", str(one), str(two), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["settings"] == {"growth.t_in": [5, 9]}
+    assert figures["answers"][0] == {"prompt": "p", "expected": "right", "answers": ["right", "wrong"]}
+
+
+def test_samples_made_while_training_are_answers_too(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path / name, finished=False) for name in ("one", "two")]
+    for number, path in enumerate(paths):
+        with (path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"event": "samples", "step": 4, "prompts": ["s"], "answers": [f"n{number}"]}) + "\n")
+    assert [(a.prompt, a.expected, a.answers) for a in compare_runs(paths).answers] == [("s", None, ("n0", "n1"))]
+
+
+def test_a_misspelt_run_comes_with_the_nearest_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = write_run(tmp_path / "quickstart")
+    assert main(["compare-runs", str(one), str(tmp_path / "quikstart")]) == 2
+    assert f"did you mean {one.as_posix()}?" in capsys.readouterr().err
+    assert main(["compare-runs", str(one)]) == 2
+    assert "expected two or more" in capsys.readouterr().err
+
+
+def test_a_real_run_is_read_like_its_own_figures(
+    tiny_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "runs" / "real"
+    figures = finetune(make_config(tiny_folder, data_file, path, training__max_steps=6), console=Console(quiet=True))
+    run = read_run(path)
+    assert (run.state, run.steps) == ("finished", figures["steps"])
+    assert run.validation[0].best == figures["validation_loss"]
+    assert (run.rank_min, run.rank_max) == (figures["rank_min"], figures["rank_max"])
+    assert run.trainable_mean == pytest.approx(figures["trainable_parameters_mean"])
+    shutil.rmtree(path / "adapter_last")
+    (path / "summary.json").unlink(missing_ok=True)
+    assert read_run(path).state == "running"
