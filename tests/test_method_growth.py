@@ -17,12 +17,12 @@ def settings(**changes) -> GrowthSettings:
     )
 
 
-def run(state: GrowthState, norms, weight_norm=100.0, steps=200):
+def run(state: GrowthState, norms, beside=100.0, steps=200):
     """Drive the machine with ``norms(name, module) -> norm``; returns all events."""
     events = []
     for _ in range(steps):
         due = state.tick()
-        events += state.observe({n: Measurement(norms(n, state.modules[n]), weight_norm) for n in due})
+        events += state.observe({n: Measurement(norms(n, state.modules[n]), beside) for n in due})
         if state.finished:
             break
     return events

@@ -18,6 +18,7 @@ from qaroma.method.criteria import (
 )
 from qaroma.method.dequantise import dense_weight
 from qaroma.method.growth import GrowthEvent, GrowthSettings, GrowthState, Measurement
+from qaroma.method.probe import GradientProbe
 from qaroma.method.schedule import cosine, jagged_cosine
 
 
@@ -34,6 +35,14 @@ class GrowthController(AdapterMethod):
             if growth.finished:
                 break
 
+    With ``init="gradient"`` new components ask for gradients of their own before the step::
+
+        while growth.probing:
+            loss(model, batch).backward()
+            growth.probe()
+
+    Without criteria (``settings.criteria``) this is ReLoRA.
+
     Args:
         adapter: as :func:`qaroma.attach` returns it; its first components are begun here.
         settings: of the two loops.
@@ -43,8 +52,6 @@ class GrowthController(AdapterMethod):
         head: parameters trained in full beside the adapter until the last module is done.
         head_learning_rate: peak of their cosine, which no reinit interrupts; None is ``learning_rate``.
     """
-
-    name = "aroma"
 
     def __init__(
         self,
@@ -59,21 +66,39 @@ class GrowthController(AdapterMethod):
         head_learning_rate: float | None = None,
     ) -> None:
         self.adapter, self.settings = adapter, settings
+        self.name = "aroma" if settings.criteria else "relora"
         self.head_peak = head_learning_rate or learning_rate
         self.peak, self.total_steps, self.learning_rate = learning_rate, total_steps, 0.0
         self.growth = GrowthState.start(list(adapter.layers), settings, adapter.inner_rank)
         for name, layer in adapter.layers.items():  # what an adapter brought counts towards max_rank
             self.growth.modules[name].frozen_rank = layer.frozen_rank
         self._rows = {name: row for row, name in enumerate(adapter.layers)}
+        self._weighs = settings.criteria and settings.outer_criterion == "weight"
         self._weight_norm_sq = self._initial_weight_norms()
         self._previous: dict[str, tuple[Tensor, Tensor]] = {}  # factors at the last check, criterion "product"
         self.trainer = FactorTrainer(
             adapter, head=head, max_grad_norm=max_grad_norm, weight_decay=weight_decay, max_update=settings.max_update
         )
 
+        self._probe = GradientProbe(adapter)
+        self._begun(list(adapter.layers))
+
     @property
     def finished(self) -> bool:
         return self.growth.finished
+
+    @property
+    def probing(self) -> bool:  # type: ignore[override]
+        """Whether components have begun whose A the next gradients are to choose (``init="gradient"``)."""
+        return self._probe.pending
+
+    def probe(self) -> None:
+        """Use one backward pass to choose where new components begin; zeroes all gradients.
+
+        The model's output, the other factors and the optimiser's moments stay as they are.
+        """
+        self._probe.advance()
+        self.zero_grad()
 
     def learning_rates(self) -> dict[str, float]:
         """Learning rate of each active module's next update."""
@@ -104,14 +129,19 @@ class GrowthController(AdapterMethod):
 
         Returns:
             The growth events of this step, often none.
+
+        Raises:
+            RuntimeError: components that wait for :meth:`probe`.
         """
+        if self.probing:
+            raise RuntimeError("new components wait for their direction: call probe() after a backward pass, twice")
         rates = self.learning_rates()
         self.learning_rate = max(rates.values(), default=0.0)
         self.trainer.update(rates, self.head_peak * self._head_factor())
         due = self.growth.tick()
         if not due or self.growth.step >= self.total_steps:  # a component begun now would never train
             return []
-        events = self.growth.observe(self._measure(due))
+        events = self.growth.observe(self._measure(due)) if self.settings.criteria else self.growth.advance(due)
         self._carry_out(events)
         return events
 
@@ -122,9 +152,15 @@ class GrowthController(AdapterMethod):
         return events
 
     def _initial_weight_norms(self) -> Tensor:
-        """``||W0 + frozen||_F^2`` of every layer, fp64 on the device, as the compute dtype holds it."""
+        """``||W0 + frozen||_F^2`` of every layer, fp64 on the device, as the compute dtype holds it.
+
+        Zeros where no criterion asks for it.
+        """
         norms = []
         for layer in self.adapter.layers.values():
+            if not self._weighs:
+                norms.append(torch.zeros((), dtype=torch.float64, device=layer.A.device))
+                continue
             W_MN = dense_weight(layer.base, layer.A.dtype)
             A, B = layer.frozen_factors()
             norm = dense_norm_sq(W_MN)
@@ -138,17 +174,21 @@ class GrowthController(AdapterMethod):
         """Both criteria's norms of these modules, with a single copy to the host."""
         squares = []
         for name in names:
-            A, B = self.adapter.layers[name].active_factors()
+            layer = self.adapter.layers[name]
+            A, B = layer.active_factors()
             change = torch.full((), torch.nan, dtype=torch.float64, device=A.device)
             if self.settings.inner_criterion == "product":
                 if name in self._previous:
                     change = change_norm_sq(A, B, *self._previous[name])
                 self._previous[name] = (A.clone(), B.clone())
-            squares += [product_norm_sq(A, B), self._weight_norm_sq[self._rows[name]], change]
+            beside = (
+                self._weight_norm_sq[self._rows[name]] if self._weighs else product_norm_sq(*layer.frozen_factors())
+            )
+            squares += [product_norm_sq(A, B), beside, change]
         values = torch.stack(squares).sqrt().view(-1, 3).tolist()
         return {
-            name: Measurement(norm, weight_norm, None if change != change else change)
-            for name, (norm, weight_norm, change) in zip(names, values, strict=True)
+            name: Measurement(norm, beside, None if change != change else change)
+            for name, (norm, beside, change) in zip(names, values, strict=True)
         }
 
     @torch.no_grad()
@@ -157,12 +197,18 @@ class GrowthController(AdapterMethod):
         committed = [e.module for e in events if e.decision == "commit"]
         for name in committed:
             layer = self.adapter.layers[name]
-            self._weight_norm_sq[self._rows[name]] += self._norm_sq_gain(name)
+            if self._weighs:
+                self._weight_norm_sq[self._rows[name]] += self._norm_sq_gain(name)
             layer.restart_component(self.adapter.initial_A(layer))
         self.trainer.optimiser.reset(committed, self.settings.reset, self.adapter.generator)
         for event in events:
             self._previous.pop(event.module, None)
         self.trainer.end({e.module: e.decision == "keep" for e in events if e.decision != "commit"})
+        self._begun(committed)
+
+    def _begun(self, names: list[str]) -> None:
+        if self.settings.init == "gradient":
+            self._probe.begin(names)
 
     def _norm_sq_gain(self, name: str) -> Tensor:
         """``||W_p||^2 - ||W_{p-1}||^2``; W0 goes through the quantised weight, the rest stays factors."""
@@ -172,15 +218,18 @@ class GrowthController(AdapterMethod):
         return 2 * (cross + inner_product(A, B, *layer.frozen_factors())) + product_norm_sq(A, B)
 
     def state(self) -> MethodState:
+        """What a checkpoint must hold; a probe that is half done begins again."""
+        self._probe.rewind()
         state = self.trainer.state()
         tensors = {**state.tensors, "weight_norm_sq": self._weight_norm_sq}
         for name, (A, B) in self._previous.items():
             tensors[f"previous.{name}.A"], tensors[f"previous.{name}.B"] = A, B
-        return MethodState(tensors, {**state.values, "growth": self.growth.to_json()})
+        return MethodState(tensors, {**state.values, "growth": self.growth.to_json(), "probing": self._probe.names})
 
     def load_state(self, state: MethodState) -> None:
         self.trainer.load_state(state)
         self.growth.load_json(state.values["growth"])
+        self._probe.begin(state.values["probing"])
         self._weight_norm_sq.copy_(state.tensors["weight_norm_sq"])
         self._previous = {
             name: (state.tensors[f"previous.{name}.A"].to(layer.A), state.tensors[f"previous.{name}.B"].to(layer.A))

@@ -18,6 +18,9 @@ Decision = Literal["commit", "done", "keep"]
 class GrowthSettings:
     """Every choice of the two loops, resolved (``qaroma.config.GrowthSection`` explains each).
 
+    ``criteria`` False is ReLoRA (Lialin et al., 2023): nothing is measured, and every component
+    commits after exactly ``t_in`` steps.
+
     Raises:
         ValueError: a value outside its range, or a warm-up that leaves no step before ``t_in``.
     """
@@ -27,6 +30,9 @@ class GrowthSettings:
     eps_in: float = 0.1
     eps_out: float = 1e-3
     inner_criterion: Literal["norm", "product"] = "norm"
+    outer_criterion: Literal["weight", "update"] = "weight"
+    criteria: bool = True
+    init: Literal["kaiming", "gradient"] = "kaiming"
     schedule: Literal["lockstep", "independent"] = "lockstep"
     on_converged: Literal["discard", "keep"] = "discard"
     reset: Literal["prune", "full", "none"] = "prune"
@@ -51,12 +57,13 @@ class GrowthSettings:
 class Measurement:
     """What a check needs to know of one module.
 
-    ``norm`` is ||s B_p A_p||, ``weight_norm`` ||W0 + s sum_{q<p} B_q A_q||, ``change`` the norm of the
-    product's change since the last check (criterion ``product``; None at the first check).
+    ``norm`` is ||s B_p A_p||. ``beside`` is what the outer criterion compares it with:
+    ||W0 + s sum_{q<p} B_q A_q|| (``weight``) or ||s sum_{q<p} B_q A_q|| (``update``). ``change`` is the
+    norm of the product's change since the last check (criterion ``product``; None at the first check).
     """
 
     norm: float
-    weight_norm: float
+    beside: float
     change: float | None = None
 
 
@@ -64,7 +71,8 @@ class Measurement:
 class GrowthEvent:
     """The end of one component's inner loop.
 
-    ``inner`` and ``outer`` are the left-hand sides of eq. 5 and eq. 6. ``decision``: ``commit`` the
+    ``inner`` and ``outer`` are the left-hand sides of eq. 5 and eq. 6; None where nothing was there to
+    compare with, or nothing was measured. ``decision``: ``commit`` the
     component froze and the next one began; ``done`` it was discarded and the module trains no more;
     ``keep`` it stays as the module's last one.
     """
@@ -124,7 +132,8 @@ class GrowthState:
     def tick(self) -> list[str]:
         """Count one optimiser step; returns the modules whose check is due now.
 
-        A check is due every ``check_every`` steps of a component after its warm-up, and at ``t_in``.
+        A check is due every ``check_every`` steps of a component after its warm-up, and at ``t_in``;
+        without criteria at ``t_in`` alone.
         """
         self.step += 1
         due = []
@@ -132,7 +141,8 @@ class GrowthState:
             module = self.modules[name]
             module.age += 1
             warm = module.age > (self.settings.warmup if module.component == 1 else self.settings.restart_warmup)
-            if (warm and module.age % self.settings.check_every == 0) or module.age >= self.settings.t_in:
+            between = self.settings.criteria and warm and module.age % self.settings.check_every == 0
+            if between or module.age >= self.settings.t_in:
                 due.append(name)
         return due
 
@@ -149,6 +159,10 @@ class GrowthState:
             return []
         return [self._decide(name, self.modules[name]) for name in self.active() if name in ready]
 
+    def advance(self, due: Sequence[str]) -> list[GrowthEvent]:
+        """Without criteria: the next component of these modules begins, whatever became of the last."""
+        return [self._proceed(name, self.modules[name]) for name in due]
+
     def finish(self) -> list[GrowthEvent]:
         """The step budget is spent: every active component is kept."""
         return [self._end(name, self.modules[name], "keep") for name in self.active()]
@@ -156,7 +170,8 @@ class GrowthState:
     def _check_inner(self, module: ModuleState, measured: Measurement) -> None:
         """Eq. 5 (or its ``product`` form); the first check of a component only records the norm."""
         before, module.reference = module.reference, measured.norm
-        module.outer = _ratio(measured.norm, measured.weight_norm)
+        # Beside nothing every size is without measure, but no size at all is small.
+        module.outer = _ratio(measured.norm, measured.beside) if measured.beside or not measured.norm else None
         if before is None:
             return
         if self.settings.inner_criterion == "product":
@@ -170,11 +185,14 @@ class GrowthState:
         return module.converged or module.age >= self.settings.t_in
 
     def _decide(self, name: str, module: ModuleState) -> GrowthEvent:
-        """Eq. 6: a component that is small beside its weight ends its module's growth."""
-        assert module.outer is not None
+        """Eq. 6: a component that is small beside its weight, or its update, ends its module's growth."""
         checked = self.settings.check_first or module.component > 1
-        if checked and module.outer < self.settings.eps_out:
+        if checked and module.outer is not None and module.outer < self.settings.eps_out:
             return self._end(name, module, "done" if self.settings.on_converged == "discard" else "keep")
+        return self._proceed(name, module)
+
+    def _proceed(self, name: str, module: ModuleState) -> GrowthEvent:
+        """Commit, unless the next component would not fit ``max_rank``."""
         limit = self.settings.max_rank
         if limit is not None and module.frozen_rank + 2 * self.inner_rank > limit:
             return self._end(name, module, "keep")
