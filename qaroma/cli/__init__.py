@@ -20,6 +20,7 @@ from qaroma.errors import QaromaError
 COMMANDS = {
     "finetune": "Fine-tune a model on your data.",
     "generate": "Answer prompts with a fine-tuned model.",
+    "chat": "Talk to a fine-tuned model.",
     "evaluate": "Score a fine-tuned model on a data set.",
     "runs": "List runs: state, scores, ranks.",
     "compare-runs": "Put runs side by side: settings, figures, answers.",
@@ -27,6 +28,7 @@ COMMANDS = {
     "data": "Look at data as training sees it.",
     "plan": "Tell what fits a card, without weights and without a GPU.",
     "bench": "Time a training step and count its memory.",
+    "configs": "List the configurations that come with qaroma, or copy one.",
     "doctor": "Look at this machine and say what to do about what is missing.",
 }
 
