@@ -1,17 +1,18 @@
 """Values that a run decides for itself, each with the reason that is printed beside it.
 
 ``auto`` scales the paper's proportions to the data: a file of 1,000 rows is some hundred steps, in
-which the paper's inner loop of 1,000 would never end. ``paper`` is its table for LLaMA3-8B.
+which the paper's inner loop of 1,000 would never end. ``paper`` is its table for LLaMA3-8B, or for
+RoBERTa-base where the task is one with labels. The methods of fixed rank share a third one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qaroma.config import Config, GrowthSection
+from qaroma.config import FIXED_RANK, Config, GrowthSection
 from qaroma.errors import QaromaError
 from qaroma.method.growth import GrowthSettings
 
@@ -26,6 +27,16 @@ PAPER = {
     8: {"alpha": 16.0, "t_in": 2000, "eps_out": 1e-2, "steps": 80_000},
 }
 PAPER_MODULES = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+# RoBERTa-base on GLUE: what its tasks share, or most of them do; the rest is in configs/paper.
+PAPER_ENCODER = {"alpha": 4.0, "t_in": 1000, "eps_out": 5e-3}
+
+# Of the update made so far: a component of that size, orthogonal to it, makes it half a percent larger.
+EPS_OUT_UPDATE = 0.1
+# Criteria that ReLoRA does not have.
+CRITERIA = ("growth.check_every", "growth.eps_in", "growth.eps_out", "growth.inner_criterion",
+            "growth.outer_criterion", "growth.on_converged", "growth.check_first")  # fmt: skip
+
+Decide = Callable[[str, Any, str], None]
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,8 @@ def resolve(config: Config, facts: DataFacts) -> tuple[Config, list[Decision]]:
     decisions: list[Decision] = []
 
     def decide(key: str, value: Any, reason: str) -> None:
+        if config.method == "relora" and key in CRITERIA:
+            return
         section_name, _, name = key.partition(".")
         section = getattr(resolved, section_name)
         if getattr(section, name) is None:
@@ -79,12 +92,8 @@ def resolve(config: Config, facts: DataFacts) -> tuple[Config, list[Decision]]:
     _decide_steps(resolved, facts, decide)
     steps = resolved.training.max_steps
     assert steps is not None
-    if config.method == "lora":
-        _decide_lora(resolved, steps, decide)
-    elif config.growth.preset == "paper":
-        _decide_paper(resolved, steps, decide)
-    else:
-        _decide_auto(resolved, steps, decide)
+    grows = config.method not in FIXED_RANK
+    PRESETS[config.growth.preset if grows else "fixed"](resolved, steps, decide)
     tenth = max(1, round(steps / 10))
     batch = config.training.micro_batch * config.training.grad_accum
     # A validation row costs a third of a training row: forward only.
@@ -92,25 +101,38 @@ def resolve(config: Config, facts: DataFacts) -> tuple[Config, list[Decision]]:
     reason = "a tenth of the run" if tenth >= affordable else "keeps validation to a seventh of the time"
     decide("training.evaluate_every", max(tenth, affordable), reason)
     decide("checkpoint.every", tenth, "a tenth of the run")
-    if config.method == "aroma":
-        growth_settings(resolved.growth)
+    if grows:
+        growth_settings(resolved.growth, config.method)
     return resolved, decisions
 
 
-def growth_settings(growth: GrowthSection) -> GrowthSettings:
+def growth_settings(growth: GrowthSection, method: str = "aroma") -> GrowthSettings:
     """The resolved section as the method takes it.
+
+    Args:
+        growth: resolved for this method.
+        method: ``aroma``, or ``relora``, which has no criteria.
 
     Raises:
         QaromaError: settings that contradict each other.
     """
+    if growth.max_rank is not None and growth.inner_rank is not None and growth.max_rank < growth.inner_rank:
+        raise QaromaError(
+            f"max_rank {growth.max_rank} holds no component of inner_rank {growth.inner_rank}; "
+            f"type --set growth.max_rank={growth.inner_rank} or more, or a smaller growth.inner_rank"
+        )
     names = GrowthSettings.__dataclass_fields__
+    criteria = method != "relora"
+    given = {name: value for name, value in growth.model_dump().items() if name in names}
+    if not criteria:
+        given = {name: value for name, value in given.items() if value is not None}
     try:
-        return GrowthSettings(**{name: value for name, value in growth.model_dump().items() if name in names})
+        return GrowthSettings(**given, criteria=criteria)
     except ValueError as error:
         raise QaromaError(f"{error}; change growth.t_in or the warm-ups, or leave them to the preset") from error
 
 
-def _decide_length(config: Config, facts: DataFacts, decide: Any) -> None:
+def _decide_length(config: Config, facts: DataFacts, decide: Decide) -> None:
     """The smallest multiple of 64 that holds 99 % of the examples, within the model and 2,048."""
     ordered = sorted(facts.lengths)
     needed = ordered[math.ceil(0.99 * len(ordered)) - 1] if ordered else 64
@@ -127,7 +149,7 @@ def _packed(facts: DataFacts, max_length: int) -> DataFacts:
     return replace(facts, rows=max(1, math.ceil(share * sum(facts.lengths) / max_length)))
 
 
-def _decide_steps(config: Config, facts: DataFacts, decide: Any) -> None:
+def _decide_steps(config: Config, facts: DataFacts, decide: Decide) -> None:
     batch = config.training.micro_batch * config.training.grad_accum
     per_epoch = max(1, math.ceil(facts.rows / batch))
     if config.training.max_steps is not None:
@@ -136,7 +158,8 @@ def _decide_steps(config: Config, facts: DataFacts, decide: Any) -> None:
     if epochs is not None:
         decide("training.max_steps", math.ceil(epochs * per_epoch), f"{epochs:g} epochs of {per_epoch} steps")
         return
-    if config.growth.preset == "paper" and config.method == "aroma":
+    llama = config.task == "causal-lm" and config.method not in FIXED_RANK
+    if config.growth.preset == "paper" and llama:
         published = PAPER[8 if config.growth.inner_rank == 8 else 1]["steps"]
         decide("training.max_steps", int(published), "published step budget")
         return
@@ -148,7 +171,7 @@ def _decide_steps(config: Config, facts: DataFacts, decide: Any) -> None:
     decide("training.max_steps", steps, reason)
 
 
-def _decide_auto(config: Config, steps: int, decide: Any) -> None:
+def _decide_auto(config: Config, steps: int, decide: Decide) -> None:
     growth = config.growth
     decide("growth.target_modules", "all-linear", "every linear layer but the head")
     decide("growth.inner_rank", 1, "rank-one components")
@@ -163,31 +186,51 @@ def _decide_auto(config: Config, steps: int, decide: Any) -> None:
     rate = float(f"{min(1e-2, max(1e-4, 0.4 / t_in)):.1e}")
     decide("training.learning_rate", rate, "0.4 / t_in, within 1e-4 .. 1e-2: a short inner loop needs larger steps")
     rate = config.training.learning_rate or rate
+    if config.task != "causal-lm":
+        decide("training.head_learning_rate", min(rate, 1e-3), "the adapter's, at most 1e-3: the head is a full matrix")
     eps_out = float(f"{0.02 * rate * t_in:.1e}")
-    decide("growth.eps_out", eps_out, "a fiftieth of learning rate x t_in, the most that one element can move")
+    _decide_outer(config, eps_out, "a fiftieth of learning rate x t_in, the most that one element can move", decide)
     decide("growth.max_update", 1.0, "guards the steps after a reset")
     _decide_common(decide)
 
 
-def _decide_paper(config: Config, steps: int, decide: Any) -> None:
-    growth = config.growth
-    decide("growth.target_modules", PAPER_MODULES, "paper, LLaMA3-8B")
-    decide("growth.inner_rank", 1, "paper, LLaMA3-8B")
-    published = PAPER[8 if growth.inner_rank == 8 else 1]
-    decide("growth.alpha", published["alpha"], "paper, LLaMA3-8B")
-    decide("growth.t_in", int(published["t_in"]), "paper, LLaMA3-8B")
-    decide("growth.eps_out", published["eps_out"], "paper, LLaMA3-8B")
+def _decide_paper(config: Config, steps: int, decide: Decide) -> None:
+    growth, llama = config.growth, config.task == "causal-lm"
+    model = "paper, LLaMA3-8B" if llama else "paper, RoBERTa-base"
+    modules = (PAPER_MODULES, model) if llama else ("all-linear", "paper: all of an encoder's")
+    decide("growth.target_modules", *modules)
+    decide("growth.inner_rank", 1, model)
+    inner_rank = growth.inner_rank or 1
+    published = PAPER[8 if inner_rank == 8 else 1] if llama else PAPER_ENCODER
+    decide("growth.alpha", published["alpha"] if llama else published["alpha"] * inner_rank, model)
+    decide("growth.t_in", int(published["t_in"]), model)
+    _decide_outer(config, published["eps_out"], model, decide)
     decide("growth.warmup", 100, "paper")
     decide("growth.restart_warmup", 50, "paper")
     decide("growth.check_every", 10, "paper")
     decide("growth.dropout", 0.1, "paper")
     decide("training.learning_rate", 1e-4, "paper")
+    _decide_head_rate(config, decide)
     _decide_common(decide)
 
 
-def _decide_common(decide: Any) -> None:
+def _decide_outer(config: Config, eps_out: float, reason: str, decide: Decide) -> None:
+    """The outer criterion and its bound, which is ``eps_out`` as a share of the weight."""
+    decide("growth.outer_criterion", "weight", "eq. 6")
+    if config.growth.outer_criterion == "update":
+        eps_out, reason = EPS_OUT_UPDATE, "a tenth of the update so far: one more makes it half a percent larger"
+    decide("growth.eps_out", eps_out, reason)
+
+
+def _decide_head_rate(config: Config, decide: Decide) -> None:
+    if config.task != "causal-lm":
+        decide("training.head_learning_rate", config.training.learning_rate, "the adapter's")
+
+
+def _decide_common(decide: Decide) -> None:
     decide("growth.eps_in", 0.1, "paper")
     decide("growth.inner_criterion", "norm", "eq. 5")
+    decide("growth.init", "kaiming", "paper: random A, no pass beside the steps")
     decide("growth.schedule", "lockstep", "paper")
     decide("growth.on_converged", "discard", "paper")
     decide("growth.reset", "prune", "paper")
@@ -196,10 +239,19 @@ def _decide_common(decide: Any) -> None:
     decide("growth.min_lr_ratio", 0.1, "paper")
 
 
-def _decide_lora(config: Config, steps: int, decide: Any) -> None:
+def _decide_fixed(config: Config, steps: int, decide: Decide) -> None:
+    """One rule for LoRA, PEFT's LoRA and AdaLoRA, so that what differs between them is the method."""
     decide("growth.target_modules", "all-linear", "every linear layer but the head")
     decide("growth.alpha", 2.0 * config.rank, "2 x rank")
     decide("training.learning_rate", 2e-4, "usual for LoRA")
+    _decide_head_rate(config, decide)
     decide("growth.warmup", min(100, steps // 20), "a twentieth of the run, at most 100")
     decide("growth.dropout", 0.0, "none")
     decide("growth.min_lr_ratio", 0.1, "as aroma's")
+
+
+PRESETS: dict[str, Callable[[Config, int, Decide], None]] = {
+    "auto": _decide_auto,
+    "paper": _decide_paper,
+    "fixed": _decide_fixed,
+}

@@ -70,11 +70,96 @@ def test_settings_that_contradict_each_other_are_a_clear_error() -> None:
         decided(1000, growth={"t_in": 10, "warmup": 20})
 
 
-def test_lora_needs_no_growth() -> None:
-    config, reasons = decided(1000, method="lora", rank=8)
+@pytest.mark.parametrize("method", ["lora", "peft-lora", "adalora"])
+def test_methods_of_fixed_rank_share_one_rule_and_need_no_growth(method: str) -> None:
+    config, reasons = decided(1000, method=method, rank=8, growth={"preset": "paper"})
     assert config.growth.alpha == 16.0
     assert config.training.learning_rate == 2e-4
+    assert config.training.head_learning_rate is None
+    assert config.training.max_steps == 188  # of the data, not the paper's 100,000
     assert "growth.t_in" not in reasons
+    classifier, _ = decided(1000, method=method, rank=8, task="classification", training={"learning_rate": 5e-4})
+    assert classifier.training.head_learning_rate == 5e-4
+
+
+@pytest.mark.parametrize("preset", ["auto", "paper"])
+def test_relora_is_the_same_growth_without_criteria(preset: str) -> None:
+    relora, reasons = decided(1000, method="relora", growth={"preset": preset})
+    aroma, _ = decided(1000, growth={"preset": preset})
+    settings = growth_settings(relora.growth, "relora")
+    assert not settings.criteria
+    assert growth_settings(aroma.growth).criteria
+    assert not {"growth.eps_in", "growth.eps_out", "growth.check_every", "growth.outer_criterion"} & set(reasons)
+    for name in ("t_in", "warmup", "restart_warmup", "reset", "alpha", "dropout", "max_update", "schedule", "init"):
+        assert getattr(relora.growth, name) == getattr(aroma.growth, name)
+    assert relora.training == aroma.training
+
+
+def test_paper_for_an_encoder_is_its_table_for_roberta() -> None:
+    config, _ = decided(3668, task="classification", growth={"preset": "paper"}, training={"epochs": 10})
+    growth = config.growth
+    assert (growth.alpha, growth.target_modules, growth.t_in, growth.eps_out) == (4.0, "all-linear", 1000, 5e-3)
+    assert (config.training.learning_rate, config.training.head_learning_rate) == (1e-4, 1e-4)
+    assert config.training.max_steps == 2300
+    assert decided(3668, task="regression", growth={"preset": "paper", "inner_rank": 8})[0].growth.alpha == 32.0
+
+
+@pytest.mark.parametrize(("given", "head"), [(None, 1e-3), (5e-4, 5e-4), (5e-3, 1e-3)])
+def test_a_heads_rate_is_the_adapters_but_no_more_than_a_thousandth(given: float | None, head: float) -> None:
+    config, reasons = decided(1000, task="classification", training={"learning_rate": given})
+    assert config.training.head_learning_rate == head
+    assert reasons["training.head_learning_rate"]
+    assert decided(1000)[0].training.head_learning_rate is None  # there is no head
+
+
+@pytest.mark.parametrize("preset", ["auto", "paper"])
+def test_new_choices_are_decided_with_reasons(preset: str) -> None:
+    config, reasons = decided(1000, growth={"preset": preset})
+    assert (config.growth.init, config.growth.outer_criterion) == ("kaiming", "weight")
+    assert reasons["growth.init"]
+    assert reasons["growth.outer_criterion"]
+
+
+@pytest.mark.parametrize("preset", ["auto", "paper"])
+def test_a_share_of_the_update_needs_no_figure_of_the_task(preset: str) -> None:
+    bounds = {
+        decided(rows, growth={"preset": preset, "outer_criterion": "update"}, training={"learning_rate": rate})[
+            0
+        ].growth.eps_out
+        for rows in (100, 10_000)
+        for rate in (1e-4, 1e-2)
+    }
+    assert bounds == {0.1}
+
+
+@pytest.mark.parametrize("preset", ["auto", "paper"])
+@pytest.mark.parametrize("method", ["aroma", "relora"])
+def test_every_choice_of_the_method_can_be_set(preset: str, method: str) -> None:
+    choices = {
+        "inner_criterion": "product",
+        "outer_criterion": "update",
+        "init": "gradient",
+        "schedule": "independent",
+        "on_converged": "keep",
+        "reset": "full",
+        "check_first": False,
+        "max_rank": 12,
+        "max_update": 0.5,
+        "eps_in": 0.2,
+        "eps_out": 0.3,
+        "min_lr_ratio": 0.0,
+    }
+    config, reasons = decided(1000, method=method, growth={"preset": preset, **choices})
+    settings = growth_settings(config.growth, method)
+    assert {name: getattr(settings, name) for name in choices} == choices
+    assert not {f"growth.{name}" for name in choices} & set(reasons)
+
+
+def test_a_rank_that_holds_no_component_is_a_clear_error() -> None:
+    with pytest.raises(
+        QaromaError, match=r"max_rank 4 holds no component of inner_rank 8; type --set growth\.max_rank"
+    ):
+        decided(1000, growth={"inner_rank": 8, "max_rank": 4})
 
 
 def test_validation_does_not_take_over_a_short_run() -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from qaroma.export.delta import Delta, Factors
+from qaroma.method.spectrum import product_svd
 
 _ROUNDING = 1e-7  # singular values below this share of the largest are fp32 rounding of the factors
 
@@ -52,9 +53,7 @@ def compress_factors(factors: Factors, error: float) -> tuple[Factors, float]:
     """
     if factors.rank == 0:
         return factors, 0.0
-    Q_MR, left_RR = torch.linalg.qr(factors.B.double())
-    Q_NR, right_RR = torch.linalg.qr(factors.A.double().T)
-    U_RR, values_R, V_RR = torch.linalg.svd(left_RR @ right_RR.T)
+    left_MR, values_R, right_RN = product_svd(factors.A, factors.B.T)
     squares = values_R.square()
     total = squares.sum()
     if total == 0:
@@ -64,8 +63,8 @@ def compress_factors(factors: Factors, error: float) -> tuple[Factors, float]:
     allowed = max(error, _ROUNDING) ** 2 * total
     rank = int((dropped > allowed).sum())
     root_K = values_R[:rank].sqrt()
-    A_KN = root_K[:, None] * (V_RR[:rank] @ Q_NR.T)
-    B_MK = (Q_MR @ U_RR[:, :rank]) * root_K
+    A_KN = root_K[:, None] * right_RN[:rank]
+    B_MK = left_MR[:, :rank] * root_K
     return Factors(A_KN.float().contiguous(), B_MK.float().contiguous()), float((dropped[rank] / total).sqrt())
 
 
