@@ -1,0 +1,156 @@
+"""``qaroma chat``."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import click
+
+from qaroma.cli.options import config_option
+from qaroma.cli.run_options import BASE_OPTION
+from qaroma.errors import QaromaError
+
+if TYPE_CHECKING:
+    from qaroma.chat import Chat, Reply
+
+_EPILOG = """\b
+Examples:
+  qaroma chat runs/quickstart
+  qaroma chat runs/mine --system "Answer in one sentence." --temperature 0.7
+  printf 'hello\\n/base\\n' | qaroma chat runs/mine
+"""
+_HELP = """\
+/reset        forget the conversation
+/base         the base answers instead, without the adapter; again: the tuned model.
+              The last message is answered once more, to compare
+/system TEXT  put TEXT before the conversation; without TEXT, nothing
+/help         this list
+/exit         leave; so does Ctrl-D. Ctrl-C stops an answer"""
+
+
+@click.command(epilog=_EPILOG)
+@click.argument("run", metavar="[RUN]", required=False)
+@BASE_OPTION
+@click.option("--system", metavar="TEXT", help="What stands before the conversation.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, metavar="INTEGER",
+              help="Longest answer.")  # fmt: skip
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, metavar="NUMBER",
+              help="0 gives the same answer each time; higher values draw more freely.")  # fmt: skip
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, metavar="NUMBER",
+              help="Draw from the likeliest tokens of this share.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(min=0), metavar="INTEGER", help="Draw the same answers each time.")
+@config_option("training.device", text="Where to compute.")
+def command(
+    run: str | None,
+    base: str | None,
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    training__device: str | None,
+) -> None:
+    """Talk to the fine-tuned model of RUN, a run directory or an adapter folder.
+
+    Without RUN, --base names a model to talk to as it is. Lines that are piped in are answered one
+    by one; /help lists what else can be typed.
+    """
+    if run is None and base is None:
+        raise QaromaError("got no run; expected qaroma chat RUN, or qaroma chat --base MODEL to talk to a base")
+    from qaroma.chat import Chat, Sampling, open_chat
+
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if terminal:
+        click.echo("loading the model", err=True)
+    tuned = open_chat(run, base=base, device=training__device or "auto")
+    chat = Chat(tuned, Sampling(max_new_tokens, temperature, top_p, seed), system)
+    if terminal:
+        click.echo("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves", err=True)
+    converse(chat, _line_editor() if terminal else _piped_line, alone=run is None)
+
+
+def converse(chat: Chat, read: Callable[[str], str], *, alone: bool = False) -> None:
+    """Read lines and answer them until the input ends. Answers go to stdout, all else to stderr.
+
+    Args:
+        chat: the conversation.
+        read: gives the next line, shown the prompt; raises EOFError at the end of the input.
+        alone: there is no adapter, so that ``/base`` would change nothing.
+    """
+    while True:
+        try:
+            line = read("base> " if chat.base else "> ").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            click.echo("\n/exit or Ctrl-D leaves", err=True)
+            continue
+        word, _, rest = line.partition(" ")
+        try:
+            if word == "/exit":
+                return
+            if re.fullmatch("/[a-z]+", word):  # a path is a message
+                _obey(chat, word, rest.strip(), alone)
+            elif line:
+                _tell(chat, chat.ask(line, _write))
+        except QaromaError as error:
+            click.echo(f"error: {error}", err=True)
+
+
+def _obey(chat: Chat, word: str, rest: str, alone: bool) -> None:
+    if word == "/reset":
+        chat.reset()
+        click.echo("the conversation is forgotten", err=True)
+    elif word == "/base":
+        if alone:
+            raise QaromaError("this is the base already; name a run to compare: qaroma chat RUN")
+        chat.base = not chat.base
+        click.echo("the base answers, without the adapter" if chat.base else "the tuned model answers", err=True)
+        again = chat.ask_again(_write)
+        if again is not None:
+            _tell(chat, again)
+    elif word == "/system":
+        chat.system = rest or None
+        click.echo(f"system: {rest}" if rest else "no system text", err=True)
+    elif word == "/help":
+        click.echo(_HELP, err=True)
+    else:
+        raise QaromaError(f"got {word}; expected /reset, /base, /system, /help or /exit")
+
+
+def _write(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _tell(chat: Chat, reply: Reply) -> None:
+    """End the answer's line, and say what one cannot see of it."""
+    _write("\n")
+    if reply.forgotten:
+        click.echo(
+            f"the {reply.forgotten} oldest turns are forgotten: the conversation has outgrown the "
+            f"{chat.context} tokens that the model sees",
+            err=True,
+        )
+    if reply.stopped:
+        click.echo("stopped", err=True)
+    elif reply.full:
+        click.echo(f"cut off after {reply.tokens} tokens; --max-new-tokens allows more", err=True)
+
+
+def _line_editor() -> Callable[[str], str]:
+    """``input``, with the arrow keys and a history where the system has them."""
+    with contextlib.suppress(ImportError):  # Windows has its own
+        import readline  # noqa: F401
+    return input
+
+
+def _piped_line(_: str) -> str:
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line
