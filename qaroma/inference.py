@@ -89,6 +89,24 @@ def open_run(run: str | Path, *, base: str | None = None, device: str = "auto") 
     return TunedModel(model.eval(), tokenizer, Template.from_json(growth["template"]))
 
 
+def open_base(name: str, *, quantization: str = "nf4", device: str = "auto") -> TunedModel:
+    """Load a base as training would, untuned, with the template that training would choose.
+
+    Args:
+        name: built-in name, folder, .gguf file or hub id.
+        quantization: ``nf4``, ``fp4`` or ``none``.
+        device: ``auto``, ``cuda`` or ``cpu``.
+
+    Raises:
+        QaromaError: no such model, or one that cannot be read.
+    """
+    target = resolve_device(device)
+    tokenizer = load_tokenizer(name)
+    template = Template.choose(tokenizer)
+    model = load_base(name, quantization=quantization, compute_dtype=resolve_dtype("auto", target), device=target)
+    return TunedModel(model.eval(), tokenizer, template)
+
+
 def generate_from_run(
     run: str, prompts: Sequence[str], *, max_new_tokens: int, base: str | None = None, device: str = "auto"
 ) -> list[str]:
