@@ -228,6 +228,15 @@ def test_a_layer_without_gradient_keeps_its_random_start() -> None:
     assert all(layer.active_B.count_nonzero() == 0 for layer in layers.values())
 
 
+def test_gradients_that_are_not_finite_choose_nothing() -> None:
+    method = controller((40, 24), inner_rank=2, init="gradient")
+    drawn = method.adapter.layers["0"].active_A.clone()
+    for value in (torch.nan, torch.inf):
+        method.trainer.optimiser.gradients.fill_(value)
+        method.probe()
+    assert torch.equal(method.adapter.layers["0"].active_A, drawn)
+
+
 def test_gradient_init_is_deterministic_and_asks_before_a_step() -> None:
     x, y = torch.randn(50, 40), torch.randn(50, 8)
     methods = [controller((40, 24), (24, 8), inner_rank=2, init="gradient") for _ in range(2)]

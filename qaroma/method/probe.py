@@ -56,8 +56,10 @@ class GradientProbe:
             active = self._active(name)
             assert active.A.grad is not None
             assert active.B.grad is not None
+            # What is not finite says nothing here; the loss of the next step will stop the run and say why.
+            gradient = torch.nan_to_num(active.A.grad if second else active.B.grad, posinf=0.0, neginf=0.0)
             if second:
-                gradient, drawn = active.A.grad, self._drawn.pop(name)
+                drawn = self._drawn.pop(name)
                 directions = leading_directions(gradient, drawn).mul_(ROW_NORM)
                 # A layer that no gradient reached keeps its random A; decided on the device, without a copy.
                 active.A.copy_(torch.where(gradient.any(), directions, drawn))
@@ -65,7 +67,7 @@ class GradientProbe:
             else:
                 self._drawn[name] = active.A.clone()
                 fill = torch.randn(active.B.shape, generator=self.adapter.generator).to(active.B)
-                active.B.copy_(leading_directions(active.B.grad, fill))
+                active.B.copy_(leading_directions(gradient, fill))
                 active.A.zero_()
         if second:
             self.names = []
