@@ -22,6 +22,8 @@ from pydantic import (
     PositiveInt,
 )
 
+FIXED_RANK = ("lora", "peft-lora", "adalora")  # methods that take their rank from the configuration
+
 
 class Section(BaseModel):
     """A section of the configuration: unknown keys are errors, values are validated."""
@@ -171,6 +173,10 @@ class EvaluationSection(Section):
 
     data: str | None = Field(None, description="File or hub id whose answers are generated greedily.")
     rows: PositiveInt = Field(100, description="At most so many of its rows.")
+    metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman"] | None = Field(
+        None,
+        description="Figure that chooses the best adapter of a task with labels; None is GLUE's, or the usual one.",
+    )
     show: NonNegativeInt = Field(3, description="Examples printed, before beside after.")
     max_new_tokens: PositiveInt | None = Field(
         None, description="Longest answer; None follows the longest expected one."

@@ -13,8 +13,9 @@ from qaroma.config import Config
 from qaroma.errors import QaromaError
 from qaroma.runs import RunDirectory
 from qaroma.training import fit as fit_module
+from qaroma.training.prepare import prepare_data
 from qaroma.training.run import finetune
-from qaroma.training.setup import build_session, prepare_data
+from qaroma.training.setup import build_session
 
 QUIET = Console(quiet=True)
 
@@ -49,12 +50,14 @@ def session_of(config: Config, tmp_path: Path):
 def test_a_run_leaves_what_it_should(tiny_folder: Path, data_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     figures = finetune(make_config(tiny_folder, data_file, run, growth__eps_out=1e-9), console=QUIET)
-    assert {p.name for p in run.iterdir()} == {"config.yaml", "metrics.jsonl", "checkpoints", "adapter", "adapter_last"}
+    assert {p.name for p in run.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "adapter", "adapter_last",
+    }  # fmt: skip
     steps = records(run)
     assert [s["step"] for s in steps] == list(range(1, 21))
     assert set(steps[0]) == {
         "step", "loss", "learning_rate", "mean_rank", "active_modules", "trainable_parameters", "tokens_per_second",
-        "memory_bytes",
+        "seconds", "memory_bytes",
     }  # fmt: skip
     growth = records(run, "growth")
     assert set(growth[0]) == {"event", "step", "module", "component", "inner", "outer", "decision"}

@@ -101,7 +101,7 @@ def _validation(run: str) -> Callable[[], Sequence[Example]] | None:
     def read() -> Sequence[Example]:
         from qaroma.configfile import load_config
         from qaroma.errors import QaromaError
-        from qaroma.training.setup import prepare_data
+        from qaroma.training.prepare import prepare_data
 
         try:
             return prepare_data(load_config(found.config, {}, [])).validation

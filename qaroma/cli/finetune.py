@@ -23,6 +23,7 @@ Examples:
     "data.format",
     "data.validation",
     "output",
+    "task",
     "method",
     "rank",
     "training.max_steps",

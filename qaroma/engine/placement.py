@@ -55,8 +55,9 @@ def move_embeddings_to_host(model: Any) -> bool:
 
 
 def head_quantization(model: Any) -> str:
-    """4-bit type of a model's output head, ``none`` where it is dense."""
-    state = getattr(model.get_output_embeddings().weight, "quant_state", None)
+    """4-bit type of a model's output head, ``none`` where it is dense or where there is none (a classifier)."""
+    head = model.get_output_embeddings()
+    state = None if head is None else getattr(head.weight, "quant_state", None)
     return "none" if state is None else str(state.quant_type)
 
 
@@ -69,7 +70,7 @@ def quantise_head(model: Any, quant_type: str = "nf4", *, double_quantization: b
         double_quantization: quantise the constants too.
     """
     head = model.get_output_embeddings()
-    if head_quantization(model) != "none":
+    if head is None or head_quantization(model) != "none":
         return
     import bitsandbytes as bnb
 

@@ -17,29 +17,18 @@ from torch import Tensor
 
 from qaroma.errors import QaromaError
 from qaroma.method.adapter import Adapter
+from qaroma.model.head import TrainedHead
 from qaroma.runs import directory_written_aside
 
 VERSION = 1
+_PREFIX = "base_model.model."
 WEIGHTS, CONFIG, GROWTH = "adapter_model.safetensors", "adapter_config.json", "growth.json"
-
-
-def adapter_tensors(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
-    """Factors of every module of rank > 0: name -> A (R, N) and B (M, R), fp32 on the CPU."""
-    found = {}
-    for name, layer in adapter.layers.items():
-        A_RN, B_RM = layer.factors()
-        if layer.rank:
-            found[name] = (A_RN.detach().float().cpu().contiguous(), B_RM.detach().float().cpu().T.contiguous())
-    return found
 
 
 def save_adapter(
     adapter: Adapter, folder: str | Path, *, base: str | None = None, growth: Mapping[str, Any] | None = None
 ) -> Path:
     """Write an adapter that ``PeftModel.from_pretrained(model, folder)`` loads.
-
-    Modules of rank 0 are left out; where all are 0, one zero pair is written, since PEFT refuses an
-    adapter without any. The folder appears whole or not at all.
 
     Args:
         adapter: active components count as they stand.
@@ -50,19 +39,55 @@ def save_adapter(
     Returns:
         The folder.
     """
-    pairs = adapter_tensors(adapter)
-    if not pairs:
-        name, layer = next(iter(adapter.layers.items()))
-        pairs = {name: (torch.zeros(1, layer.in_features), torch.zeros(layer.out_features, 1))}
-    ranks = {name: A.shape[0] for name, (A, _) in pairs.items()}
     components = {
         name: [*layer.components, *([layer.active_rank] if layer.active_rank else [])]
         for name, layer in adapter.layers.items()
     }
-    info = {"version": VERSION, "inner_rank": adapter.inner_rank, "alpha": adapter.alpha, "components": components}
+    factors = {name: layer.factors() for name, layer in adapter.layers.items()}
+    about = {"inner_rank": adapter.inner_rank, "alpha": adapter.alpha, **(growth or {})}
+    return save_factors(folder, factors, components, base=base, growth=about)
+
+
+def save_factors(
+    folder: str | Path,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    components: Mapping[str, list[int]],
+    *,
+    base: str | None,
+    growth: Mapping[str, Any],
+    head: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write factors, and a head that was trained in full, as a PEFT LoRA.
+
+    Modules of rank 0 are left out; where all are 0, one zero pair is written, since PEFT refuses an
+    adapter without any. The folder appears whole or not at all.
+
+    Args:
+        folder: replaced where it exists.
+        factors: A (R, N) and B (R, M) of each module, the scale folded into B.
+        components: inner ranks of each module, in order.
+        base: name of the base model, for PEFT's config.
+        growth: the rest of ``growth.json``; its ``head`` names the modules that ``head`` belongs to.
+        head: full parameter name -> tensor.
+
+    Returns:
+        The folder.
+    """
+    pairs = {
+        name: (A.detach().float().cpu().contiguous(), B.detach().float().cpu().T.contiguous())
+        for name, (A, B) in factors.items()
+        if len(A)
+    }
+    if not pairs:
+        name, (A, B) = next(iter(factors.items()))
+        pairs = {name: (torch.zeros(1, A.shape[1]), torch.zeros(B.shape[1], 1))}
+    config = peft_config({name: A.shape[0] for name, (A, _) in pairs.items()}, base)
+    if head:
+        config.update(task_type="SEQ_CLS", modules_to_save=list(growth["head"]))
+    info = {"version": VERSION, "components": dict(components), **growth}
     with directory_written_aside(Path(folder)) as aside:
-        write_lora(aside, pairs, peft_config(ranks, base))
-        (aside / GROWTH).write_text(json.dumps({**info, **(growth or {})}, indent=2), encoding="utf-8")
+        write_lora(aside, pairs, config, head=head)
+        (aside / GROWTH).write_text(json.dumps(info, indent=2), encoding="utf-8")
     return Path(folder)
 
 
@@ -71,6 +96,8 @@ def write_lora(
     pairs: Mapping[str, tuple[Tensor, Tensor]],
     config: Mapping[str, Any],
     dtype: torch.dtype = torch.float32,
+    *,
+    head: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the two files of a PEFT LoRA.
 
@@ -79,11 +106,12 @@ def write_lora(
         pairs: module name -> A (R, N) and B (M, R).
         config: what ``adapter_config.json`` says.
         dtype: of the factors in the file.
+        head: full name -> tensor of modules that are saved whole.
     """
-    weights = {}
+    weights = {f"{_PREFIX}{name}": tensor for name, tensor in (head or {}).items()}
     for name, (A, B) in pairs.items():
-        weights[f"base_model.model.{name}.lora_A.weight"] = A.to(dtype).contiguous()
-        weights[f"base_model.model.{name}.lora_B.weight"] = B.to(dtype).contiguous()
+        weights[f"{_PREFIX}{name}.lora_A.weight"] = A.to(dtype).contiguous()
+        weights[f"{_PREFIX}{name}.lora_B.weight"] = B.to(dtype).contiguous()
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
@@ -147,26 +175,33 @@ def load_adapter(model: torch.nn.Module, folder: str | Path) -> Adapter:
             f"{folder} adapts {missing[0]}, which this model does not have; give the base it was trained on"
         )
     adapter = Adapter(model, components, inner_rank=growth["inner_rank"], alpha=growth["alpha"])
-    load_factors(adapter, folder)
-    return adapter
-
-
-def load_factors(adapter: Adapter, folder: str | Path) -> None:
-    """Give an adapter without active components the factors of a saved one of the same modules.
-
-    Raises:
-        QaromaError: a module of another shape.
-    """
-    components: dict[str, list[int]] = read_growth(folder)["components"]
-    weights = load_file(Path(folder) / WEIGHTS)
+    factors = read_factors(folder)
     for name, layer in adapter.layers.items():
-        A, B = layer.A[:0], layer.B[:0]
-        if sum(components[name]):
-            A = weights[f"base_model.model.{name}.lora_A.weight"]
-            B = weights[f"base_model.model.{name}.lora_B.weight"].T
+        A, B = factors.get(name, (layer.A[:0], layer.B[:0]))
         if A.shape[1] != layer.in_features or B.shape[1] != layer.out_features:
             raise QaromaError(
                 f"{folder} has {name} of {B.shape[1]} x {A.shape[1]}, this model's is "
                 f"{layer.out_features} x {layer.in_features}; give the base it was trained on"
             )
         layer.load_factors(A, B, components[name])
+    if growth.get("head"):
+        TrainedHead(model, growth["head"]).load(read_head(folder))
+        model.requires_grad_(False)
+    return adapter
+
+
+def read_factors(folder: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """A (R, N) and B (R, M) of every module of an adapter folder that has a rank."""
+    components: dict[str, list[int]] = read_growth(folder)["components"]
+    weights = load_file(Path(folder) / WEIGHTS)
+    return {
+        name: (weights[f"{_PREFIX}{name}.lora_A.weight"], weights[f"{_PREFIX}{name}.lora_B.weight"].T)
+        for name, ranks in components.items()
+        if sum(ranks)
+    }
+
+
+def read_head(folder: str | Path) -> dict[str, Tensor]:
+    """The head of an adapter folder: full parameter name -> tensor; empty where none was trained."""
+    weights = load_file(Path(folder) / WEIGHTS)
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items() if ".lora_" not in name}

@@ -80,7 +80,7 @@ class Method(Protocol):
         ...
 
     def load_factors(self, factors: Mapping[str, tuple[Tensor, Tensor]], components: Mapping[str, list[int]]) -> None:
-        """After ``finish``: put saved factors in the place of the present ones."""
+        """After ``finish``: put saved factors in the place of the present ones; a module that has none is absent."""
         ...
 
     def active_modules(self) -> int:
@@ -206,7 +206,8 @@ class AdapterMethod:
 
     def load_factors(self, factors: Mapping[str, tuple[Tensor, Tensor]], components: Mapping[str, list[int]]) -> None:
         for name, layer in self.adapter.layers.items():
-            layer.load_factors(*factors[name], components[name])
+            A, B = factors.get(name, (layer.A[:0], layer.B[:0]))
+            layer.load_factors(A, B, components[name])
 
     def active_modules(self) -> int:
         return sum(1 for _ in self.adapter.active_layers())

@@ -22,6 +22,7 @@ from qaroma.model.bnb import bnb
 from qaroma.model.builtin import ResolvedModel, resolve_model
 from qaroma.model.failures import explained
 from qaroma.model.gguf import load_gguf, load_gguf_tokenizer
+from qaroma.model.head import head_names, is_inside
 from qaroma.model.hostmemory import freed_memory_goes_back
 
 if TYPE_CHECKING:
@@ -173,8 +174,9 @@ def load_base(
     attention: str = "sdpa",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    num_labels: int | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model, frozen, its linear layers in 4 bits but for the output head.
+    """Load a language model, frozen, its linear layers in 4 bits but for the output head.
 
     A checkpoint that bitsandbytes quantised to 4 bits before is loaded as it is, byte for byte.
 
@@ -188,6 +190,8 @@ def load_base(
         attention: 'sdpa', 'eager' or 'flash_attention_2'.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run Python code that comes with the model.
+        num_labels: None for a causal language model; else one for sequence classification with so many
+            outputs, whose new head (:func:`qaroma.model.head.head_names`) ``new_parameters`` names.
 
     Returns:
         The model in eval mode; no parameter requires a gradient.
@@ -202,20 +206,42 @@ def load_base(
     dtype = compute_dtype if compute_dtype is not None else resolve_dtype("auto", target)
     place = resolve_model(model)
     config = _config(model, place, revision, trust_remote_code)
+    if num_labels is not None:
+        config.num_labels = num_labels
     stored = stored_quantization(config, str(model))
     if stored is not None:
         _tell_stored(str(model), stored, quantization, double_quantization)
     bnb_config = None
     if stored is None and quantization != "none":
         bnb_config = _bnb_config(quantization, double_quantization, dtype)
-        if quantize_head and not config.get_text_config().tie_word_embeddings:
+        if num_labels is not None:
+            bnb_config.llm_int8_skip_modules = [*_classifier_head(config), "pooler"]
+        elif quantize_head and not config.get_text_config().tie_word_embeddings:
             bnb_config.llm_int8_skip_modules = []  # transformers leaves the head out only where nothing is said
     with explained(str(model), gguf=place.gguf_file is not None), freed_memory_goes_back():
         implementation = _implementation(attention)
-        network, info = _read(place, config, bnb_config, dtype, target, implementation, revision, trust_remote_code)
-    _require_complete(str(model), info)
+        network, info = _read(
+            place, config, bnb_config, dtype, target, implementation, revision, trust_remote_code,
+            classifier=num_labels is not None,
+        )  # fmt: skip
+    missing = sorted(info["missing_keys"])
+    if num_labels is not None:
+        network.new_parameters = [name for name in missing if _may_be_new(network, name)]
+        missing = [name for name in missing if name not in network.new_parameters]
+    _require_complete(str(model), missing)
     _settle(network, dtype)
     return network
+
+
+def _classifier_head(config: Any) -> list[str]:
+    from transformers import AutoModelForSequenceClassification
+
+    with torch.device("meta"):
+        return head_names(AutoModelForSequenceClassification.from_config(config))
+
+
+def _may_be_new(network: Any, parameter: str) -> bool:
+    return is_inside(parameter, head_names(network)) or "pooler" in parameter.split(".")
 
 
 def _bnb_config(quantization: str, double_quantization: bool, dtype: torch.dtype) -> Any:
@@ -231,16 +257,21 @@ def _bnb_config(quantization: str, double_quantization: bool, dtype: torch.dtype
 
 def _read(
     place: ResolvedModel, config: Any, bnb_config: Any, dtype: torch.dtype, device: torch.device,
-    attention: str | None, revision: str | None, trust_remote_code: bool,
+    attention: str | None, revision: str | None, trust_remote_code: bool, *, classifier: bool,
 ) -> tuple[Any, Any]:  # fmt: skip
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     if place.gguf_file is not None:
-        return load_gguf(
+        network, info = load_gguf(
             place.folder_or_id, place.gguf_file, config,
             dtype=dtype, device=device, attention=attention, bnb_config=bnb_config,
         )  # fmt: skip
-    loaded: tuple[Any, Any] = AutoModelForCausalLM.from_pretrained(
+        return (_classifier_around(network, config, device), info) if classifier else (network, info)
+    options: dict[str, Any] = {}
+    if classifier:  # a checkpoint of a classifier with other labels keeps its backbone
+        options = {"config": config, "ignore_mismatched_sizes": True}
+    loader = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    loaded: tuple[Any, Any] = loader.from_pretrained(
         place.folder_or_id,
         dtype=dtype,
         device_map={"": device},
@@ -248,9 +279,23 @@ def _read(
         output_loading_info=True,
         # Given as None, it would overwrite what a quantised checkpoint says of itself.
         **({} if bnb_config is None else {"quantization_config": bnb_config}),
+        **options,
         **_where(place, revision, trust_remote_code),
     )
     return loaded
+
+
+def _classifier_around(causal: Any, config: Any, device: torch.device) -> Any:
+    """A classifier with the backbone of a causal model, for files that hold nothing else."""
+    from transformers import AutoModelForSequenceClassification
+
+    with torch.device("meta"):
+        network = AutoModelForSequenceClassification.from_config(config)
+    setattr(network, network.base_model_prefix, causal.base_model)
+    for name in head_names(network):
+        for module in network.get_submodule(name).to_empty(device=device).modules():
+            network._init_weights(module)
+    return network
 
 
 def _implementation(attention: str) -> str | None:
@@ -296,9 +341,8 @@ def _tell_stored(model: str, stored: dict[str, Any], quantization: str, double_q
         logger.warning("'%s' is stored in %s and is used so, though %s was asked for.", model, has, asked)
 
 
-def _require_complete(model: str, info: Any) -> None:
+def _require_complete(model: str, missing: list[str]) -> None:
     """transformers fills missing tensors with random numbers and only warns."""
-    missing = sorted(info["missing_keys"])
     if missing:
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise QaromaError(

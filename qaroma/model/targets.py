@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from qaroma.errors import QaromaError
+from qaroma.model.head import head_names
 
 _ALL = "--set growth.target_modules=all-linear"
 
@@ -70,13 +71,19 @@ def unadaptable(model: Any) -> list[str]:
     return notes
 
 
-def _head(model: Any) -> Any:
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+def _head(model: Any) -> set[nn.Module]:
+    """The output embeddings of a language model; of a classifier, all that lies outside its backbone."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is not None:
+        return {head}
+    if not hasattr(model, "base_model") or model.base_model is model:
+        return set()
+    return {module for name in head_names(model) for module in model.get_submodule(name).modules()}
 
 
 def _linear_names(model: Any) -> list[str]:
     head = _head(model)
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module not in head]
 
 
 def _conv1d_names(model: Any) -> list[str]:
@@ -127,7 +134,7 @@ def _why_not(model: Any, target: str, linear: list[str]) -> str:
         return f"'{target}' is a fused expert weight, which cannot be adapted. Type: {_ALL}"
     for name, module in model.named_modules():
         if _matches(name, target):
-            if module is _head(model):
+            if module in _head(model):
                 return f"'{target}' is the output head, which is not adapted. Type: {_ALL}"
             kind = type(module).__name__
             hint = "--set model.quantization=nf4" if kind == "Conv1D" else _ALL

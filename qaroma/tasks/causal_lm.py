@@ -6,7 +6,8 @@ Dimensions: B examples, L sequence length, D hidden size, T trained tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +15,48 @@ from torch import Tensor, nn
 
 from qaroma.data.encode import Example
 from qaroma.engine.loss import LMHead, linear_cross_entropy
-from qaroma.tasks.base import IGNORED, Batch
+from qaroma.evaluate import evaluate_loss
+from qaroma.tasks.base import IGNORED
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """One micro-batch of sequences.
+
+    Attributes:
+        input_ids: (B, L) int64, padded on the right.
+        labels: (B, L) int64, aligned with ``input_ids``; ``IGNORED`` where nothing is trained,
+            always so at the first token of a sequence.
+        position_ids: (B, L) int64, from 0 within each sequence (padding counts on).
+        lengths: for each row the lengths of the sequences that lie in it one after the other.
+        trained: (T,) int64, where the counted tokens stand in the flattened labels; made with the
+            batch, so that no loss has to ask the device.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    lengths: tuple[tuple[int, ...], ...]
+    trained: Tensor
+
+    @property
+    def counted(self) -> int:
+        """Number of targets that the loss counts."""
+        return self.trained.shape[0]
+
+    def to(self, device: torch.device) -> TokenBatch:
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            trained=self.trained.to(device, non_blocking=True),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding."""
+        return sum(sum(row) for row in self.lengths)
 
 
 class CausalLM:
@@ -26,11 +68,13 @@ class CausalLM:
     """
 
     name = "causal-lm"
+    metric = "loss"
+    higher_is_better = False
 
     def __init__(self, pad_token_id: int = 0) -> None:
         self.pad_token_id = pad_token_id
 
-    def collate(self, examples: Sequence[Example]) -> Batch:
+    def collate(self, examples: Sequence[Example]) -> TokenBatch:
         """Pads on the right to the longest example."""
         length = max(len(e.input_ids) for e in examples)
         input_ids = torch.full((len(examples), length), self.pad_token_id)
@@ -42,18 +86,19 @@ class CausalLM:
         lengths = tuple(e.lengths or (len(e.input_ids),) for e in examples)
         position_ids = torch.stack([_positions(row, length) for row in lengths])
         trained = (labels.flatten() != IGNORED).nonzero().flatten()
-        return Batch(input_ids, labels, position_ids, lengths, trained)
+        return TokenBatch(input_ids, labels, position_ids, lengths, trained)
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    def loss(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, int]:
         """Runs the model to its hidden states; only those that predict a trained token reach the head."""
         hidden_BLD = hidden_states(model, batch)
         hidden_TD = hidden_BLD.flatten(0, 1).index_select(0, batch.trained - 1)
         targets_T = batch.labels.flatten().index_select(0, batch.trained)
         return linear_cross_entropy(hidden_TD, LMHead(model), targets_T), batch.counted
 
-    def metrics(self, loss_sum: float, count: int) -> dict[str, Any]:
-        loss = loss_sum / max(count, 1)
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": count}
+    def evaluate(self, model: nn.Module, batches: Iterable[TokenBatch], device: torch.device) -> dict[str, Any]:
+        """Loss per token, perplexity, and the number of tokens."""
+        total = evaluate_loss(lambda batch: self.loss(model, batch.to(device)), batches, model)
+        return {"loss": total.mean, "perplexity": math.exp(min(total.mean, 700.0)), "tokens": total.count}
 
 
 def _positions(lengths: Sequence[int], total: int) -> Tensor:
@@ -65,7 +110,7 @@ def _positions(lengths: Sequence[int], total: int) -> Tensor:
     return torch.cat([torch.arange(length) for length in padded])
 
 
-def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
+def hidden_states(model: nn.Module, batch: TokenBatch) -> Tensor:
     """The model without its head: (B, L, D).
 
     No attention mask is passed: rows are padded on the right, so causality keeps padding out, and

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NoReturn
 
@@ -12,11 +12,8 @@ import torch
 
 from qaroma.checkpoint import Checkpoint, save_checkpoint
 from qaroma.errors import QaromaError
-from qaroma.evaluate import evaluate_loss
-from qaroma.export.peft import save_adapter
 from qaroma.method.base import MethodState
 from qaroma.method.growth import GrowthEvent
-from qaroma.model.builtin import portable_name
 from qaroma.tasks.base import Batch
 from qaroma.training.interrupt import StopRequest
 from qaroma.training.memory import memory_bytes, relieve
@@ -31,7 +28,7 @@ class FitState:
     """Where a run stands; with the method's state and the random states, all that a checkpoint holds."""
 
     step: int = 0
-    best_loss: float | None = None
+    best: float | None = None  # the task's metric
     best_step: int = 0
     without_gain: int = 0  # validations since the best
     trainable_start: int = 0
@@ -59,14 +56,18 @@ def fit(session: Session, state: FitState, view: ProgressView, stop: StopRequest
     assert training.evaluate_every is not None
     assert session.config.checkpoint.every is not None
     if state.step == 0:
-        state.trainable_start = method.adapter.trainable_parameters()
+        state.trainable_start = method.trainable_parameters()
+        _log_ranks(session, state, {})
         _validate(session, state, view)
+        _probe(session, state, view)
     ending: Ending = "budget"
     session.model.train()
     while state.step < training.max_steps and not method.finished:
-        record = _train_step(session, state, view)
+        before, record = method.ranks(), _train_step(session, state, view)
         events = method.step()
         _record_step(session, state, record, events, view)
+        _log_ranks(session, state, before)
+        _probe(session, state, view)
         last = state.step == training.max_steps or method.finished
         if state.step % training.evaluate_every == 0 or last:
             _validate(session, state, view)
@@ -79,32 +80,47 @@ def fit(session: Session, state: FitState, view: ProgressView, stop: StopRequest
         if ending == "patience":
             break
     ending = "grown" if method.finished else ending
+    before = method.ranks()
     _log_new(session, method.finish())
+    _log_ranks(session, state, before)
     return ending
 
 
 def _train_step(session: Session, state: FitState, view: ProgressView) -> dict[str, Any]:
     """Forward and backward passes of one step; gradients are left for the method."""
     start = time.perf_counter()
+    loss, tokens = _gradients(session, state.step, view)
+    if not math.isfinite(loss):
+        _stop_on_bad_loss(session, state, loss, [i for indices in session.plan.step(state.step) for i in indices])
+    return {"loss": loss, "tokens": tokens, "start": start}
+
+
+def _probe(session: Session, state: FitState, view: ProgressView) -> None:
+    """Give the method the gradients from which its new components begin: those of the step to come."""
+    start = time.perf_counter()
+    while session.method.probing and state.step < (session.config.training.max_steps or 0):
+        _gradients(session, state.step, view)
+        session.method.probe()
+    state.seconds += time.perf_counter() - start
+
+
+def _gradients(session: Session, step: int, view: ProgressView) -> tuple[float, int]:
+    """Mean loss and tokens of one step's examples; saves memory and tries again where it does not suffice."""
     while True:
-        micro_batches = session.plan.step(state.step)
+        micro_batches = session.plan.step(step)
         batches = [session.task.collate([session.train[i] for i in indices]) for indices in micro_batches]
         try:
-            loss = accumulate(session, batches)
-            break
+            return accumulate(session, batches), sum(batch.tokens for batch in batches)
         except torch.OutOfMemoryError:
             # Outside the except clause the failed step's tensors are gone, and can be given back.
             pass
-        session.method.adapter.model.zero_grad(set_to_none=False)
-        view.console.print(f"step {state.step + 1}: out of memory; {relieve(session)}", style="yellow")
-    if not math.isfinite(loss):
-        _stop_on_bad_loss(session, state, loss, [i for indices in micro_batches for i in indices])
-    return {"loss": loss, "tokens": sum(b.tokens for b in batches), "start": start}
+        session.method.zero_grad()
+        view.console.print(f"step {step + 1}: out of memory; {relieve(session)}", style="yellow")
 
 
 def _stop_on_bad_loss(session: Session, state: FitState, loss: float, examples: list[int]) -> NoReturn:
     """Save the state before the step and say which rows it had."""
-    session.method.adapter.model.zero_grad(set_to_none=False)
+    session.method.zero_grad()
     path = save_state(session, state)
     where = ", ".join(session.train[i].origin for i in examples[:8])
     rate = session.config.training.learning_rate or 0.0
@@ -127,6 +143,9 @@ def accumulate(session: Session, batches: Sequence[Batch]) -> float:
         loss_sum, _ = session.task.loss(session.model, batch.to(session.accelerator.device))
         session.accelerator.backward(loss_sum / count)
         total += loss_sum.detach()
+    penalty = session.method.penalty()
+    if penalty is not None:
+        session.accelerator.backward(penalty)
     return total.item() / count
 
 
@@ -134,21 +153,22 @@ def _record_step(
     session: Session, state: FitState, record: dict[str, Any], events: Sequence[GrowthEvent], view: ProgressView
 ) -> None:
     """Count the step, log it with its growth events, show it."""
-    adapter = session.method.adapter
+    method = session.method
     seconds = time.perf_counter() - record["start"]
     state.step += 1
     state.seconds += seconds
-    trainable = adapter.trainable_parameters()
+    trainable = method.trainable_parameters()
     state.trainable_sum += trainable
-    ranks = adapter.ranks().values()
+    ranks = method.ranks().values()
     line = {
         "step": state.step,
         "loss": record["loss"],
-        "learning_rate": session.method.learning_rate,
+        "learning_rate": method.learning_rate,
         "mean_rank": sum(ranks) / len(ranks),
-        "active_modules": sum(1 for _ in adapter.active_layers()),
+        "active_modules": method.active_modules(),
         "trainable_parameters": trainable,
         "tokens_per_second": record["tokens"] / seconds,
+        "seconds": seconds,
         "memory_bytes": memory_bytes(session.accelerator.device),
     }
     session.log.write(line)
@@ -165,29 +185,33 @@ def _log_new(session: Session, events: Sequence[GrowthEvent]) -> None:
             session.log.write(event.to_json())
 
 
+def _log_ranks(session: Session, state: FitState, before: Mapping[str, int]) -> None:
+    """Log the ranks of all modules where one changed."""
+    ranks = session.method.ranks()
+    if ranks != before:
+        session.log.write({"event": "ranks", "step": state.step, "ranks": ranks})
+
+
 def _validate(session: Session, state: FitState, view: ProgressView) -> None:
-    """Loss on the validation rows; keeps the adapter where it is the best so far."""
+    """The task's figures on the validation rows; keeps the adapter where it is the best so far."""
     if not session.validation:
         return
     figures = validation_metrics(session)
     session.log.write({"event": "validation", "step": state.step, **figures})
-    gained = state.step > 0 and (state.best_loss is None or figures["loss"] < state.best_loss)
-    view.validation(state.step, figures["loss"], best=gained)
+    value, higher = figures[session.task.metric], session.task.higher_is_better
+    better = state.best is None or (value > state.best if higher else value < state.best)
+    gained = state.step > 0 and better
+    view.validation(state.step, figures, session.task.metric, best=gained)
     if gained:
-        state.best_loss, state.best_step, state.without_gain = figures["loss"], state.step, 0
-        about = session.describe(state.step)
-        save_adapter(session.method.adapter, session.run.adapter, base=portable_name(session.base_name), growth=about)
+        state.best, state.best_step, state.without_gain = value, state.step, 0
+        session.save_adapter(session.run.adapter, state.step)
     elif state.step > 0:
         state.without_gain += 1
 
 
 def validation_metrics(session: Session) -> dict[str, Any]:
-    """The task's metrics over the whole validation set, without gradient and in eval mode."""
-    device = session.accelerator.device
-    loss = evaluate_loss(
-        lambda batch: session.task.loss(session.model, batch.to(device)), session.validation_batches(), session.model
-    )
-    return dict(session.task.metrics(loss.sum, loss.count))
+    """The task's figures over the whole validation set, without gradient and in eval mode."""
+    return dict(session.task.evaluate(session.model, session.validation_batches(), session.accelerator.device))
 
 
 def save_state(session: Session, state: FitState) -> str:

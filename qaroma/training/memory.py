@@ -7,7 +7,7 @@ from typing import Any
 import psutil
 import torch
 
-from qaroma.config import Config
+from qaroma.config import FIXED_RANK, Config
 from qaroma.engine.levels import LEVELS, apply_level
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_config, resolve_dtype
@@ -86,14 +86,17 @@ def choose_level(config: Config, device: torch.device) -> int:
     )
     free = free_bytes(device)
     tokens = config.training.micro_batch * config.data.max_length
-    if generous_bound(model_config.get_text_config(), tokens) < SMALL_SHARE * free:
+    bound = generous_bound(model_config.get_text_config(), tokens)
+    if bound < SMALL_SHARE * free:
         return 0
+    if config.task != "causal-lm":  # the planner traces language models
+        return 0 if bound < free else 1
     targets = config.growth.target_modules or "all-linear"
     settings = StepSettings(
         level=0,
         seq_len=config.data.max_length,
         micro_batch=config.training.micro_batch,
-        inner_rank=(config.rank if config.method == "lora" else config.growth.inner_rank) or 1,
+        inner_rank=(config.rank if config.method in FIXED_RANK else config.growth.inner_rank) or 1,
         targets=targets if isinstance(targets, str) else tuple(targets),
         quantized=config.model.quantization != "none",
         double_quantization=config.model.double_quantization,

@@ -59,6 +59,8 @@ class ProgressView:
             text = ", ".join(f"{n} modules {said[decision]}" for decision, n in counts.items())
             self.console.print(f"step {record['step']}: {text}", highlight=False)
 
-    def validation(self, step: int, loss: float, *, best: bool) -> None:
+    def validation(self, step: int, figures: Mapping[str, Any], metric: str, *, best: bool) -> None:
+        """A validation pass: the loss, and the figure that counts where it is another."""
         mark = " (best so far)" if best else ""
-        self.console.print(f"step {step}: validation loss {loss:.4f}{mark}", highlight=False)
+        other = "" if metric == "loss" else f", {metric} {figures[metric]:.4f}"
+        self.console.print(f"step {step}: validation loss {figures['loss']:.4f}{other}{mark}", highlight=False)

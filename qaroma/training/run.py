@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,17 +18,17 @@ from qaroma.config import Config
 from qaroma.configfile import dump_config, load_config
 from qaroma.engine.levels import LEVELS
 from qaroma.errors import QaromaError
-from qaroma.export.peft import load_factors, save_adapter
-from qaroma.model.builtin import portable_name, resolve_model
+from qaroma.model.builtin import resolve_model
 from qaroma.model.targets import unadaptable
 from qaroma.presets import Decision
-from qaroma.runs import RunDirectory
+from qaroma.runs import RunDirectory, write_atomically
 from qaroma.summary import BeforeAfter, RunSummary, Score, print_summary
 from qaroma.training.fit import Ending, FitState, fit, restore_state
 from qaroma.training.interrupt import StopRequest
+from qaroma.training.prepare import PreparedData, prepare_data
 from qaroma.training.progress import ProgressView
 from qaroma.training.session import Session
-from qaroma.training.setup import PreparedData, build_session, prepare_data
+from qaroma.training.setup import build_session
 
 # Settings that may differ when a run goes on; all others would make it another run.
 RESUMABLE = ("training.max_steps", "training.learning_rate", "training.evaluate_every", "training.patience",
@@ -84,6 +85,7 @@ def finetune(config: Config, *, resume: bool = False, console: Console | None = 
     after = test.run_once(session.model, session.log, "after", state.step) if test else None
     figures = _figures(session, state, ending, before, after)
     figures["seconds"] = time.perf_counter() - start
+    write_atomically(run.summary, json.dumps(figures, indent=2))
     print_summary(_summary(session, state, figures, before, after), console)
     return figures
 
@@ -91,7 +93,7 @@ def finetune(config: Config, *, resume: bool = False, console: Console | None = 
 def _answer_test(data: PreparedData) -> AnswerTest | None:
     """The generation test that the configuration asks for, None where it asks for none."""
     chosen = data.config.evaluation
-    if chosen.data is None:
+    if chosen.data is None or data.template is None:
         return None
     conversations = read_conversations([(chosen.data, 1.0)], rows=chosen.rows, skip_bad=data.config.data.skip_bad_rows)
     return AnswerTest(conversations, data.tokenizer, data.template, chosen.max_new_tokens)
@@ -172,31 +174,37 @@ def _restored(session: Session, console: Console) -> FitState:
 
 def _write_adapters(session: Session, state: FitState) -> None:
     """``adapter_last`` as it stands, ``adapter`` the best; the model is left with the best one."""
-    adapter, run = session.method.adapter, session.run
-    save_adapter(adapter, run.adapter_last, base=portable_name(session.base_name), growth=session.describe(state.step))
-    if state.best_loss is None:
-        save_adapter(adapter, run.adapter, base=portable_name(session.base_name), growth=session.describe(state.step))
+    session.save_adapter(session.run.adapter_last, state.step)
+    if state.best is None:
+        session.save_adapter(session.run.adapter, state.step)
     else:
-        load_factors(adapter, run.adapter)
+        session.load_adapter(session.run.adapter)
 
 
 def _figures(
     session: Session, state: FitState, ending: Ending, before: Answers | None, after: Answers | None
 ) -> dict[str, Any]:
-    """What ``--json`` prints."""
+    """What ``--json`` prints and ``summary.json`` keeps."""
     records = session.log.records()
     validations = [r for r in records if r.get("event") == "validation"]
+    best = next((r for r in validations if r["step"] == state.best_step), None) if state.best is not None else None
     steps = [r for r in records if "event" not in r]
-    ranks = session.method.adapter.ranks()
+    ranks = session.method.ranks()
+    metric = session.task.metric
     return {
         "run": session.run.path.as_posix(),
         "adapter": session.run.adapter.as_posix(),
+        "method": session.method.name,
         "steps": state.step,
         "ended": ending,
         "loss": steps[-1]["loss"] if steps else None,
         "validation_loss_before": validations[0]["loss"] if validations else None,
-        "validation_loss": state.best_loss,
-        "best_step": state.best_step if state.best_loss is not None else state.step,
+        "validation_loss": best["loss"] if best else None,
+        "metric": metric,
+        "metric_before": validations[0][metric] if validations else None,
+        "metric_best": best[metric] if best else None,
+        "metric_last": validations[-1][metric] if validations else None,
+        "best_step": state.best_step if best else state.step,
         "exact_match_before": before.exact_match if before else None,
         "exact_match": after.exact_match if after else None,
         "growth_events": sum(r.get("event") == "growth" for r in records),
@@ -206,6 +214,8 @@ def _figures(
         "trainable_parameters_start": state.trainable_start,
         "trainable_parameters_mean": state.trainable_sum / max(state.step, 1),
         "trainable_parameters_end": steps[-1]["trainable_parameters"] if steps else 0,
+        "memory_bytes": max((r["memory_bytes"] for r in steps), default=0),
+        "training_seconds": state.seconds,
     }
 
 
@@ -215,6 +225,8 @@ def _summary(
     scores = []
     if figures["validation_loss_before"] is not None:
         scores.append(Score("validation loss", figures["validation_loss_before"], figures["validation_loss"]))
+        if session.task.metric != "loss":
+            scores.append(Score(session.task.metric, figures["metric_before"], figures["metric_best"]))
     if after:
         scores.append(Score("exact match", before.exact_match if before else None, after.exact_match, percent=True))
     shown = session.config.evaluation.show
@@ -228,7 +240,7 @@ def _summary(
         steps=state.step,
         seconds=figures["seconds"],
         stopped=ENDINGS[figures["ended"]],
-        ranks=session.method.adapter.ranks(),
+        ranks=session.method.ranks(),
         trainable_start=figures["trainable_parameters_start"],
         trainable_mean=figures["trainable_parameters_mean"],
         trainable_end=figures["trainable_parameters_end"],

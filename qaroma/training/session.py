@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
 
-from qaroma.config import Config
-from qaroma.data.encode import Example
+from qaroma.config import FIXED_RANK, Config
 from qaroma.engine.placement import head_quantization
+from qaroma.export.peft import read_factors, read_growth, read_head, save_factors
 from qaroma.method.base import Method
+from qaroma.model.builtin import portable_name
+from qaroma.model.head import TrainedHead
 from qaroma.runs import MetricsLog, RunDirectory
 from qaroma.tasks.base import Batch, Task
 from qaroma.training.batches import BatchPlan
@@ -27,8 +30,9 @@ class Session:
         run, log: where it is written.
         model: base with the adapter attached.
         base_name, fingerprint: which base that is.
-        template: as JSON, for the adapter to remember.
+        remember: what the adapter must know of the task to be used again.
         task, method: what is trained, and how.
+        head: what is trained in full beside the adapter; None for language models.
         train, validation: encoded examples.
         plan: which examples make up which step.
         accelerator: device and backward pass.
@@ -41,11 +45,12 @@ class Session:
     model: nn.Module
     base_name: str
     fingerprint: str
-    template: dict[str, Any]
+    remember: dict[str, Any]
     task: Task
     method: Method
-    train: list[Example]
-    validation: list[Example]
+    head: TrainedHead | None
+    train: list[Any]
+    validation: list[Any]
     plan: BatchPlan
     accelerator: Accelerator
     level: int = 0
@@ -60,10 +65,30 @@ class Session:
             self._validation_batches = [self.task.collate(chunk) for chunk in chunks]
         return iter(self._validation_batches)
 
-    def describe(self, step: int) -> dict[str, Any]:
+    def save_adapter(self, folder: Path, step: int) -> None:
+        """Write the adapter, and the head where one is trained, as they stand."""
+        save_factors(
+            folder,
+            self.method.factors(),
+            self.method.components(),
+            base=portable_name(self.base_name),
+            growth=self._describe(step),
+            head=self.head.tensors() if self.head else None,
+        )
+
+    def load_adapter(self, folder: Path) -> None:
+        """Go back to what :meth:`save_adapter` wrote, once nothing trains any more."""
+        self.method.load_factors(read_factors(folder), read_growth(folder)["components"])
+        if self.head:
+            self.head.load(read_head(folder))
+
+    def _describe(self, step: int) -> dict[str, Any]:
         """What ``growth.json`` says beside the components."""
-        model = self.config.model
+        model, growth = self.config.model, self.config.growth
+        fixed = self.config.method in FIXED_RANK
         return {
+            "inner_rank": self.config.rank if fixed else growth.inner_rank,
+            "alpha": growth.alpha,
             "method": self.method.name,
             "step": step,
             "base": {
@@ -75,6 +100,7 @@ class Session:
                 "head_quantization": head_quantization(self.model),
                 "compute_dtype": model.compute_dtype,
             },
-            "template": self.template,
-            "settings": self.config.growth.model_dump(),
+            **self.remember,
+            "head": self.head.names if self.head else [],
+            "settings": growth.model_dump(),
         }

@@ -1,0 +1,178 @@
+"""Classification and regression of texts and pairs of texts.
+
+Dimensions: B examples, L sequence length, C outputs, S examples of a whole data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qaroma import metrics
+from qaroma.data.labelled import LabelledExample
+from qaroma.errors import QaromaError
+from qaroma.evaluate import evaluating
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """One micro-batch, padded on the right.
+
+    Attributes:
+        input_ids, attention_mask: (B, L) int64.
+        token_type_ids: (B, L) int64, or None where the base has none.
+        labels: (B,), int64 class indices or fp32 figures.
+        tokens: without padding.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    token_type_ids: Tensor | None
+    labels: Tensor
+    tokens: int
+
+    @property
+    def counted(self) -> int:
+        return self.labels.shape[0]
+
+    def to(self, device: torch.device) -> LabelledBatch:
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            attention_mask=self.attention_mask.to(device, non_blocking=True),
+            token_type_ids=None if self.token_type_ids is None else self.token_type_ids.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+        )
+
+
+METRICS = {"classification": ("accuracy", "f1", "matthews"), "regression": ("pearson", "spearman")}
+
+
+class _Labelled:
+    """What both tasks do alike."""
+
+    labels_dtype: torch.dtype
+
+    def __init__(self, pad_token_id: int = 0) -> None:
+        self.pad_token_id = pad_token_id
+
+    def collate(self, examples: Sequence[LabelledExample]) -> LabelledBatch:
+        """Pads on the right to the longest example."""
+        length = max(len(e.input_ids) for e in examples)
+        rows = [e.input_ids + [self.pad_token_id] * (length - len(e.input_ids)) for e in examples]
+        mask = [[1] * len(e.input_ids) + [0] * (length - len(e.input_ids)) for e in examples]
+        types = [(e.token_type_ids or []) + [0] * (length - len(e.token_type_ids or [])) for e in examples]
+        return LabelledBatch(
+            input_ids=torch.tensor(rows),
+            attention_mask=torch.tensor(mask),
+            token_type_ids=None if examples[0].token_type_ids is None else torch.tensor(types),
+            labels=torch.tensor([e.label for e in examples]).to(self.labels_dtype),
+            tokens=sum(len(e.input_ids) for e in examples),
+        )
+
+    def logits(self, model: nn.Module, batch: LabelledBatch) -> Tensor:
+        """The head's outputs, (B, C) fp32."""
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if batch.token_type_ids is not None:
+            inputs["token_type_ids"] = batch.token_type_ids
+        return model(**inputs).logits.float()  # type: ignore[no-any-return]
+
+    def loss(self, model: nn.Module, batch: LabelledBatch) -> tuple[Tensor, int]:
+        return self.loss_of(self.logits(model, batch), batch.labels), batch.counted
+
+    def loss_of(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def predict(
+        self, model: nn.Module, batches: Iterable[LabelledBatch], device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs (S, C) and labels (S,) of every example, on the CPU, in the order of the batches."""
+        logits, labels = [], []
+        with evaluating(model):
+            for batch in batches:
+                logits.append(self.logits(model, batch.to(device)))
+                labels.append(batch.labels)
+        return torch.cat(logits).cpu(), torch.cat(labels)
+
+
+class Classification(_Labelled):
+    """Task ``classification``: cross-entropy over classes.
+
+    Args:
+        classes: number C of classes.
+        metric: by which the best adapter is chosen: accuracy, f1 or matthews.
+        pad_token_id: fills short rows, which attention does not look at.
+    """
+
+    name = "classification"
+    higher_is_better = True
+    labels_dtype = torch.int64
+
+    def __init__(self, classes: int, *, metric: str = "accuracy", pad_token_id: int = 0) -> None:
+        super().__init__(pad_token_id)
+        self.classes, self.metric = classes, metric
+
+    def loss_of(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+        return F.cross_entropy(logits_BC, labels_B, reduction="sum")
+
+    def evaluate(self, model: nn.Module, batches: Iterable[LabelledBatch], device: torch.device) -> dict[str, Any]:
+        """Loss, accuracy, F1 and Matthews correlation over the whole set."""
+        logits_SC, labels_S = self.predict(model, batches, device)
+        counts = metrics.confusion(logits_SC.argmax(-1), labels_S, self.classes)
+        return {
+            "loss": self.loss_of(logits_SC, labels_S).item() / len(labels_S),
+            "accuracy": metrics.accuracy(counts),
+            "f1": metrics.f1(counts),
+            "matthews": metrics.matthews(counts),
+            "examples": len(labels_S),
+        }
+
+
+class Regression(_Labelled):
+    """Task ``regression``: squared error of one output.
+
+    Args:
+        metric: by which the best adapter is chosen: pearson or spearman.
+        pad_token_id: fills short rows, which attention does not look at.
+    """
+
+    name = "regression"
+    higher_is_better = True
+    labels_dtype = torch.float32
+
+    def __init__(self, *, metric: str = "pearson", pad_token_id: int = 0) -> None:
+        super().__init__(pad_token_id)
+        self.metric = metric
+
+    def loss_of(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+        return F.mse_loss(logits_BC[:, 0], labels_B, reduction="sum")
+
+    def evaluate(self, model: nn.Module, batches: Iterable[LabelledBatch], device: torch.device) -> dict[str, Any]:
+        """Mean squared error (``loss``), Pearson and Spearman correlation over the whole set."""
+        logits_SC, labels_S = self.predict(model, batches, device)
+        return {
+            "loss": self.loss_of(logits_SC, labels_S).item() / len(labels_S),
+            "pearson": metrics.pearson(logits_SC[:, 0], labels_S),
+            "spearman": metrics.spearman(logits_SC[:, 0], labels_S),
+            "examples": len(labels_S),
+        }
+
+
+def labelled_task(kind: str, labels: Sequence[str], metric: str, pad_token_id: int) -> Classification | Regression:
+    """The task of that name.
+
+    Raises:
+        QaromaError: A metric that is not the task's.
+    """
+    if metric not in METRICS[kind]:
+        raise QaromaError(
+            f"evaluation.metric is {metric}; expected one of {', '.join(METRICS[kind])} for --task {kind}"
+        )
+    if kind == "classification":
+        return Classification(len(labels), metric=metric, pad_token_id=pad_token_id)
+    return Regression(metric=metric, pad_token_id=pad_token_id)

@@ -1,0 +1,221 @@
+"""The data of a run: read, encoded, split, and the settings that follow from it. No weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from qaroma.config import Config
+from qaroma.data.encode import Encoded, Example, encode_rows, limit_length, split_validation
+from qaroma.data.glue import dev_file, glue_task, read_glue, read_train
+from qaroma.data.labelled import Kind, LabelledSet, encode_labelled, split_labelled, takes_token_types
+from qaroma.data.packing import pack
+from qaroma.data.sources import RowSet, read_rows
+from qaroma.data.templates import Template
+from qaroma.errors import QaromaError
+from qaroma.model.base import load_config, load_tokenizer
+from qaroma.presets import DataFacts, Decision, resolve
+from qaroma.tasks.base import Task
+from qaroma.tasks.causal_lm import CausalLM
+from qaroma.tasks.labelled import METRICS, labelled_task
+
+_NO_LIMIT = 2**31
+
+
+@dataclass
+class PreparedData:
+    """The data as the model will see it, and what was decided from it.
+
+    Attributes:
+        config: resolved.
+        decisions: what was decided, to print.
+        notes: sentences to print: the form that was recognised, rows left out.
+        tokenizer: of the base.
+        task: what is trained.
+        train, validation: encoded examples of that task.
+        template: how conversations are rendered; None for tasks with labels.
+        remember: what an adapter must know of the task to be used again.
+    """
+
+    config: Config
+    decisions: list[Decision]
+    notes: list[str]
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    train: list[Any]
+    validation: list[Any]
+    template: Template | None = None
+    remember: dict[str, Any] = field(default_factory=dict)
+
+
+def prepare_data(config: Config) -> PreparedData:
+    """Read, render and encode the data, and resolve the configuration by it.
+
+    Raises:
+        QaromaError: no model or data named; unreadable rows; nothing to train on.
+    """
+    if config.model.name is None:
+        raise QaromaError("no base model given; type --model FOLDER_OR_HUB_ID (for a first try: --model smollm2-135m)")
+    if not config.data.train:
+        raise QaromaError("no training data given; type --data FILE (.jsonl, .json, .csv, .parquet or .txt)")
+    options: dict[str, Any] = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
+    tokenizer = load_tokenizer(config.model.name, **options)
+    model_config = load_config(config.model.name, **options)
+    if config.task == "causal-lm":
+        return _prepare_conversations(config, tokenizer, model_config)
+    return _prepare_labelled(config, tokenizer, model_config)
+
+
+def _prepare_conversations(config: Config, tokenizer: PreTrainedTokenizerBase, model_config: Any) -> PreparedData:
+    named = next((s.path for s in config.data.train if s.path.startswith("glue:")), None)
+    if named is not None:
+        task = glue_task(named)
+        raise QaromaError(f"{named} has labels, not answers; type --task {task.kind if task else 'classification'}")
+    if config.evaluation.metric is not None:
+        raise QaromaError("evaluation.metric is for --task classification and regression; leave it out")
+    template = Template.choose(tokenizer, config.data.template)
+    encoded = _encode(config, [(s.path, s.weight) for s in config.data.train], tokenizer, template)
+    validation = None
+    if config.data.validation is not None:
+        validation = _encode(config, [(config.data.validation, 1.0)], tokenizer, encoded.template)
+    longest = getattr(model_config, "max_position_embeddings", None)
+    share = 0.0 if validation is not None else config.data.validation_share
+    train, held_out = _split(config, encoded, share)
+    facts = DataFacts(len(train.examples), encoded.lengths, longest, len((validation or held_out).examples))
+    resolved, decisions = resolve(config, facts)
+    notes = [f"data: {encoded.form}, {len(encoded.examples)} examples", *encoded.notes]
+    limit = (resolved.data.max_length, resolved.data.on_too_long)
+    limited = limit_length(encoded, *limit)
+    notes += _left_out(limited)
+    train, held_out = _split(config, limited, share)
+    if validation is not None:
+        held_out = limit_length(validation, *limit)
+    examples: list[Example] = train.examples
+    if resolved.data.packing:
+        examples = pack(examples, resolved.data.max_length or max(train.lengths))
+        notes.append(f"{len(train.examples)} examples packed into {len(examples)} rows")
+    notes.append(f"{len(train.examples)} examples to train on, {len(held_out.examples)} to validate on")
+    return PreparedData(
+        resolved,
+        decisions,
+        notes,
+        tokenizer,
+        CausalLM(tokenizer.pad_token_id or 0),
+        examples,
+        held_out.examples,
+        encoded.template,
+        {"task": "causal-lm", "template": encoded.template.to_json()},
+    )
+
+
+def _prepare_labelled(config: Config, tokenizer: PreTrainedTokenizerBase, model_config: Any) -> PreparedData:
+    kind = cast(Kind, config.task)
+    train_rows, dev_rows = _labelled_rows(config)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # attention does not look at it
+    options: dict[str, Any] = {
+        "token_types": takes_token_types(model_config),
+        "skip_bad": config.data.skip_bad_rows,
+    }
+    whole, train, held_out = _encode_labelled(config, kind, train_rows, dev_rows, tokenizer, None, **options)
+    lengths = [*whole.lengths, *(held_out.lengths if dev_rows is not None else [])]
+    longest = min(getattr(model_config, "max_position_embeddings", None) or _NO_LIMIT, tokenizer.model_max_length)
+    resolved, decisions = resolve(config, DataFacts(len(train.examples), lengths, longest, len(held_out.examples)))
+    counts = f"{len(train.examples)} examples to train on, {len(held_out.examples)} to validate on"
+    notes = [f"data: {kind} of {' and '.join(whole.fields)}, {counts}", *whole.notes]
+    limit = resolved.data.max_length
+    assert limit is not None
+    long = sum(length > limit for length in lengths)
+    if long and config.data.on_too_long == "error":
+        raise QaromaError(
+            f"{long} texts are longer than {limit} tokens; type a greater --max-length, or --on-too-long truncate"
+        )
+    if long:
+        notes.append(f"{long} texts cut at data.max_length ({limit} tokens)")
+        _, train, held_out = _encode_labelled(config, kind, train_rows, dev_rows, tokenizer, limit, **options)
+    if whole.bad:
+        notes.append(f"{len(whole.bad)} bad rows left out")
+    task = _labelled_task(config, kind, whole.labels, tokenizer.pad_token_id or 0)
+    remember = {"task": kind, "labels": list(whole.labels), "metric": task.metric, "max_length": limit}
+    return PreparedData(
+        resolved, decisions, notes, tokenizer, task, train.examples, held_out.examples, remember=remember
+    )
+
+
+def _labelled_rows(config: Config) -> tuple[RowSet, RowSet | None]:
+    """Training rows, and the dev rows that were named or lie beside them (GLUE by name or by folder)."""
+    sources, validation = config.data.train, config.data.validation
+    first = sources[0].path
+    named = glue_task(first)
+    if named is not None and named.kind != config.task:
+        raise QaromaError(f"{first} is a {named.kind} task; type --task {named.kind}")
+    if first.startswith("glue:"):
+        train, dev = read_glue(first)
+        return train, dev if validation is None else read_rows([(validation, 1.0)])
+    if len(sources) == 1 and sources[0].weight == 1.0:
+        validation = validation or dev_file(first)
+        rows = read_train(first)
+    else:
+        rows = read_rows([(s.path, s.weight) for s in sources], seed=config.training.seed)
+    return rows, None if validation is None else read_rows([(validation, 1.0)])
+
+
+def _encode_labelled(
+    config: Config,
+    kind: Kind,
+    train_rows: RowSet,
+    dev_rows: RowSet | None,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    **options: Any,
+) -> tuple[LabelledSet, LabelledSet, LabelledSet]:
+    """All training rows, those that are trained on, and those to validate on."""
+    whole = encode_labelled(train_rows, tokenizer, kind, max_length=max_length, **options)
+    if dev_rows is not None:
+        dev = encode_labelled(dev_rows, tokenizer, kind, labels=whole.labels, max_length=max_length, **options)
+        return whole, whole, dev
+    data = config.data
+    train, held_out = split_labelled(
+        whole, share=data.validation_share, at_most=data.validation_max, seed=config.training.seed
+    )
+    return whole, train, held_out
+
+
+def _labelled_task(config: Config, kind: Kind, labels: Sequence[str], pad_token_id: int) -> Task:
+    """The task, with the figure that chooses the best adapter: the one asked for, GLUE's, or the usual one."""
+    known = glue_task(config.data.train[0].path)
+    metric = config.evaluation.metric or (known.metric if known else METRICS[kind][0])
+    return labelled_task(kind, labels, metric, pad_token_id)
+
+
+def _split(config: Config, encoded: Encoded, share: float) -> tuple[Encoded, Encoded]:
+    return split_validation(encoded, share=share, at_most=config.data.validation_max, seed=config.training.seed)
+
+
+def _left_out(encoded: Encoded) -> list[str]:
+    """Sentences about examples that are not trained on, or not whole."""
+    counts = {
+        "bad rows left out": len(encoded.bad),
+        "examples left out, longer than data.max_length": encoded.dropped_too_long,
+        "examples cut at data.max_length": encoded.truncated,
+    }
+    return [f"{count} {what}" for what, count in counts.items() if count]
+
+
+def _encode(
+    config: Config, sources: list[tuple[str, float]], tokenizer: PreTrainedTokenizerBase, template: Template
+) -> Encoded:
+    data = config.data
+    return encode_rows(
+        read_rows(sources, seed=config.training.seed),
+        tokenizer,
+        template,
+        form=data.format,
+        train_on=data.train_on,
+        max_length=data.max_length,
+        on_too_long=data.on_too_long,
+        skip_bad=data.skip_bad_rows,
+    )
