@@ -78,11 +78,10 @@ def open_chat(run: str | None, *, base: str | None = None, device: str = "auto")
         if base is None:
             raise QaromaError("got no run; expected qaroma chat RUN, or qaroma chat --base MODEL to talk to a base")
         return open_base(base, device=device)
-    task = read_growth(adapter_folder(run)).get("task") or "causal-lm"
-    name = task.get("name", "classification") if isinstance(task, dict) else str(task)
-    if name != "causal-lm":
+    task = read_growth(adapter_folder(run)).get("task", "causal-lm")
+    if task != "causal-lm":
         raise QaromaError(
-            f"{run} was trained for {name}: it gives labels, not answers. "
+            f"{run} was trained for {task}: it gives labels, not answers. "
             f"Score it on texts with known labels: qaroma evaluate {run} --data FILE"
         )
     return open_run(run, base=base, device=device)

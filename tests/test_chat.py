@@ -236,7 +236,7 @@ def test_commands_and_mistakes(tuned: TunedModel, capsys: pytest.CaptureFixture[
 
 
 def test_a_run_with_labels_is_refused(adapter: Path, tmp_path: Path) -> None:
-    for task in ("classification", {"name": "regression", "labels": []}):
+    for task in ("classification", "regression"):
         growth = {**json.loads((adapter / "growth.json").read_text()), "task": task}
         (tmp_path / "growth.json").write_text(json.dumps(growth))
         with pytest.raises(QaromaError, match=r"gives labels, not answers.*qaroma evaluate"):

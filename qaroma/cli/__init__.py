@@ -25,6 +25,7 @@ COMMANDS = {
     "runs": "List runs: state, scores, ranks.",
     "compare-runs": "Put runs side by side: settings, figures, answers.",
     "export": "Write a fine-tuned model as other engines load it.",
+    "push": "Send an adapter to the Hugging Face hub.",
     "data": "Look at data as training sees it.",
     "plan": "Tell what fits a card, without weights and without a GPU.",
     "bench": "Time a training step and count its memory.",

@@ -1,0 +1,398 @@
+"""``qaroma push``: an adapter on the Hugging Face hub, in one commit, with nothing that is this machine's alone.
+
+What is sent is listed, not filtered: the two files of the PEFT adapter, ``growth.json``, a model card
+with its picture and, where asked for, the adapter as GGUF. Checkpoints, metrics and paths stay here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from qaroma import __version__
+from qaroma.data.templates import Template
+from qaroma.errors import QaromaError
+from qaroma.export import card
+from qaroma.export.peft import CONFIG, GROWTH, WEIGHTS, read_growth
+from qaroma.export.rank_map import rank_map_svg
+from qaroma.export.source import Source
+from qaroma.inference import adapter_folder
+from qaroma.model.builtin import portable_name
+from qaroma.runs import RunDirectory
+
+GGUF = "adapter.gguf"
+TOKENS_PAGE = "https://huggingface.co/settings/tokens"
+_CAUSAL, _LABELS = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_CACHE_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
+_UNREACHABLE = frozenset(
+    {"ConnectError", "ConnectTimeout", "ReadTimeout", "WriteTimeout", "ReadError", "WriteError", "ProxyError",
+     "RemoteProtocolError", "ConnectionError"}
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """A commit on the hub.
+
+    Attributes:
+        url: page of the repository.
+        repo_id: ``NAMESPACE/NAME``.
+        private: who can see it.
+        revision: branch.
+        commit: its hash.
+        files: what was sent.
+        bytes: of all files.
+        base: the base's id on the hub, None where it is not known.
+        task: causal-lm, classification or regression.
+    """
+
+    url: str
+    repo_id: str
+    private: bool
+    revision: str
+    commit: str
+    files: tuple[str, ...]
+    bytes: int
+    base: str | None
+    task: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+
+class _PublicSource(Source):
+    """A source whose model card names local data by the file's name alone."""
+
+    def settings(self) -> dict[str, Any]:
+        settings = super().settings()
+        data = settings.get("data") or {}
+        train = [{**one, "path": public_path(one["path"])} for one in data.get("train") or []]
+        return {**settings, "data": {**data, "train": train}}
+
+    @property
+    def public_base(self) -> str:
+        return self.base
+
+
+def push(
+    run: str | Path,
+    repo_id: str,
+    *,
+    public: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    base: str | None = None,
+    include_gguf: bool = False,
+    endpoint: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Pushed:
+    """Send a run's adapter to the hub.
+
+    Args:
+        run: run directory or adapter folder.
+        repo_id: ``NAMESPACE/NAME``, or ``NAME`` in the account's own namespace; made where it is missing.
+        public: who may see a repository that is made; one that exists must agree.
+        revision: branch, made where it is missing; None is ``main``.
+        message: of the commit.
+        base: id of the base on the hub, where the run remembers a local folder.
+        include_gguf: send the adapter of ``qaroma export RUN --format gguf-adapter`` too.
+        endpoint: of the hub; None is the one that huggingface_hub uses.
+        say: takes a line for people.
+
+    Raises:
+        QaromaError: no adapter, no login, no right to write, a name that is not valid, a repository that is
+            seen by others than asked for, or a hub that does not answer.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    folder = adapter_folder(run)
+    gguf = _gguf(folder) if include_gguf else None
+    known = _base_on_hub(folder, base)
+    with explained(repo_id):
+        validate_repo_id(repo_id)
+        api = HfApi(endpoint=endpoint, library_name="qaroma", library_version=__version__)
+        full = _full_name(api, repo_id)
+        existing = _visible(api, full, public)
+        licence, note = _about_base(api, known)
+        if note:
+            say(f"warning: {note}")
+        files = _files(folder, full, known, licence)
+        if gguf is not None:
+            files[GGUF] = gguf
+        if not existing:
+            api.create_repo(full, private=not public)
+    with explained(full, created=not existing), _told_warnings(say):
+        if revision is not None:
+            api.create_branch(full, branch=revision, exist_ok=True)
+        commit = api.create_commit(
+            full,
+            [CommitOperationAdd(name, content) for name, content in files.items()],
+            commit_message=message or f"Upload {_name(folder)}, fine-tuned with qaroma {__version__}",
+            revision=revision,
+        )
+    return Pushed(
+        url=f"{api.endpoint}/{full}",
+        repo_id=full,
+        private=not public,
+        revision=revision or "main",
+        commit=str(commit.oid),
+        files=tuple(files),
+        bytes=sum(len(content) if isinstance(content, bytes) else content.stat().st_size for content in files.values()),
+        base=known,
+        task=_task(read_growth(folder)),
+    )
+
+
+def loading_lines(pushed: Pushed) -> list[str]:
+    """Python lines that load what was pushed in PEFT."""
+    auto = _CAUSAL if pushed.task == "causal-lm" else _LABELS
+    branch = "" if pushed.revision == "main" else f', revision="{pushed.revision}"'
+    return [
+        "from peft import PeftModel",
+        f"from transformers import {auto}",
+        f'base = {auto}.from_pretrained("{pushed.base or "BASE"}")',
+        f'model = PeftModel.from_pretrained(base, "{pushed.repo_id}"{branch})',
+    ]
+
+
+def public_base(name: str) -> str | None:
+    """The id by which others find a base on the hub; None for one that only this machine has.
+
+    Args:
+        name: as the run remembers it: built-in name, hub id, or a folder. A folder of the hub's own
+            cache says which model it is.
+    """
+    cached = _CACHE_FOLDER.search(name)
+    if cached:
+        return f"{cached[1]}/{cached[2]}"
+    portable = portable_name(name.strip())
+    local = Path(name).expanduser().exists() or name.lower().endswith(".gguf") or name.startswith((".", "~"))
+    return None if local or not _HUB_ID.fullmatch(portable) else portable
+
+
+def public_path(path: str) -> str:
+    """A data source as the world may read it: a hub id or a demo as it is, a file by its name alone."""
+    if path.startswith("demo:") or (_HUB_ID.fullmatch(path) and not Path(path).exists() and not Path(path).suffix):
+        return path
+    return PureWindowsPath(path).name or path
+
+
+def _base_on_hub(folder: Path, given: str | None) -> str | None:
+    if given is not None and public_base(given) is None:
+        raise QaromaError(f"got --base {given}, which lies on this machine; expected the base's id on the hub")
+    return public_base(given or str(read_growth(folder)["base"]["name"]))
+
+
+def _name(folder: Path) -> str:
+    """A name for people: the run's, or the folder's."""
+    resolved = folder.resolve()
+    return resolved.parent.name if RunDirectory(resolved.parent).exists() else resolved.name
+
+
+def _gguf(folder: Path) -> Path:
+    exported = [place / "export" / "gguf-adapter" / GGUF for place in (folder.resolve().parent, folder.resolve())]
+    found = next((file for file in exported if file.is_file()), None)
+    if found is None:
+        raise QaromaError(
+            f"--include-gguf finds no {exported[0].as_posix()}; "
+            f"write it first: qaroma export {folder.parent.as_posix()} --format gguf-adapter"
+        )
+    return found
+
+
+def _full_name(api: Any, repo_id: str) -> str:
+    """The name with its namespace; asks who is logged in, so that this is told first."""
+    from huggingface_hub import constants, get_token
+
+    if constants.is_offline_mode():
+        raise QaromaError("HF_HUB_OFFLINE is set, so nothing can be sent to the hub; unset it")
+    if get_token() is None:
+        raise QaromaError(
+            f"nobody is logged in to the hub; type: hf auth login (a token with write access: {TOKENS_PAGE}), "
+            "or set HF_TOKEN"
+        )
+    account = api.whoami()
+    return repo_id if "/" in repo_id else f"{account['name']}/{repo_id}"
+
+
+def _visible(api: Any, repo_id: str, public: bool) -> bool:
+    """Whether the repository exists; one that others see than was asked for is refused."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        private = bool(api.model_info(repo_id).private)
+    except RepositoryNotFoundError:
+        return False
+    if not private and not public:
+        raise QaromaError(
+            f"{repo_id} exists and is public: all could see what is pushed there. Type --public if they may, "
+            "or choose another name"
+        )
+    if private and public:
+        raise QaromaError(
+            f"{repo_id} exists and is private; --public does not change that. Leave it out, or make the "
+            f"repository public at {api.endpoint}/{repo_id}/settings first"
+        )
+    return True
+
+
+def _about_base(api: Any, base: str | None) -> tuple[str, str | None]:
+    """The base's licence, and what whoever loads the adapter must know of it."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    if base is None:
+        return card.UNKNOWN, (
+            "the base is a folder of this machine: others cannot find it. "
+            "If it came from the hub, say from where: --base NAMESPACE/NAME"
+        )
+    try:
+        info = api.model_info(base)
+    except GatedRepoError:
+        return card.UNKNOWN, _gated(base)
+    except RepositoryNotFoundError:
+        return card.UNKNOWN, f"the base '{base}' is not on the hub, or not for all to see; name it with --base"
+    except HfHubHTTPError:
+        return card.UNKNOWN, None
+    licence = str((info.card_data or {}).get("license") or card.UNKNOWN)
+    return licence, _gated(base) if info.gated else None
+
+
+def _gated(base: str) -> str:
+    return f"the base '{base}' is gated: whoever loads this adapter must have accepted its terms"
+
+
+def _files(folder: Path, repo_id: str, base: str | None, licence: str) -> dict[str, Path | bytes]:
+    """Name in the repository -> what is sent: no path of this machine in any of it."""
+    growth = read_growth(folder)
+    shown = base or PureWindowsPath(growth["base"]["name"]).name
+    growth["base"] = {**growth["base"], "name": shown}
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base
+    ranks = {name: sum(components) for name, components in growth["components"].items()}
+    run = RunDirectory(folder.resolve().parent)
+    # A classifier sees its texts as they are.
+    template = Template.from_json(growth["template"]) if "template" in growth else Template("none", "")
+    source = _PublicSource(
+        folder=folder, run=run if run.exists() else None, growth=growth, delta={}, base=shown, revision=None,
+        config=None, tokenizer=None, template=template, shapes={},
+    )  # fmt: skip
+    text = card.model_card(source, "peft", ranks=ranks, test=None, licence=licence, written={})
+    return {
+        WEIGHTS: folder / WEIGHTS,
+        CONFIG: _json(config),
+        GROWTH: _json(growth),
+        card.RANK_MAP: rank_map_svg(ranks).encode(),
+        "README.md": _for_hub(text, repo_id, base, _task(growth)).encode(),
+    }
+
+
+def _task(growth: Mapping[str, Any]) -> str:
+    """The task in ``growth.json``; adapters of language models once left it out."""
+    return str(growth.get("task", "causal-lm"))
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _for_hub(text: str, repo_id: str, base: str | None, task: str) -> str:
+    """The card of an export as it stands in a repository."""
+    if base is None:  # the hub would look for a model of the folder's name
+        text = re.sub(r"(?m)^base_model: .*\n", "", text, count=1)
+    if task != "causal-lm":
+        text = text.replace(_CAUSAL, _LABELS)
+    local = repo_id.rpartition("/")[2]
+    fetched = f"`hf download {repo_id} --local-dir {local}`, then `qaroma generate {local}"
+    return text.replace("`qaroma generate FOLDER", fetched).replace("FOLDER", repo_id)
+
+
+@contextmanager
+def _told_warnings(say: Callable[[str], None]) -> Iterator[None]:
+    """What huggingface_hub warns of, as lines for people."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for one in caught:
+        if issubclass(one.category, UserWarning):
+            say(f"warning: {' '.join(str(one.message).split())}")
+
+
+@contextmanager
+def explained(repo_id: str, *, created: bool = False) -> Iterator[None]:
+    """Raise :class:`QaromaError` for what the hub or the network refuses; other exceptions pass unchanged.
+
+    Args:
+        repo_id: the repository that is pushed to.
+        created: it was made just now, and is empty.
+    """
+    try:
+        yield
+    except QaromaError:
+        raise
+    except Exception as error:
+        told = _sentence(error, repo_id)
+        if told is None:
+            raise
+        left = f" {repo_id} has been made and is empty; the same command fills it." if created else ""
+        raise QaromaError(f"{told}.{left}") from error
+
+
+def _sentence(error: BaseException, repo_id: str) -> str | None:
+    """What went wrong and what to do, from the first exception of the chain that is known."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    link: BaseException | None = error
+    seen: set[int] = set()
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        names = {cls.__name__ for cls in type(link).__mro__}
+        if "HFValidationError" in names:
+            return (
+                f"'{repo_id}' is no name of a repository: expected NAMESPACE/NAME, or NAME, of letters, digits, "
+                "'-', '_' and '.', at most 96 long"
+            )
+        if isinstance(link, HfHubHTTPError):
+            return _refusal(link, names, repo_id)
+        if names & _UNREACHABLE:
+            return "the hub cannot be reached, so nothing was published; check the network and try again"
+        if isinstance(link, ValueError) and "README.md" in str(link):
+            return f"the hub refuses the model card: {' '.join(str(link).split())}"
+        link = link.__cause__ or link.__context__
+    return None
+
+
+def _refusal(error: Any, names: set[str], repo_id: str) -> str:
+    """An HTTP status as a sentence."""
+    status = error.response.status_code
+    said = " ".join((error.server_message or "").split())[:200]
+    detail = f" ({said})" if said else ""
+    if "RevisionNotFoundError" in names:
+        return f"'{repo_id}' has no such branch; leave --revision out for main"
+    if status == 401:
+        return (
+            f"the hub does not accept the login{detail}: the token is wrong or has expired. "
+            "Type: hf auth login --force; HF_TOKEN goes before it where it is set"
+        )
+    if status == 403:
+        return (
+            f"this account may not write to '{repo_id}'{detail}. Choose a name in a namespace of your own, or take a "
+            f"token with write access ({TOKENS_PAGE})"
+        )
+    if status == 404:
+        return f"the hub knows no repository '{repo_id}' that this account may see; check the spelling"
+    if status == 409:
+        return f"'{repo_id}' was changed by someone else meanwhile{detail}; try again"
+    if status == 429:
+        return f"the hub asks to wait: too many requests{detail}; try again in a few minutes"
+    if status >= 500:
+        return f"the hub has a problem of its own (status {status}){detail}; try again later"
+    return f"the hub refuses (status {status}){detail}"
