@@ -9,5 +9,5 @@ configs = {".".join(("qaroma", *path.parts)): path.as_posix() for path in folder
 setup(
     packages=[*find_packages(include=["qaroma*"]), *configs],
     package_dir=configs,
-    package_data={"": ["*.yaml", "constraints.txt"]},
+    package_data={"": ["*.yaml", "constraints.txt"], "qaroma.report": ["templates/*"]},
 )

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qaroma.report.names import layer_grid
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
     from rich.text import Text
 
-_LAYER = re.compile(r"(?:(?P<stack>.*?)\.)?(?P<layer>\d+)\.(?P<module>.+)")
 # Background colours from no rank to the largest; the number stays readable on each of them.
 _SHADES = ("#1f2937", "#1e3a5f", "#1d5b79", "#1f7a7a", "#2f8f5b", "#6b9a2f", "#b08a1e", "#c2541b")
 _LONGEST_SHOWN = 400
@@ -142,57 +143,31 @@ def rank_map(ranks: Mapping[str, int]) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    cells: dict[tuple[str, str], dict[str, list[int]]] = {}
-    columns: dict[str, list[int]] = {}
-    for name, rank in ranks.items():
-        stack, layer, module = _locate(name)
-        cells.setdefault((stack, layer), {}).setdefault(module, []).append(rank)
-        columns.setdefault(module, []).append(rank)
+    grid = layer_grid(ranks)
     largest = max(ranks.values(), default=0)
-    several_stacks = len({stack for stack, layer in cells if layer}) > 1
     table = Table(box=None, padding=(0, 1), pad_edge=False)
     table.add_column("layer", justify="right")
-    for label in _labels(list(columns)):
+    for label in grid.columns:
         table.add_column(label, justify="right", overflow="fold")
     table.add_column("mean", justify="right", style="bold")
-    for (stack, layer), row in cells.items():
-        label = f"{stack}.{layer}" if several_stacks and layer else layer or "-"
-        shown = [_cell(row[module], largest) if module in row else Text("") for module in columns]
-        table.add_row(label, *shown, _mean([rank for values in row.values() for rank in values]))
+    for label, row in zip(grid.rows, grid.cells, strict=True):
+        shown = [_cell(values, largest) if values else Text("") for values in row]
+        table.add_row(label, *shown, _mean([rank for values in row for rank in values]))
     table.add_section()
-    table.add_row("mean", *(_mean(values) for values in columns.values()), _mean(list(ranks.values())), style="bold")
+    means = (_mean([rank for row in grid.cells for rank in row[column]]) for column in range(len(grid.columns)))
+    table.add_row("mean", *means, _mean(list(ranks.values())), style="bold")
     return Group(Text("Rank by layer and module", style="bold"), table)
 
 
-def _locate(name: str) -> tuple[str, str, str]:
-    """Stack of layers, layer and kind of module; a name without a number has neither stack nor layer."""
-    match = _LAYER.fullmatch(name)
-    if match is None:
-        return "", "", name
-    module = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", match["module"])
-    return match["stack"] or "", match["layer"], module
-
-
-def _labels(modules: Sequence[str]) -> list[str]:
-    """The shortest endings that tell the modules apart."""
-    labels = []
-    for module in modules:
-        parts = module.split(".")
-        endings = [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
-        alone = (end for end in endings if sum(f".{other}".endswith(f".{end}") for other in modules) == 1)
-        labels.append(next(alone, module))
-    return labels
-
-
-def _cell(ranks: Sequence[int], largest: int) -> Text:
+def _cell(ranks: Sequence[float], largest: int) -> Text:
     from rich.text import Text
 
     low, high = min(ranks), max(ranks)
     shade = _SHADES[round(high / largest * (len(_SHADES) - 1)) if largest else 0]
-    return Text(f" {low} " if low == high else f" {low}-{high} ", style=f"white on {shade}")
+    return Text(f" {low:g} " if low == high else f" {low:g}-{high:g} ", style=f"white on {shade}")
 
 
-def _mean(ranks: Sequence[int]) -> str:
+def _mean(ranks: Sequence[float]) -> str:
     return f"{sum(ranks) / len(ranks):.1f}" if ranks else ""
 
 

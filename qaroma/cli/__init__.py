@@ -18,6 +18,7 @@ from qaroma.cli.lazy import LazyGroup
 from qaroma.errors import QaromaError
 
 COMMANDS = {
+    "init": "Write a configuration for your data and your card.",
     "finetune": "Fine-tune a model on your data.",
     "generate": "Answer prompts with a fine-tuned model.",
     "chat": "Talk to a fine-tuned model.",
@@ -28,6 +29,7 @@ COMMANDS = {
     "push": "Send an adapter to the Hugging Face hub.",
     "data": "Look at data as training sees it.",
     "plan": "Tell what fits a card, without weights and without a GPU.",
+    "report": "Draw how runs grew and learned, as figures and one HTML page.",
     "bench": "Time a training step and count its memory.",
     "configs": "List the configurations that come with qaroma, or copy one.",
     "doctor": "Look at this machine and say what to do about what is missing.",

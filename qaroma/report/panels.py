@@ -1,0 +1,197 @@
+"""What the line figures show: which series, under which names, on which axes. No drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qaroma.report.names import module_labels
+from qaroma.report.reading import Run, Series
+
+MOST_POINTS = 800  # a line of more is thinned: a screen has no more columns
+MOST_MODULES = 5
+_LOG_FROM = 30.0  # largest by smallest value from which a loss is drawn logarithmically
+_SMOOTH_FROM = 40
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a panel.
+
+    Args:
+        label: Its name in the legend; empty leaves it out of it.
+        series: What is drawn.
+        colour: Place in the palette.
+        style: 0 solid, 1 dashed, 2 dotted, 3 dash-dotted.
+        pale: Drawn behind the others.
+    """
+
+    label: str
+    series: Series
+    colour: int = 0
+    style: int = 0
+    pale: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes.
+
+    Args:
+        key: Short name, for ids.
+        title: What is shown.
+        lines: In drawing order.
+        last: The last step of all runs.
+        steps: Values hold until the next one (ranks), instead of being joined.
+        marked: Each point has a mark (validations).
+        logarithmic: The values' axis is.
+        from_zero: The values' axis begins at zero.
+    """
+
+    key: str
+    title: str
+    lines: Sequence[Line]
+    last: int
+    steps: bool = False
+    marked: bool = False
+    logarithmic: bool = False
+    from_zero: bool = False
+
+
+def growth_panels(runs: Sequence[Run], modules: Sequence[str], metric: str) -> list[Panel]:
+    """The paper's Figure 1: trainable parameters, total rank, ranks of modules, and the metric.
+
+    Args:
+        runs: One or several; each is a line, with its name in the legend where there are several.
+        modules: Full names of the modules whose rank is shown.
+        metric: Of the validations.
+
+    Returns:
+        The panels that the runs have something to show for.
+    """
+    metric_title = "Validation loss" if metric == "loss" else f"Validation {metric}"
+    last = max(run.step for run in runs)
+    by_metric = _of_runs(runs, [run.validation(metric) for run in runs])
+    panels = [
+        Panel(
+            "trainable",
+            "Trainable parameters",
+            _of_runs(runs, [thinned(run.series("trainable_parameters")) for run in runs]),
+            last,
+            steps=True,
+            from_zero=True,
+        ),
+        Panel(
+            "rank",
+            "Total rank",
+            _of_runs(runs, [thinned(run.total_rank().until(run.step)) for run in runs]),
+            last,
+            steps=True,
+            from_zero=True,
+        ),
+        Panel("modules", "Rank of single modules", _module_lines(runs, modules), last, steps=True, from_zero=True),
+        Panel("metric", metric_title, by_metric, last, marked=True, logarithmic=metric == "loss" and _wide(by_metric)),
+    ]
+    return [panel for panel in panels if any(len(line.series) for line in panel.lines)]
+
+
+def training_panels(runs: Sequence[Run]) -> list[Panel]:
+    """Loss and learning rate against the step."""
+    lines = []
+    for place, (run, name) in enumerate(zip(runs, _run_labels(runs), strict=True)):
+        loss = run.series("loss")
+        smooth = len(loss) >= _SMOOTH_FROM
+        if smooth and len(runs) == 1:
+            lines.append(Line("each step", thinned(loss), place, pale=True))
+            lines.append(Line("running mean", thinned(running_mean(loss)), place))
+        else:
+            lines.append(Line(name, thinned(running_mean(loss) if smooth else loss), place, place % 4))
+    rates = _of_runs(runs, [thinned(run.series("learning_rate")) for run in runs])
+    last = max(run.step for run in runs)
+    title = "Training loss" if len(runs) == 1 else "Training loss (running mean)"
+    panels = [
+        Panel("loss", title, lines, last, logarithmic=_wide(lines)),
+        Panel("learning-rate", "Learning rate", rates, last, from_zero=True),
+    ]
+    return [panel for panel in panels if any(len(line.series) for line in panel.lines)]
+
+
+def choose_modules(run: Run, most: int = MOST_MODULES) -> list[str]:
+    """Modules whose ranks went different ways: the commonest ways first, one module for each.
+
+    Returns:
+        Full names, those of the highest final rank first.
+    """
+    commonest = sorted(_ways(run).items(), key=lambda item: -len(item[1]))[:most]
+    highest = sorted(commonest, key=lambda item: -item[0][-1])
+    return [modules[len(modules) // 2] for _, modules in highest]
+
+
+def thinned(series: Series, most: int = MOST_POINTS) -> Series:
+    """At most about ``most`` points that draw the same line: lowest and highest of equal parts, first and last."""
+    if len(series) <= most:
+        return series
+    parts = most // 2
+    kept = {0, len(series) - 1}
+    for part in range(parts):
+        start, end = part * len(series) // parts, (part + 1) * len(series) // parts
+        inside = range(start, end)
+        kept.add(min(inside, key=series.values.__getitem__))
+        kept.add(max(inside, key=series.values.__getitem__))
+    return Series([series.steps[i] for i in sorted(kept)], [series.values[i] for i in sorted(kept)])
+
+
+def running_mean(series: Series, share: float = 1 / 30) -> Series:
+    """Each value's mean with its neighbours: ``share`` of the series, symmetric, shorter at both ends."""
+    reach = max(1, round(len(series) * share / 2))
+    sums = [0.0]
+    for value in series.values:
+        sums.append(sums[-1] + value)
+    means = []
+    for place in range(len(series)):
+        near = min(reach, place, len(series) - 1 - place)
+        means.append((sums[place + near + 1] - sums[place - near]) / (2 * near + 1))
+    return Series(series.steps, means)
+
+
+def _ways(run: Run) -> dict[tuple[int, ...], list[str]]:
+    """The modules by how their ranks went."""
+    ways: dict[tuple[int, ...], list[str]] = {}
+    for module in run.modules():
+        ways.setdefault(tuple(ranks.get(module, 0) for _, ranks in run.ranks), []).append(module)
+    return ways
+
+
+def _run_labels(runs: Sequence[Run]) -> list[str]:
+    return [run.name for run in runs] if len(runs) > 1 else [""]
+
+
+def _of_runs(runs: Sequence[Run], all_series: Sequence[Series]) -> list[Line]:
+    labels = _run_labels(runs)
+    return [
+        Line(label, series, place, place % 4)
+        for place, (label, series) in enumerate(zip(labels, all_series, strict=True))
+        if len(series)
+    ]
+
+
+def _module_lines(runs: Sequence[Run], modules: Sequence[str]) -> list[Line]:
+    """One colour a module, one style a run."""
+    lines = []
+    for style, (run, run_label) in enumerate(zip(runs, _run_labels(runs), strict=True)):
+        # Two modules of three runs are six lines: more than that is no picture.
+        few = modules[: max(1, 6 // len(runs))] if len(runs) > 1 else modules
+        present = [module for module in few if module in run.last_ranks()]
+        ways = _ways(run)
+        for module, label in zip(present, module_labels(present, run.modules()), strict=True):
+            series = thinned(run.module_rank(module).until(run.step))
+            alike = next(len(modules) for modules in ways.values() if module in modules)
+            others = f" and {alike - 1} alike" if alike > 1 else ""
+            name = f"{label}, {run_label}" if run_label else label + others
+            lines.append(Line(name, series, modules.index(module), style % 4))
+    return lines
+
+
+def _wide(lines: Sequence[Line]) -> bool:
+    values = [value for line in lines for value in line.series.values]
+    return bool(values) and min(values) > 0 and max(values) / min(values) > _LOG_FROM
