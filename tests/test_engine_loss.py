@@ -32,7 +32,8 @@ def naive(hidden, head: LMHead, targets):
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks of tokens and several blocks of the vocabulary, the last of each short."""
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * 300 * 7)
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 9 * 300 * 7)
+    monkeypatch.setattr(loss_module, "HIDDEN_SHARE", 0)
     monkeypatch.setattr(loss_module, "BLOCK_ROWS", 128)
 
 
@@ -66,6 +67,37 @@ def test_bf16_error_is_no_larger_than_the_naive_bf16_error() -> None:
         gradients[name] = values.grad.double()
     error = {name: (gradients[name] - gradients["truth"]).norm().item() for name in ("naive", "ours")}
     assert error["ours"] <= error["naive"] * 1.05
+
+
+def test_a_packed_head_is_dequantised_no_oftener_for_more_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(loss_module, "HIDDEN_SHARE", 6)
+    head = head_of(nf4_linear(64, 300, dtype=torch.bfloat16))
+    made: list[int] = []
+    rows = head._rows
+    monkeypatch.setattr(head, "_rows", lambda *where: made.append(1) or rows(*where))
+    counts = []
+    for tokens in (100, 1000, 4000):
+        made.clear()
+        hidden, targets = torch.randn(tokens, 64).bfloat16().requires_grad_(), torch.randint(0, 300, (tokens,))
+        loss = linear_cross_entropy(hidden, head, targets)
+        counts.append(len(made))
+        assert loss.item() == pytest.approx(naive(hidden.double(), head, targets).item(), rel=1e-3)
+    assert counts == [2 * 3 * 2] * 3  # two chunks, three blocks of the vocabulary, forward and backward
+
+
+def test_what_a_chunk_takes_is_what_it_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits, one slice's copy of them and, for a dense head, their gradient in the compute dtype."""
+    from qaroma.plan.counter import LiveStorages
+
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 2**22)
+    for projection in (nf4_linear(64, 3000, dtype=torch.bfloat16), nn.Linear(64, 3000, False, dtype=torch.bfloat16)):
+        head = head_of(projection.requires_grad_(False), final_logit_softcapping=30.0)
+        hidden, targets = torch.randn(2000, 64).bfloat16().requires_grad_(), torch.randint(0, 3000, (2000,))
+        with LiveStorages() as counter:
+            linear_cross_entropy(hidden, head, targets)
+        beside = 2 * hidden.numel() * 2 + 4 * 128 * 64  # gradients, and a block of the dense head
+        assert 0.8 * 2**22 < counter.device.peak.bytes < 1.25 * 2**22 + beside
 
 
 def test_no_tensor_of_tokens_times_vocabulary_is_ever_made() -> None:

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from conftest import tiny_config
 
 from qaroma.cli import main
-from qaroma.engine import loss
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_base
 from qaroma.plan import trace, workspaces
@@ -216,14 +215,17 @@ def test_goal_peak_of_llama3_8b(llama: Planner, tokens: int, goal: float) -> Non
     assert 3.7 * GIB < found.peak <= goal * GIB
 
 
+@pytest.mark.parametrize(("level", "tokens"), [(3, 2048), (3, 8192), (2, 2048), (1, 2048)])
+def test_the_chunks_of_the_loss_do_not_set_the_peak_of_llama3_8b(llama: Planner, level: int, tokens: int) -> None:
+    assert llama.estimate(StepSettings(level, seq_len=tokens)).phase == "backward"
+
+
 @pytest.mark.parametrize(
     ("card", "tokens"),
     [(6, 8192), (8, 32_768), (12, 65_536), pytest.param(24, 163_840, marks=pytest.mark.slow)],
 )
-def test_goal_context_of_llama3_8b(card: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of the loss grow here with the length: more memory than a run takes, and a trace of seconds."""
-    monkeypatch.setattr(loss, "CHUNK_BYTES", loss.CHUNK_BYTES * max(1, tokens // 8192))
-    found = Planner(model_config("llama3-8b")).estimate(StepSettings(3, seq_len=tokens))
+def test_goal_context_of_llama3_8b(llama: Planner, card: int, tokens: int) -> None:
+    found = llama.estimate(StepSettings(3, seq_len=tokens))
     assert found.peak <= card * GIB - RESERVE
     checkpoints = found.host - 2 * 128256 * 4096
     assert checkpoints == pytest.approx(tokens * GIB / 4096, rel=0.01)  # 0.25 MiB a token

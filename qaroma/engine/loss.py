@@ -1,6 +1,6 @@
 """Linear cross-entropy in chunks: nothing of size tokens x vocabulary ever lives.
 
-Dimensions: T trained tokens, C tokens of a chunk, D hidden size, V vocabulary, U rows of a vocabulary block.
+Dimensions: T trained tokens, C tokens of a chunk, S of a slice of it, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from qaroma.method.dequantise import block_maxima, dense_rows, dense_weight
 
-CHUNK_BYTES = 128 * 2**20  # of fp32 logits alive at a time
+CHUNK_BYTES = 256 * 2**20  # that a chunk of tokens may take, however few there are
+HIDDEN_SHARE = 6  # times the hidden states' own bytes is what it may take where they are many
+SLICES = 8  # of a chunk: what is element-wise on logits makes copies of one slice at a time
 BLOCK_ROWS = 4096  # rows of the head that are dense at a time: a multiple of any quantisation block
 
 
@@ -56,18 +58,29 @@ class LMHead:
             logits_CV.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits_CV
 
-    def backward(self, grad_CV: Tensor, logits_CV: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Gradient at the hidden states, (C, D) in ``dtype``; ``grad_CV`` is overwritten.
+    def chunk(self, hidden_TD: Tensor) -> int:
+        """Tokens of a chunk: the more, the less often a packed head is dequantised.
 
-        Args:
-            grad_CV: gradient at the logits.
-            logits_CV: the logits themselves, needed where they are capped.
+        The decoder's backward pass, which follows, holds eight times the hidden states and more besides,
+        so that chunks which grow with them do not raise the peak of a step.
         """
-        if self.softcap is not None:
-            assert logits_CV is not None
-            grad_CV *= 1 - (logits_CV / self.softcap).square()
+        allowed = max(CHUNK_BYTES, HIDDEN_SHARE * hidden_TD.numel() * hidden_TD.element_size())
+        fp32_copies = 1 + 1 / SLICES
+        copies = 0 if self.packed else hidden_TD.element_size()  # of the gradient, for the product with a dense head
+        return max(1, int(allowed / (self.vocabulary * (4 * fp32_copies + copies))))
+
+    def softmax_minus_one_hot(self, logits_SV: Tensor, log_normaliser_S1: Tensor, targets_S1: Tensor) -> None:
+        """Turn logits into the loss's gradient at the projection's output, in their place."""
+        through_cap = 1 - (logits_SV / self.softcap).square() if self.softcap is not None else None
+        logits_SV.sub_(log_normaliser_S1).exp_()
+        logits_SV.scatter_add_(1, targets_S1, logits_SV.new_full(targets_S1.shape, -1.0))
+        if through_cap is not None:
+            logits_SV *= through_cap
         if self.multiplier != 1.0:
-            grad_CV *= self.multiplier
+            logits_SV *= self.multiplier
+
+    def backward(self, grad_CV: Tensor, dtype: torch.dtype) -> Tensor:
+        """Gradient at the hidden states, (C, D) in ``dtype``, from that at the projection's output."""
         if not self.packed:
             return grad_CV.to(dtype) @ dense_weight(self.projection, dtype)
         weight_columns = int(self.projection.in_features)  # type: ignore[arg-type]
@@ -107,24 +120,28 @@ def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b).float()
 
 
+def _add_chunk(total: Tensor, hidden_CD: Tensor, targets_C1: Tensor, head: LMHead, grad_CD: Tensor | None) -> None:
+    """Add a chunk's loss to ``total`` and write its gradient into ``grad_CD``; the logits die here."""
+    logits_CV = head.logits(hidden_CD)
+    for logits_SV, targets_S1 in zip(logits_CV.chunk(SLICES), targets_C1.chunk(SLICES), strict=True):
+        log_normaliser_S1 = logits_SV.logsumexp(dim=1, keepdim=True)
+        total += (log_normaliser_S1 - logits_SV.gather(1, targets_S1)).sum()
+        if grad_CD is not None:
+            head.softmax_minus_one_hot(logits_SV, log_normaliser_S1, targets_S1)
+    if grad_CD is not None:
+        grad_CD.copy_(head.backward(logits_CV, hidden_CD.dtype))
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, targets_T: Tensor, head: LMHead, wanted: bool) -> Tensor:
         total = torch.zeros((), device=hidden_TD.device)
         grad_TD = torch.empty_like(hidden_TD) if wanted else None
-        chunk = max(1, CHUNK_BYTES // (4 * head.vocabulary))
+        chunk = head.chunk(hidden_TD)
         for start in range(0, hidden_TD.shape[0], chunk):
             rows = slice(start, start + chunk)
-            logits_CV = head.logits(hidden_TD[rows])
-            targets_C1 = targets_T[rows, None]
-            log_normaliser_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
-            total += (log_normaliser_C1 - logits_CV.gather(1, targets_C1)).sum()
-            if grad_TD is None:
-                continue
-            capped = logits_CV.clone() if head.softcap is not None else None
-            grad_CV = logits_CV.sub_(log_normaliser_C1).exp_()  # softmax, in the logits' place
-            grad_CV.scatter_add_(1, targets_C1, grad_CV.new_full(targets_C1.shape, -1.0))
-            grad_TD[rows] = head.backward(grad_CV, capped, hidden_TD.dtype)
+            grad_CD = None if grad_TD is None else grad_TD[rows]
+            _add_chunk(total, hidden_TD[rows], targets_T[rows, None], head, grad_CD)
         ctx.save_for_backward(grad_TD)
         return total
 
