@@ -1,0 +1,133 @@
+"""``qaroma init``."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from qaroma.cli.options import config_option
+from qaroma.configfile import load_config, parse_source
+from qaroma.errors import QaromaError
+
+_EPILOG = """\b
+Examples:
+  qaroma init
+  qaroma init --model smollm2-135m --data mine.jsonl --vram 8GiB --output mine.yaml
+"""
+_FIRST_MODEL = "smollm2-135m"
+
+
+@click.command(epilog=_EPILOG)
+@config_option("model.name")
+@config_option("data.train")
+@click.option("--vram", "--card", "vram", metavar="SIZE", help="Memory of the card, as 8GiB, or cpu. "
+              "Default: this machine's GPU, or its CPU.")  # fmt: skip
+@click.option("--output", metavar="FILE", help="The YAML file to write; default: named after the data.")
+@click.option("--yes", is_flag=True, help="Ask nothing: what is not given has its default.")
+@click.option("--force", is_flag=True, help="Overwrite a file that is there.")
+@config_option("data.skip_bad_rows")
+@config_option("model.trust_remote_code")
+def command(
+    model__name: str | None,
+    data__train: tuple[str, ...],
+    vram: str | None,
+    output: str | None,
+    yes: bool,
+    force: bool,
+    data__skip_bad_rows: bool | None,
+    model__trust_remote_code: bool | None,
+) -> None:
+    """Write a configuration for your data and your card, every choice in it explained.
+
+    Looks at the data, plans a training step, and decides the rest from both. Asks for what was not
+    given, where there is a terminal. No weight is downloaded.
+    """
+    asking = sys.stdin.isatty() and not yes
+    model = model__name or (_ask("Model: a folder or a hub id", _FIRST_MODEL, _check_model) if asking else None)
+    data = data__train or ((_ask("Data: a file, a folder or a hub id", None, _check_data),) if asking else ())
+    if asking and vram is None:
+        answer = _ask("Memory of the card, as 8GiB, or cpu", "this machine", _check_size)
+        vram = None if answer == "this machine" else answer
+    if not data or not (model or yes):
+        missing = " and ".join(name for name, there in (("--model", model or yes), ("--data", data)) if not there)
+        raise QaromaError(f"got no {missing}, and there is nobody to ask; type qaroma init --model NAME --data FILE")
+    default = Path(re.sub(r"[^\w.-]+", "-", Path(parse_source(data[0])[0]).name).split(".")[0] + ".yaml")
+    target = Path(output or (_ask("Write to", str(default), lambda _: None) if asking else default))
+    if target.exists() and not force:
+        raise QaromaError(f"{target} is there already and is left as it was; type --force, or name another: --output")
+    flags = {
+        "model.name": model or _FIRST_MODEL,
+        "data.train": list(data),
+        "data.skip_bad_rows": data__skip_bad_rows or None,
+        "model.trust_remote_code": model__trust_remote_code or None,
+    }
+    _write(load_config(None, flags, []), vram, target, force)
+
+
+def _write(config: object, vram: str | None, target: Path, force: bool) -> None:
+    """Decide, write, and say what was found and what to type next."""
+    from rich.console import Console
+
+    from qaroma.config import Config
+    from qaroma.shipped import write_config
+    from qaroma.starter import data_words, make_start, room_for, start_yaml
+
+    assert isinstance(config, Config)
+    with Console(stderr=True).status("looking at the model") as status:
+        start = make_start(config, room_for(vram), tell=status.update)
+    write_config(target, start_yaml(start, target.as_posix()), force=force)
+    resolved, training = start.config, start.config.training
+    click.echo(f"data: {data_words(start.data)}")
+    if start.left_out:
+        share = start.left_out / start.data.rows
+        click.echo(f"{start.left_out} of them ({share:.0%}) are longer than {resolved.data.max_length} and left out")
+    click.echo(f"template: {start.data.template}")
+    click.echo(
+        f"plan: {training.micro_batch} x {training.grad_accum} examples of at most {resolved.data.max_length} tokens a "
+        f"step, memory level {start.step.settings.level}, {start.step.peak / 2**30:.2f} GiB on {start.room.words}"
+    )
+    click.echo(f"{training.max_steps} steps, inner loops of at most {resolved.growth.t_in}, learning rate "
+               f"{training.learning_rate:g}")  # fmt: skip
+    click.echo(f"wrote {target.as_posix()}; each line says why. Type next:")
+    source = resolved.data.train[0].path
+    click.echo(f"  qaroma data preview --model {_quoted(str(resolved.model.name))} --data {_quoted(source)}")
+    click.echo(f"  qaroma finetune --config {_quoted(target.as_posix())}")
+
+
+def _ask(question: str, default: str | None, check: Callable[[str], None]) -> str:
+    """The answer, asked for until it is one that can be used."""
+    while True:
+        answer = str(click.prompt(question, default=default)).strip()
+        try:
+            check(answer)
+        except QaromaError as error:
+            click.echo(f"  {error}", err=True)
+            continue
+        return answer
+
+
+def _check_model(name: str) -> None:
+    from qaroma.model.base import load_config
+
+    load_config(name)
+
+
+def _check_data(text: str) -> None:
+    from qaroma.data.sources import read_rows
+
+    read_rows([parse_source(text)])
+
+
+def _check_size(text: str) -> None:
+    from qaroma.plan.report import parse_memory
+
+    if text not in ("this machine", "cpu"):
+        parse_memory(text)
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"' if " " in text else text

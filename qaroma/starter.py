@@ -1,0 +1,340 @@
+"""What ``qaroma init`` decides: a configuration for one's own data and card, every choice explained.
+
+The data is read and tokenised as training would, a step is planned for the card, and the rest
+follows from :mod:`qaroma.presets`. No weight is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+import torch
+import yaml
+
+from qaroma.config import Config, DataSource
+from qaroma.configfile import config_fields
+from qaroma.data.encode import Encoded, encode_rows, limit_length, split_validation
+from qaroma.data.sources import read_rows
+from qaroma.data.templates import Template
+from qaroma.engine.levels import LEVELS
+from qaroma.errors import QaromaError
+from qaroma.model.base import load_tokenizer, resolve_device, resolve_dtype
+from qaroma.plan.report import parse_memory
+from qaroma.plan.search import RESERVE, Estimate, Planner
+from qaroma.plan.shapes import model_config
+from qaroma.plan.trace import StepSettings
+from qaroma.presets import DataFacts, Decision, resolve
+
+EFFECTIVE_BATCH = 16
+MICRO_BATCHES = (1, 2, 4, 8)
+QUANTILE = 0.95
+GRAIN = 64
+_LOOKED_AT = 200  # examples whose letters are counted
+_UNKNOWN = 2**62  # host memory of a machine that is not this one
+_WIDTH = 100
+_TEMPLATES = {
+    "chat": "the tokenizer's own chat template",
+    "plain": "qaroma's plain one (### Instruction / ### Response), since the tokenizer has no chat template",
+    "none": "none: prompt and completion joined as they are",
+}
+
+
+@dataclass(frozen=True)
+class Room:
+    """The memory that a step may take, in bytes.
+
+    Attributes:
+        device: on the device, what is kept free already left out.
+        host: in the host's memory; None where the host is the device.
+        words: the same for people.
+        dtype: compute dtype there.
+        name: ``auto``, or ``cpu`` where that was asked for.
+    """
+
+    device: int
+    host: int | None
+    words: str
+    dtype: torch.dtype = torch.bfloat16
+    name: str = "auto"
+
+    def holds(self, step: Estimate) -> bool:
+        if self.host is None:
+            return step.peak + step.host <= self.device
+        return step.peak <= self.device and step.host <= self.host
+
+
+@dataclass(frozen=True)
+class DataLook:
+    """What the data is like: rows, tokens of a row at some quantiles, template, and letters by script."""
+
+    form: str
+    rows: int
+    median: int
+    p95: int
+    p99: int
+    longest: int
+    template: str
+    letters: str
+
+
+@dataclass(frozen=True)
+class Start:
+    """A configuration to begin with.
+
+    Attributes:
+        config: every setting resolved.
+        choices: what was decided, in the order of the file, each with its reason.
+        data: what the data is like.
+        step: the planned training step.
+        room: what it was planned for.
+        left_out: rows that are longer than the longest example.
+    """
+
+    config: Config
+    choices: tuple[Decision, ...]
+    data: DataLook
+    step: Estimate
+    room: Room
+    left_out: int = 0
+
+
+def room_for(card: str | None) -> Room:
+    """The memory to plan for.
+
+    Args:
+        card: as ``8GiB``, of a card that need not be here; ``cpu``; None for this machine's GPU, or its
+            CPU where it has none.
+
+    Raises:
+        QaromaError: neither a size nor ``cpu``, or a card smaller than what is kept free.
+    """
+    available = int(psutil.virtual_memory().available)
+    if card is not None and card.strip().lower() != "cpu":
+        size = parse_memory(card)
+        if size <= RESERVE:
+            raise QaromaError(
+                f"got a card of {_size(size)}; expected more than the {_size(RESERVE)} that are kept free"
+            )
+        return Room(size - RESERVE, _UNKNOWN, f"a card of {_size(size)}")
+    device = resolve_device("auto" if card is None else "cpu")
+    if device.type == "cpu":
+        name = "auto" if card is None else "cpu"
+        return Room(available - RESERVE, None, f"the CPU with {_size(available)} of free memory", name=name)
+    free, words = torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = resolve_dtype("bf16" if native else "fp32", device)
+    return Room(free - RESERVE, available, f"{words} with {_size(free)} free", dtype)
+
+
+def make_start(config: Config, room: Room, *, tell: Callable[[str], None] = lambda _: None) -> Start:
+    """Look at the data, plan for the card, and decide.
+
+    Args:
+        config: with model and data named; what else it sets is kept.
+        room: what a step may take.
+        tell: called with what is being done.
+
+    Raises:
+        QaromaError: data that cannot be read, no such model, or one that does not fit.
+    """
+    assert config.model.name is not None
+    tell("reading the data")
+    tokenizer = load_tokenizer(config.model.name, trust_remote_code=config.model.trust_remote_code)
+    template = Template.choose(tokenizer, config.data.template)
+    rows = read_rows([(source.path, source.weight) for source in config.data.train], seed=config.training.seed)
+    encoded = encode_rows(rows, tokenizer, template, form=config.data.format, skip_bad=config.data.skip_bad_rows)
+    look = _look(encoded)
+    shape = model_config(config.model.name, trust_remote_code=config.model.trust_remote_code)
+    longest = getattr(shape.get_text_config(), "max_position_embeddings", None)
+    wanted = max(GRAIN, math.ceil(look.p95 / GRAIN) * GRAIN)
+    planner = Planner(shape)
+    step = fit_step(planner, StepSettings(0, min(wanted, longest or wanted), dtype=room.dtype), room, tell=tell)
+    chosen, settings = config.model_copy(deep=True), step.settings
+    chosen.data.max_length = settings.seq_len
+    chosen.training.micro_batch = settings.micro_batch
+    chosen.training.grad_accum = EFFECTIVE_BATCH // settings.micro_batch
+    within = limit_length(encoded, settings.seq_len, config.data.on_too_long)
+    train, validation = split_validation(
+        within, share=config.data.validation_share, at_most=config.data.validation_max, seed=config.training.seed
+    )
+    facts = DataFacts(len(train.examples), within.lengths, longest, len(validation.examples))
+    resolved, decisions = resolve(chosen, facts)
+    given = [("model", chosen.model, {"name"}), ("data", chosen.data, {"train"})]
+    choices = [
+        *(Decision(f"{name}.{key}", getattr(section, key), "as asked for")
+          for name, section, always in given for key in type(section).model_fields
+          if key in always or (key in section.model_fields_set and key != "max_length")),
+        *_of_the_plan(wanted, longest, look, within, step, room),
+        *decisions,
+    ]  # fmt: skip
+    return Start(resolved, tuple(choices), look, step, room, within.dropped_too_long)
+
+
+def fit_step(
+    planner: Planner, settings: StepSettings, room: Room, *, tell: Callable[[str], None] = lambda _: None
+) -> Estimate:
+    """The fastest memory level that one sequence fits at, with as many sequences as fit at that level.
+
+    Where no level holds even one sequence, it is made as short as the last level needs.
+
+    Args:
+        planner: of the model.
+        settings: of the step; level and micro-batch do not matter.
+        room: what it may take.
+        tell: called with what is being planned.
+
+    Raises:
+        QaromaError: nothing fits.
+    """
+    tell(f"planning a step of {settings.seq_len:,} tokens")
+    one = replace(settings, micro_batch=1)
+    level = planner.fastest_level(one, room.device, room.host)
+    if level is None:
+        level = len(LEVELS) - 1
+        one = replace(one, level=level, seq_len=_longest_held(planner, replace(one, level=level), room))
+    best = planner.estimate(replace(one, level=level))
+    for count in MICRO_BATCHES[1:]:
+        tell(f"planning a step of {count} x {one.seq_len:,} tokens at level {level}")
+        larger = planner.estimate(replace(one, level=level, micro_batch=count))
+        if not room.holds(larger):
+            break
+        best = larger
+    return best
+
+
+def _longest_held(planner: Planner, settings: StepSettings, room: Room) -> int:
+    """The longest sequence whose step fits, to :data:`GRAIN` tokens, below one that does not."""
+    fits, over = 0, math.ceil(settings.seq_len / GRAIN)
+    while over - fits > 1:
+        middle = (fits + over) // 2
+        if room.holds(planner.estimate(replace(settings, seq_len=middle * GRAIN))):
+            fits = middle
+        else:
+            over = middle
+    if not fits:
+        raise QaromaError(
+            f"not even the smallest step fits {room.words}; name a smaller --model (smollm2-135m), or a larger card: "
+            "--vram 12GiB"
+        )
+    return fits * GRAIN
+
+
+def _look(encoded: Encoded) -> DataLook:
+    ordered = sorted(encoded.lengths)
+
+    def quantile(share: float) -> int:
+        return ordered[math.ceil(share * len(ordered)) - 1]
+
+    rows = len({example.origin for example in encoded.examples})
+    kind = _TEMPLATES[encoded.template.kind] if encoded.form != "text" else "none: plain text, in chunks"
+    quantiles = (quantile(0.5), quantile(QUANTILE), quantile(0.99), ordered[-1])
+    contents = (message.content for example in encoded.examples[:_LOOKED_AT] for message in example.conversation)
+    return DataLook(encoded.form, rows, *quantiles, kind, letters("".join(contents)))
+
+
+def letters(text: str) -> str:
+    """Which scripts the letters of a text belong to, by their Unicode names, as ``Latin 98 %, Greek 2 %``.
+
+    Those with less than a hundredth are left out; empty where the text has no letters.
+    """
+    scripts = Counter(unicodedata.name(char, "?").split()[0].title() for char in text if char.isalpha())
+    total = sum(scripts.values())
+    return ", ".join(f"{name} {n / total:.0%}" for name, n in scripts.most_common() if n >= total / 100)
+
+
+def _of_the_plan(
+    wanted: int, longest: int | None, look: DataLook, within: Encoded, step: Estimate, room: Room
+) -> list[Decision]:
+    """The choices that the lengths and the card decide."""
+    settings = step.settings
+    chosen = settings.seq_len
+    if chosen == wanted:
+        why = f"95 % of the rows have at most {look.p95} tokens, rounded up to a multiple of {GRAIN}"
+    elif chosen == longest:
+        why = f"the model was made for {longest} tokens; 95 % of the rows have at most {look.p95}"
+    else:
+        why = f"the longest that fits {room.words}; 95 % of the rows have at most {look.p95} tokens"
+    if within.dropped_too_long:
+        why += (
+            f". {within.dropped_too_long} of {look.rows} rows are longer and left out; on_too_long: truncate cuts them"
+        )
+    level = settings.level
+    fit = f"the fastest level at which {chosen} tokens fit {room.words}: {LEVELS[level].summary}"
+    choices = [
+        Decision("data.max_length", chosen, why),
+        Decision("training.micro_batch", settings.micro_batch, _why_micro_batch(step, room)),
+        Decision("training.grad_accum", EFFECTIVE_BATCH // settings.micro_batch, f"{EFFECTIVE_BATCH} examples a step"),
+        Decision("training.memory", level, f"{fit}. auto looks again at every start"),
+        Decision("training.device", room.name, "auto takes a GPU where there is one"),
+    ]
+    if settings.dtype == torch.float32:
+        choices.append(Decision("model.compute_dtype", "fp32", "this GPU has no bf16"))
+    return choices
+
+
+def _why_micro_batch(step: Estimate, room: Room) -> str:
+    count = step.settings.micro_batch
+    bound = "more is not tried" if count == MICRO_BATCHES[-1] else f"{2 * count} do not fit"
+    host = f" and {_size(step.host)} of host memory" if step.host else ""
+    return f"such a step is planned to take {_size(step.peak)}{host} of {room.words}; {bound}"
+
+
+def start_yaml(start: Start, file: str) -> str:
+    """The configuration as YAML, each line under what it means and why it is as it is.
+
+    Args:
+        start: what was decided.
+        file: name under which it will be found, for the command in the header.
+    """
+    data, step = start.data, start.step
+    sources = ", ".join(source.path for source in start.config.data.train)
+    letters_found = f"Letters: {data.letters}. " if data.letters else ""
+    paragraphs = [
+        f"Fine-tunes {start.config.model.name} on {sources}. Written by qaroma init: change what you like. A line "
+        "that is taken out is decided anew at every start.",
+        f"  qaroma finetune --config {file}",
+        f"Data: {data_words(data)} {letters_found}Template: {data.template}.",
+        f"PLANNED: memory {_size(step.peak)} at the peak of a step, on {start.room.words}; time and score are not "
+        "known before a run.",
+    ]
+    lines = "\n\n".join(textwrap.fill(text, _WIDTH - 2, break_on_hyphens=False) if text[0] != " " else text
+                        for text in paragraphs).splitlines()  # fmt: skip
+    lines = [f"# {line}".rstrip() for line in lines]
+    fields = config_fields()
+    for section in Config.model_fields:
+        chosen = [choice for choice in start.choices if choice.key.startswith(f"{section}.")]
+        if chosen:
+            lines += ["", f"{section}:"]
+        for choice in chosen:
+            about = f"{fields[choice.key].description} Here: {choice.reason}."
+            lines += textwrap.wrap(about, _WIDTH, initial_indent="  # ", subsequent_indent="  # ")
+            lines.append(f"  {choice.key.partition('.')[2]}: {_value(choice.value)}")
+    return "\n".join(lines) + "\n"
+
+
+def data_words(data: DataLook) -> str:
+    """A sentence about form and lengths."""
+    return (
+        f"{data.form}, {data.rows:,} rows; tokens of a row: median {data.median:,}, 95 % at most {data.p95:,}, "
+        f"99 % at most {data.p99:,}, longest {data.longest:,}."
+    )
+
+
+def _value(value: Any) -> str:
+    """A value on one line, as YAML reads it back."""
+    if isinstance(value, Sequence) and value and isinstance(value[0], DataSource):
+        value = [source.path if source.weight == 1 else source.model_dump() for source in value]
+        value = value[0] if len(value) == 1 else value
+    text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
+    return text.removesuffix("\n...\n").strip()
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
