@@ -72,6 +72,7 @@ class RunSummary:
         examples: Answers before and after.
         evaluation_data: What the scores were measured on, as ``--data`` takes it.
         base_gguf: File name in ``base`` if the base is a GGUF file.
+        outputs: Of a classifier or regression; None where the model writes text.
     """
 
     run: str
@@ -88,6 +89,7 @@ class RunSummary:
     examples: Sequence[BeforeAfter] = field(default_factory=tuple)
     evaluation_data: str | None = None
     base_gguf: str | None = None
+    outputs: int | None = None
 
 
 def print_summary(run: RunSummary, console: Console | None = None) -> None:
@@ -116,13 +118,16 @@ def next_commands(run: RunSummary) -> list[str]:
     where = _quoted(Path(run.run).as_posix())
     prompt = _quoted(" ".join(run.examples[0].prompt.split())) if run.examples else '"your prompt"'
     data = _quoted(run.evaluation_data) if run.evaluation_data else "FILE"
-    gguf = f", gguf_file={json.dumps(run.base_gguf, ensure_ascii=False)}" if run.base_gguf else ""
+    keywords = f", gguf_file={json.dumps(run.base_gguf, ensure_ascii=False)}" if run.base_gguf else ""
+    loader = "AutoModelForCausalLM"
+    if run.outputs is not None:
+        loader, keywords = "AutoModelForSequenceClassification", f"{keywords}, num_labels={run.outputs}"
     base, adapter = (json.dumps(Path(path).as_posix(), ensure_ascii=False) for path in (run.base, run.adapter))
     return [
-        f"qaroma generate {where} {prompt}",
+        *([f"qaroma generate {where} {prompt}"] if run.outputs is None else []),
         f"qaroma evaluate {where} --data {data}",
         "in Python, with PEFT:",
-        f"  base = AutoModelForCausalLM.from_pretrained({base}{gguf})",
+        f"  base = {loader}.from_pretrained({base}{keywords})",
         f"  model = PeftModel.from_pretrained(base, {adapter})",
     ]
 

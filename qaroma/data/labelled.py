@@ -105,6 +105,7 @@ def encode_labelled(
         raise report_bad_rows(rows.bad, len(rows.bad))
     fields, label_field = _find_fields(rows.rows[0])
     read, bad = _read(rows.rows, fields, label_field, kind)
+    _require_good(rows, bad, skip_bad and bool(read))
     names = tuple(labels) if labels is not None else _class_names([label for _, _, label in read], kind)
     known = {name: index for index, name in enumerate(names)}
     kept = []
@@ -113,11 +114,9 @@ def encode_labelled(
             bad.append(f"{row.place}: the label {label!r} is none of {', '.join(names)}")
         else:
             kept.append((row, texts, float(known[str(label)] if kind == "classification" else label)))
-    bad = [*rows.bad, *bad]
-    if bad and (not skip_bad or not kept):
-        raise report_bad_rows(bad, len(rows.rows) + len(rows.bad))
+    _require_good(rows, bad, skip_bad and bool(kept))
     examples = _tokenise(kept, tokenizer, max_length, token_types)
-    return LabelledSet(examples, fields, label_field, names, bad, list(rows.notes))
+    return LabelledSet(examples, fields, label_field, names, [*rows.bad, *bad], list(rows.notes))
 
 
 def takes_token_types(model_config: Any) -> bool:
@@ -136,6 +135,12 @@ def split_labelled(data: LabelledSet, *, share: float, at_most: int, seed: int) 
         LabelledSet(part, data.fields, data.label_field, data.labels, data.bad, data.notes) for part in parts
     )
     return train, held_out
+
+
+def _require_good(rows: RowSet, bad: Sequence[str], may_skip: bool) -> None:
+    found = [*rows.bad, *bad]
+    if found and not may_skip:
+        raise report_bad_rows(found, len(rows.rows) + len(rows.bad))
 
 
 def _find_fields(row: Row) -> tuple[tuple[str, ...], str]:

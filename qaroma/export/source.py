@@ -90,6 +90,10 @@ def open_source(path: str | Path, *, base: str | None = None) -> Source:
         growth = _growth_of_checkpoint(folder, run)
     else:
         growth = read_growth(found)
+    if growth.get("task", "causal-lm") != "causal-lm":
+        raise QaromaError(
+            f"{path} is a {growth['task']} run, which these forms cannot hold; its adapter folder loads in PEFT as it is"
+        )
     remembered = growth["base"]
     name, revision = base or remembered["name"], None if base else remembered["revision"]
     config = load_config(name, revision=revision)
@@ -213,6 +217,7 @@ def _growth_of_checkpoint(folder: Path, run: RunDirectory) -> dict[str, Any]:
         "components": components,
         "method": method["name"],
         "step": header["step"],
+        "task": settings.get("task", "causal-lm"),
         "base": {**base, "fingerprint": header["base"]},
         "template": template,
         "settings": settings["growth"],

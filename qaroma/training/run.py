@@ -246,7 +246,8 @@ def _summary(
         trainable_end=figures["trainable_parameters_end"],
         scores=scores,
         examples=examples,
-        evaluation_data=session.config.evaluation.data,
+        evaluation_data=session.config.evaluation.data or session.config.data.validation,
+        outputs=None if "labels" not in session.remember else len(session.remember["labels"]) or 1,
     )
 
 
