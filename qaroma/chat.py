@@ -18,8 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from qaroma.data.forms import Message
 from qaroma.errors import QaromaError
 from qaroma.evaluate import compute_device, evaluating
-from qaroma.export.peft import read_growth
-from qaroma.inference import TunedModel, adapter_folder, open_base, open_run
+from qaroma.inference import TunedModel, open_base, open_run
 from qaroma.method.adapter import AdaptedLinear
 
 _INCOMPLETE = "\ufffd"  # how a tokenizer decodes the first bytes of a character of several
@@ -72,18 +71,12 @@ def open_chat(run: str | None, *, base: str | None = None, device: str = "auto")
         device: ``auto``, ``cuda`` or ``cpu``.
 
     Raises:
-        QaromaError: nothing to open, or a run that gives labels instead of text.
+        QaromaError: nothing to open, or a run that gives labels and writes no text.
     """
     if run is None:
         if base is None:
             raise QaromaError("got no run; expected qaroma chat RUN, or qaroma chat --base MODEL to talk to a base")
         return open_base(base, device=device)
-    task = read_growth(adapter_folder(run)).get("task", "causal-lm")
-    if task != "causal-lm":
-        raise QaromaError(
-            f"{run} was trained for {task}: it gives labels, not answers. "
-            f"Score it on texts with known labels: qaroma evaluate {run} --data FILE"
-        )
     return open_run(run, base=base, device=device)
 
 

@@ -22,7 +22,7 @@ from qaroma.export import card
 from qaroma.export.peft import CONFIG, GROWTH, WEIGHTS, read_growth
 from qaroma.export.rank_map import rank_map_svg
 from qaroma.export.source import Source
-from qaroma.inference import adapter_folder
+from qaroma.inference import adapter_folder, task_of
 from qaroma.model.builtin import portable_name
 from qaroma.runs import RunDirectory
 
@@ -148,7 +148,7 @@ def push(
         files=tuple(files),
         bytes=sum(len(content) if isinstance(content, bytes) else content.stat().st_size for content in files.values()),
         base=known,
-        task=_task(read_growth(folder)),
+        task=task_of(read_growth(folder)),
     )
 
 
@@ -291,13 +291,8 @@ def _files(folder: Path, repo_id: str, base: str | None, licence: str) -> dict[s
         CONFIG: _json(config),
         GROWTH: _json(growth),
         card.RANK_MAP: rank_map_svg(ranks).encode(),
-        "README.md": _for_hub(text, repo_id, base, _task(growth)).encode(),
+        "README.md": _for_hub(text, repo_id, base, task_of(growth)).encode(),
     }
-
-
-def _task(growth: Mapping[str, Any]) -> str:
-    """The task in ``growth.json``; adapters of language models once left it out."""
-    return str(growth.get("task", "causal-lm"))
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # A run that wrote a line so recently is taken to be at work: nothing else tells it from a killed one.
 FRESH_SECONDS = 120.0
 _CHECKPOINT = re.compile(r"step-(\d+)")
-# Figures of a validation of which larger is better, the one to show first.
+# Figures of a validation of which larger is better.
 METRICS = ("accuracy", "matthews", "f1", "pearson", "spearman")
 _PIPED = 1000
 _NARROW = 130  # columns of a terminal; below, the table keeps what tells runs apart
@@ -56,8 +56,10 @@ class RunRecord:
         steps, total: optimiser steps done, and the step budget.
         checkpoint: step of the newest checkpoint.
         ended: why a finished run ended: grown, budget or patience.
-        seconds: of a finished run, or of its steps.
-        validation: the loss first, then the task's own metrics.
+        seconds: of the whole command that finished it.
+        training_seconds: of its steps together.
+        metric: the figure by which its best adapter is chosen.
+        validation: that figure first, then the others.
         exact_match, exact_match_before: share of held-out requests answered exactly.
         rank_min, rank_mean, rank_max: over the modules of the adapter.
         trainable_start, trainable_mean, trainable_end: trainable parameters over the steps.
@@ -80,6 +82,8 @@ class RunRecord:
     checkpoint: int | None = None
     ended: str | None = None
     seconds: float | None = None
+    training_seconds: float | None = None
+    metric: str = "loss"
     validation: tuple[Validation, ...] = ()
     exact_match_before: float | None = None
     exact_match: float | None = None
@@ -174,7 +178,8 @@ def read_run(path: str | Path, name: str | None = None) -> RunRecord:
         settings = _settings(run)
         known.update(_from_settings(settings), settings=settings)
         records = _records(run)
-        return RunRecord(**known, **_from_log(run, records), **_state(run, records, written))
+        known["metric"] = _metric(run, settings)
+        return RunRecord(**known, **_from_log(run, records, known["metric"]), **_state(run, records, written))
     except _Broken as broken:
         return RunRecord(**known, state="broken", problem=str(broken))
 
@@ -191,7 +196,7 @@ def _extent(run: RunDirectory) -> tuple[int, float]:
             sizes.append(file.lstat().st_size if file.is_file() else 0)
         except OSError:  # a checkpoint that a running run removes meanwhile
             continue
-    files = [file for file in (run.metrics, run.config, run.path / "summary.json", run.path) if file.exists()]
+    files = [file for file in (run.metrics, run.config, run.summary, run.path) if file.exists()]
     own = [file for file in files if file.is_file()] or files
     return sum(sizes), max((file.stat().st_mtime for file in own), default=0.0)
 
@@ -220,6 +225,12 @@ def _from_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _metric(run: RunDirectory, settings: Mapping[str, Any]) -> str:
+    """The figure by which the run chooses its best adapter; before an adapter says it, as was asked for."""
+    written = _json(run.summary).get("metric") or _json(run.adapter / "growth.json").get("metric")
+    return str(written or (settings.get("evaluation") or {}).get("metric") or "loss")
+
+
 def _records(run: RunDirectory) -> list[dict[str, Any]]:
     try:
         records: list[Any] = MetricsLog(run.metrics).records()
@@ -230,14 +241,16 @@ def _records(run: RunDirectory) -> list[dict[str, Any]]:
     return records
 
 
-def _from_log(run: RunDirectory, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _from_log(run: RunDirectory, records: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
     steps = [record for record in records if "event" not in record and "trainable_parameters" in record]
     answers = [record for record in records if record.get("event") == "answers"]
     after = [record for record in answers if record.get("when") == "after"]
     before = [record for record in answers if record.get("when") == "before"]
     trainable = [record["trainable_parameters"] for record in steps]
+    timed = bool(steps) and all("seconds" in record for record in steps)  # older runs did not note it
     return {
-        "validation": tuple(_validations([r for r in records if r.get("event") == "validation"])),
+        "validation": tuple(_validations([r for r in records if r.get("event") == "validation"], metric)),
+        "training_seconds": sum(record["seconds"] for record in steps) if timed else None,
         "exact_match_before": before[-1].get("exact_match") if before else None,
         "exact_match": after[-1].get("exact_match") if after else None,
         "trainable_start": trainable[0] if trainable else None,
@@ -248,9 +261,9 @@ def _from_log(run: RunDirectory, records: Sequence[Mapping[str, Any]]) -> dict[s
     }
 
 
-def _validations(records: Sequence[Mapping[str, Any]]) -> Iterator[Validation]:
-    """The loss and the task's metrics; the untrained model's figures count as 'before' alone."""
-    for name in ("loss", *METRICS):
+def _validations(records: Sequence[Mapping[str, Any]], metric: str) -> Iterator[Validation]:
+    """Every figure, ``metric`` first; the untrained model's figures count as 'before' alone."""
+    for name in dict.fromkeys((metric, "loss", *METRICS)):
         points = [(record["step"], record[name]) for record in records if isinstance(record.get(name), (int, float))]
         after = [point for point in points if point[0] > 0] or points
         if after:
@@ -280,7 +293,7 @@ def _state(run: RunDirectory, records: Sequence[Mapping[str, Any]], written: flo
     """How far the run came. One that was finished and then resumed is not finished any more."""
     steps = [record for record in records if "event" not in record and "step" in record]
     last = steps[-1]["step"] if steps else 0
-    summary = _json(run.path / "summary.json")
+    summary = _json(run.summary)
     end = summary.get("steps", _json(run.adapter_last / "growth.json").get("step"))
     found = (_CHECKPOINT.fullmatch(path.name) for path in run.checkpoints.glob("step-*"))
     checkpoint = max((int(match[1]) for match in found if match), default=None)
@@ -291,7 +304,7 @@ def _state(run: RunDirectory, records: Sequence[Mapping[str, Any]], written: flo
         "steps": last,
         "checkpoint": checkpoint,
         "ended": summary.get("ended") if finished else None,
-        "seconds": summary.get("seconds") if finished else (steps[-1].get("seconds") if steps else None),
+        "seconds": summary.get("seconds") if finished else None,
     }
 
 
@@ -352,8 +365,7 @@ def shown(value: object) -> str:
 
 
 def _best(run: RunRecord) -> str:
-    """The figure that says most: a task's own metric, else the loss."""
     if not run.validation:
         return "-"
-    figure = run.validation[1] if len(run.validation) > 1 else run.validation[0]
+    figure = run.validation[0]
     return f"{figure.name} {figure.best:.4g} at {figure.best_step}"

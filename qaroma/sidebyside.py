@@ -108,6 +108,7 @@ def _figures(runs: Sequence[RunRecord]) -> dict[str, tuple[Any, ...]]:
     rows: dict[str, tuple[Any, ...]] = {"state": tuple(run.sentence() for run in runs)}
     rows["steps"] = tuple(run.steps for run in runs)
     rows["seconds"] = tuple(run.seconds for run in runs)
+    rows["training_seconds"] = tuple(run.training_seconds for run in runs)
     for name in dict.fromkeys(one.name for run in runs for one in run.validation):
         found = [next((one for one in run.validation if one.name == name), None) for run in runs]
         for part in ("before", "best", "best_step", "last"):

@@ -239,7 +239,7 @@ def test_a_run_with_labels_is_refused(adapter: Path, tmp_path: Path) -> None:
     for task in ("classification", "regression"):
         growth = {**json.loads((adapter / "growth.json").read_text()), "task": task}
         (tmp_path / "growth.json").write_text(json.dumps(growth))
-        with pytest.raises(QaromaError, match=r"gives labels, not answers.*qaroma evaluate"):
+        with pytest.raises(QaromaError, match=f"trained for {task} and writes no text; .*qaroma evaluate"):
             open_chat(str(tmp_path))
     assert main(["chat"]) == 2
 

@@ -39,7 +39,7 @@ def write_run(
     ]
     for step in range(1, steps + 1):
         lines += [{"step": step, "loss": 1 / step, "mean_rank": 1.5, "trainable_parameters": 100 - 10 * step,
-                   "seconds": float(step)},
+                   "seconds": 2.0},
                   {"event": "validation", "step": step, "loss": 1 + abs(step - 2)}]  # fmt: skip
     checkpoint = path / "checkpoints" / f"step-{steps:08d}"
     checkpoint.mkdir(parents=True)
@@ -63,7 +63,8 @@ def write_run(
 
 def test_a_finished_run_gives_its_figures(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "one"))
-    assert (run.state, run.steps, run.total, run.ended, run.seconds) == ("finished", 4, 8, "grown", 12.5)
+    assert (run.state, run.steps, run.total, run.ended) == ("finished", 4, 8, "grown")
+    assert (run.seconds, run.training_seconds) == (12.5, 8.0)
     assert (run.model, run.data, run.method, run.task) == ("org/base", "a.jsonl", "aroma", "causal-lm")
     loss = run.validation[0]
     # The untrained model's 0.5 is no result of the run; the best step is where |step - 2| vanishes.
@@ -79,7 +80,7 @@ def test_an_unfinished_run_says_where_it_stands_and_how_to_go_on(tmp_path: Path)
     stopped = read_run(write_run(tmp_path / "s", finished=False))
     assert stopped.sentence() == "stopped at step 4 of 8, resumable from 4"
     assert stopped.resume == f"qaroma finetune --resume --output {(tmp_path / 's').as_posix()}"
-    assert (stopped.rank_mean, stopped.exact_match, stopped.seconds) == (1.5, None, 4.0)
+    assert (stopped.rank_mean, stopped.exact_match, stopped.seconds) == (1.5, None, None)
     running = read_run(write_run(tmp_path / "r", finished=False, age=FRESH_SECONDS / 4))
     assert (running.sentence(), running.resume) == ("running at step 4 of 8", None)
 
@@ -143,6 +144,22 @@ def test_a_run_with_half_of_its_files_is_still_listed(tmp_path: Path) -> None:
     (path / "summary.json").write_text("[")
     (path / "adapter" / "growth.json").write_text("{")
     assert read_run(path).steps == 0
+
+
+def test_a_classifier_is_listed_by_its_own_metric(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_run(tmp_path / "runs" / "one", finished=False, task="classification", evaluation={"metric": "f1"})
+    figures = [{"loss": 0.9, "accuracy": 0.5, "f1": 0.4}, {"loss": 0.2, "accuracy": 0.9, "f1": 0.6}]
+    figures.append({"loss": 0.3, "accuracy": 0.8, "f1": 0.7})
+    lines = [{"event": "validation", "step": step, **found} for step, found in enumerate(figures)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_run(path)
+    assert [(one.name, one.before, one.best, one.best_step, one.last) for one in run.validation] == [
+        ("f1", 0.4, 0.7, 2, 0.7),
+        ("loss", 0.9, 0.2, 1, 0.3),
+        ("accuracy", 0.5, 0.9, 1, 0.8),
+    ]
+    assert main(["runs", str(tmp_path / "runs")]) == 0
+    assert "f1 0.7 at 2" in capsys.readouterr().out
 
 
 def test_newest_first_folders_below_and_nothing_else(tmp_path: Path) -> None:
@@ -226,7 +243,9 @@ def test_a_real_run_is_read_like_its_own_figures(
     figures = finetune(make_config(tiny_folder, data_file, path, training__max_steps=6), console=Console(quiet=True))
     run = read_run(path)
     assert (run.state, run.steps) == ("finished", figures["steps"])
-    assert run.validation[0].best == figures["validation_loss"]
+    assert (run.metric, run.validation[0].best) == (figures["metric"], figures["metric_best"])
+    assert run.seconds == figures["seconds"]
+    assert 0 < run.training_seconds <= figures["training_seconds"]
     assert (run.rank_min, run.rank_max) == (figures["rank_min"], figures["rank_max"])
     assert run.trainable_mean == pytest.approx(figures["trainable_parameters_mean"])
     shutil.rmtree(path / "adapter_last")
