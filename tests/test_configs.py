@@ -41,12 +41,30 @@ def test_it_runs_on_a_tiny_model(
         "training.max_steps": 2, "training.device": "cpu", "training.micro_batch": 2, "training.grad_accum": 1,
         "training.evaluate_every": 1, "checkpoint.every": 1, "evaluation.data": "null", "output": tmp_path / "run",
     }  # fmt: skip
+    if config.task != "causal-lm":
+        changes["growth.target_modules"] = "all-linear"  # the stand-in is no encoder
     sets = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
     code = main(["finetune", "--config", name, "--json", *sets])
     told = capsys.readouterr()
     assert code == 0, told.err
     assert json.loads(told.out)["steps"] == 2
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "glue" in name])
+def test_the_papers_six_matrices_of_an_encoder_layer_are_adapted_and_the_head_is_not(name: str) -> None:
+    import torch
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    from qaroma.model.targets import find_targets
+
+    with torch.device("meta"):
+        model = RobertaForSequenceClassification(RobertaConfig(num_hidden_layers=2))
+    wanted = load_config(name, {}, []).growth.target_modules
+    assert wanted is not None
+    found = find_targets(model, wanted)
+    assert len(found) == 12
+    assert all(module.startswith("roberta.encoder.") for module in found)
 
 
 def stand_in(task: str, data_file: Path, tmp_path: Path) -> Path:
