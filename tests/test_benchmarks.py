@@ -166,6 +166,19 @@ def test_candidates_are_tokenised_as_training_does(name: str) -> None:
         assert tokenizer.decode(trained[len(choice.answers[0]) :]).strip() == template.turn_end.strip()
 
 
+def test_a_candidate_that_would_join_the_prompt_keeps_it_whole() -> None:
+    tokenizer = TOKENIZERS["bytes"]
+    template = Template.choose(tokenizer, "none")
+    prompt, joined = (tokenizer(text).input_ids for text in ("the ans", "the answer"))
+    assert joined[: len(prompt)] != prompt
+    choice = encode_choice(tokenizer, template, [Message("user", "the ans")], ["wer", " is"])
+    row = Row({"instruction": "the ans", "output": "wer"}, "f", 1)
+    (example,) = encode_rows([row], tokenizer, template).examples
+    assert choice.prompt == prompt
+    assert example.input_ids[:-1] == prompt + choice.answers[0]
+    assert tokenizer.decode(choice.answers[0]) == "wer"
+
+
 @pytest.mark.parametrize("name", ["bytes", "sentencepiece"])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_scores_equal_the_naive_ones_in_any_batch(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from qaroma.model.base import fingerprint
 from qaroma.runs import write_atomically
 
 SCORES, RESULTS = "scores.jsonl", "results.json"
+VERSION = 1  # of what a scorer does: scores of two versions are never mixed
 
 
 def run_commonsense(
@@ -69,7 +70,7 @@ def run_commonsense(
     tuned = _open(run, base, quantization, device)
     scores, results = _places(run or base or "", run is not None, scorer, output)
     longest = max_new_tokens or MAX_NEW_TOKENS
-    header = {"benchmark": NAME, "scorer": scorer, **_identity(tuned, run)}
+    header = {"version": VERSION, "benchmark": NAME, "scorer": scorer, **_identity(tuned, run)}
     how: Scorer
     if scorer == "generation":
         header["max_new_tokens"] = longest
