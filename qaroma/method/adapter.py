@@ -208,9 +208,7 @@ class Adapter:
 
     def initial_A(self, layer: AdaptedLinear, rank: int | None = None) -> Tensor:
         """Kaiming-uniform(a = sqrt 5) values of shape (r, N), drawn on the CPU so that devices agree."""
-        A_RN = torch.empty(rank or self.inner_rank, layer.in_features)
-        bound = math.sqrt(1 / layer.in_features)
-        return A_RN.uniform_(-bound, bound, generator=self.generator)
+        return kaiming_A(rank or self.inner_rank, layer.in_features, self.generator)
 
     def active_layers(self) -> Iterator[tuple[str, AdaptedLinear]]:
         return ((name, layer) for name, layer in self.layers.items() if layer.active_A is not None)
@@ -235,6 +233,12 @@ class Adapter:
 
     def trainable_parameters(self) -> int:
         return sum(active.A.numel() + active.B.numel() for active in self._actives())
+
+
+def kaiming_A(rank: int, in_features: int, generator: torch.Generator) -> Tensor:
+    """The usual initial A of a LoRA: Kaiming-uniform(a = sqrt 5) values of shape (R, N), on the CPU."""
+    bound = math.sqrt(1 / in_features)
+    return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
 
 
 def _compute_dtype(base: nn.Module) -> torch.dtype:

@@ -9,7 +9,7 @@ from torch import nn
 from qaroma.method.adapter import Adapter
 from qaroma.method.base import AdapterMethod, FactorTrainer, MethodState
 from qaroma.method.growth import GrowthEvent
-from qaroma.method.schedule import jagged_cosine
+from qaroma.method.schedule import warm_cosine
 
 
 class PlainLora(AdapterMethod):
@@ -52,15 +52,7 @@ class PlainLora(AdapterMethod):
 
     def step(self) -> list[GrowthEvent]:
         """Clip, update, zero the gradients. LoRA grows nothing."""
-        factor = jagged_cosine(
-            self.steps_done,
-            self.steps_done,
-            first=True,
-            total=self.total_steps,
-            warmup=self.warmup,
-            restart_warmup=0,
-            min_ratio=self.min_lr_ratio,
-        )
+        factor = warm_cosine(self.steps_done, total=self.total_steps, warmup=self.warmup, min_ratio=self.min_lr_ratio)
         self.learning_rate = self.peak * factor
         self.trainer.update(dict.fromkeys(self.adapter.layers, self.learning_rate), self.head_peak * factor)
         self.steps_done += 1

@@ -42,3 +42,15 @@ def jagged_cosine(
     climb = warmup if first else restart_warmup
     share = min((age + 1) / climb, 1.0) if climb else 1.0
     return share * cosine(step, total=total, warmup=warmup, min_ratio=min_ratio)
+
+
+def warm_cosine(step: int, *, total: int, warmup: int, min_ratio: float) -> float:
+    """Factor of the peak for what never begins anew: one climb over the warm-up, then the cosine.
+
+    Args:
+        step, total, warmup, min_ratio: see :func:`cosine`.
+
+    Returns:
+        Factor in (0, 1].
+    """
+    return jagged_cosine(step, step, first=True, total=total, warmup=warmup, restart_warmup=0, min_ratio=min_ratio)

@@ -15,6 +15,7 @@ from qaroma.export.foreign import continue_from
 from qaroma.method.aroma import GrowthController
 from qaroma.method.base import Method
 from qaroma.method.lora import PlainLora
+from qaroma.method.peft_lora import AdaLora, PeftLora, PeftMethod, inject_adalora, inject_lora
 from qaroma.model.attach import attach
 from qaroma.model.base import fingerprint, load_base, resolve_dtype
 from qaroma.model.head import TrainedHead, head_names, is_inside
@@ -24,7 +25,11 @@ from qaroma.runs import MetricsLog, RunDirectory
 from qaroma.training.batches import BatchPlan
 from qaroma.training.memory import choose_level, enter_level
 from qaroma.training.prepare import PreparedData
+from qaroma.training.samples import Sampler
 from qaroma.training.session import Session
+from qaroma.training.trackers import require_trackers
+
+PEFT_METHODS: dict[str, type[PeftMethod]] = {"peft-lora": PeftLora, "adalora": AdaLora}
 
 
 def build_session(data: PreparedData, run: RunDirectory) -> Session:
@@ -36,7 +41,10 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
     config = data.config
     assert config.model.name is not None
     torch.manual_seed(config.training.seed)
-    accelerator = Accelerator(cpu=config.training.device == "cpu")
+    require_trackers(config.training.track)
+    accelerator = Accelerator(
+        cpu=config.training.device == "cpu", log_with=list(config.training.track), project_dir=run.path
+    )
     if config.training.device == "cuda" and accelerator.device.type != "cuda":
         raise QaromaError(
             "device is cuda, but torch sees no CUDA device; type --device cpu, or install a CUDA build of torch"
@@ -82,8 +90,18 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
         validation=data.validation,
         plan=plan,
         accelerator=accelerator,
+        sampler=_sampler(data),
         level=level,
     )
+
+
+def _sampler(data: PreparedData) -> Sampler | None:
+    chosen = data.config.evaluation
+    if not chosen.prompts:
+        return None
+    if data.template is None:
+        raise QaromaError(f"evaluation.prompts are for models that write text; leave them out of a {data.config.task}")
+    return Sampler(chosen.prompts, data.tokenizer, data.template, chosen.max_new_tokens)
 
 
 def _outputs(data: PreparedData) -> int | None:
@@ -110,6 +128,12 @@ def build_method(config: Config, model: Any, head: Sequence[str] = ()) -> tuple[
         "head_learning_rate": training.head_learning_rate,
     }
     targets = [n for n in find_targets(model, growth.target_modules or "all-linear") if not is_inside(n, head)]
+    fixed: dict[str, Any] = {"warmup": growth.warmup or 0, "min_lr_ratio": growth.min_lr_ratio or 0.0}
+    if config.method in PEFT_METHODS:
+        tuner = _inject(config, model, targets)
+        trained = TrainedHead(model, head) if head else None
+        common["head"] = trained.parameters() if trained else ()
+        return PEFT_METHODS[config.method](tuner, **fixed, **common), trained
     rank = config.rank if config.method in FIXED_RANK else growth.inner_rank
     options: dict[str, Any] = {"alpha": growth.alpha, "dropout": growth.dropout, "seed": training.seed}
     adapter = attach(model, targets, inner_rank=rank or 1, **options)
@@ -118,5 +142,26 @@ def build_method(config: Config, model: Any, head: Sequence[str] = ()) -> tuple[
     trained = TrainedHead(model, head) if head else None
     common["head"] = trained.parameters() if trained else ()
     if config.method == "lora":
-        return PlainLora(adapter, warmup=growth.warmup or 0, min_lr_ratio=growth.min_lr_ratio or 0.0, **common), trained
-    return GrowthController(adapter, growth_settings(growth), **common), trained
+        return PlainLora(adapter, **fixed, **common), trained
+    return GrowthController(adapter, growth_settings(growth, config.method), **common), trained
+
+
+def _inject(config: Config, model: Any, targets: Sequence[str]) -> Any:
+    """PEFT's adapter for the methods that are PEFT's.
+
+    Raises:
+        QaromaError: peft is not installed, or the run is to go on from another adapter.
+    """
+    if config.model.adapter is not None:
+        raise QaromaError(
+            f"got model.adapter with method {config.method}, which begins anew; type --method aroma or --method lora"
+        )
+    options: dict[str, Any] = {
+        "rank": config.rank,
+        "alpha": config.growth.alpha,
+        "dropout": config.growth.dropout or 0.0,
+        "seed": config.training.seed,
+    }
+    if config.method == "adalora":
+        return inject_adalora(model, targets, total_steps=config.training.max_steps or 1, **options)
+    return inject_lora(model, targets, **options)
