@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qaroma.benchmarks import likelihood, scorers
 from qaroma.benchmarks.commonsense import TASKS, chosen_tasks, extract, read_tasks
 from qaroma.benchmarks.likelihood import Choice, encode_choice, score_choices
+from qaroma.benchmarks.progress import ScoreFile
 from qaroma.benchmarks.results import results_table, summarise, wilson
 from qaroma.cli import main
 from qaroma.configfile import load_config
@@ -347,6 +348,15 @@ def test_more_rows_and_tasks_go_on_and_anything_else_is_refused(
     (changed / "boolq" / "test.json").write_text(json.dumps([record("z", "true", "true/false")]), encoding="utf-8")
     assert evaluate(changed, *common, "--tasks", "boolq") == 2
     assert "another test set of boolq" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["not JSON\n", '{"instruction": "mine"}\n', "[1, 2]\n", ""])
+def test_a_file_of_something_else_is_left_as_it_is(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(QaromaError, match="is not a file of benchmark scores; choose another --output"):
+        ScoreFile(file, {"scorer": "likelihood"})
+    assert file.read_text(encoding="utf-8") == text
 
 
 def test_generated_answers_are_matched_and_the_rest_counted(

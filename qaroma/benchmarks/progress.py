@@ -66,12 +66,12 @@ class ScoreFile:
 
     def _read(self) -> None:
         lines = MetricsLog(self.path).records()
-        if not lines:
+        if not self.path.exists():
             write_atomically(self.path, json.dumps({"event": "header", **self.header}) + "\n")
             return
-        found = {key: value for key, value in lines[0].items() if key != "event"}
-        if lines[0].get("event") != "header":
+        if not lines or not isinstance(lines[0], dict) or lines[0].get("event") != "header":
             raise QaromaError(f"{self.path} is not a file of benchmark scores; choose another --output")
+        found = {key: value for key, value in lines[0].items() if key != "event"}
         keys = [key for key in {**found, **self.header} if found.get(key) != self.header.get(key)]
         if keys:
             shown = [f"{_WORDS.get(key, key)} {found.get(key)}, now {self.header.get(key)}" for key in keys]
