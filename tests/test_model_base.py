@@ -365,3 +365,42 @@ def test_the_head_can_be_quantised_while_loading(tmp_path):
     assert (dense_weight(head, torch.float32) - dense).norm() < 0.15 * dense.norm()
     tied = save_llama(tmp_path / "tied")
     assert type(load_base(tied, quantize_head=True, device="cpu").get_output_embeddings()) is nn.Linear
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_embeddings_can_stay_on_the_host_while_the_rest_goes_to_the_device(tmp_path, quantization):
+    """The device is torch's ``meta`` here: what went to it has lost its values, what stayed has them."""
+    from qaroma.engine.placement import HostEmbedding, move_embeddings_to_host
+
+    folder = save_llama(tmp_path / "untied", tie_word_embeddings=False)
+    whole = load_base(folder, quantization=quantization, device="cpu")
+    model = load_base(folder, quantization=quantization, device="meta", host_embeddings=True)
+    table = model.get_input_embeddings()
+    assert torch.equal(table.weight, whole.get_input_embeddings().weight)
+    assert {p.device.type for p in model.parameters() if p is not table.weight} == {"meta"}
+    assert len(linears(model)) == len(linears(whole))
+    assert [type(m) for m in linears(model).values()] == [type(m) for m in linears(whole).values()]
+    assert not any(hasattr(module, "_hf_hook") for module in model.modules())
+    assert move_embeddings_to_host(model)
+    moved = model.get_input_embeddings()
+    assert isinstance(moved, HostEmbedding)
+    assert moved.weight.device.type == "cpu"
+    assert moved(IDS).is_meta  # its rows go where the model computes
+    tied = load_base(save_llama(tmp_path / "tied"), quantization=quantization, device="meta", host_embeddings=True)
+    assert tied.get_input_embeddings().weight.is_meta
+
+
+@pytest.mark.gpu
+def test_embeddings_on_the_host_never_take_the_gpus_memory(tmp_path):
+    folder = save_llama(tmp_path, tie_word_embeddings=False, vocab_size=200_000)
+    table = 200_000 * 64 * 2
+    peaks = {}
+    for host in (True, False):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model = load_base(folder, device="cuda", host_embeddings=host)
+        peaks[host] = torch.cuda.max_memory_allocated() - before
+        found = fingerprint(model)
+        del model
+    assert found == fingerprint(load_base(folder, device="cpu"))
+    assert peaks[False] - peaks[True] > 0.9 * table

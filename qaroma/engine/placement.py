@@ -50,7 +50,9 @@ def move_embeddings_to_host(model: Any) -> bool:
     head = model.get_output_embeddings()
     if head is not None and getattr(head, "weight", None) is embedding.weight:
         return False
-    model.set_input_embeddings(HostEmbedding(embedding, embedding.weight.device))
+    # The embeddings may have been loaded to the host already: the other parameters tell where the model computes.
+    device = next(p.device for p in model.parameters() if p is not embedding.weight)
+    model.set_input_embeddings(HostEmbedding(embedding, device))
     return True
 
 

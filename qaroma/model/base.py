@@ -20,6 +20,7 @@ from torch import Tensor
 from qaroma.errors import QaromaError
 from qaroma.model.bnb import bnb
 from qaroma.model.builtin import ResolvedModel, resolve_model
+from qaroma.model.devices import device_map, without_hooks
 from qaroma.model.failures import explained
 from qaroma.model.gguf import load_gguf, load_gguf_tokenizer
 from qaroma.model.head import head_names, is_inside
@@ -175,6 +176,7 @@ def load_base(
     revision: str | None = None,
     trust_remote_code: bool = False,
     num_labels: int | None = None,
+    host_embeddings: bool = False,
 ) -> PreTrainedModel:
     """Load a language model, frozen, its linear layers in 4 bits but for the output head.
 
@@ -192,6 +194,9 @@ def load_base(
         trust_remote_code: run Python code that comes with the model.
         num_labels: None for a causal language model; else one for sequence classification with so many
             outputs, whose new head (:func:`qaroma.model.head.head_names`) ``new_parameters`` names.
+        host_embeddings: leave a causal model's input embeddings in host memory, for memory levels that keep
+            them there, so that they never take the device's. Not done where the head shares their table, nor
+            with a GGUF file or a checkpoint that is stored in 4 bits.
 
     Returns:
         The model in eval mode; no parameter requires a gradient.
@@ -218,10 +223,14 @@ def load_base(
             bnb_config.llm_int8_skip_modules = [*_classifier_head(config), "pooler"]
         elif quantize_head and not config.get_text_config().tie_word_embeddings:
             bnb_config.llm_int8_skip_modules = []  # transformers leaves the head out only where nothing is said
+    apart = host_embeddings and num_labels is None and stored is None and place.gguf_file is None
     with explained(str(model), gguf=place.gguf_file is not None), freed_memory_goes_back():
         implementation = _implementation(attention)
+        devices = device_map(config, target, host_embeddings=apart, trust_remote_code=bool(trust_remote_code))
+        if bnb_config is not None:
+            bnb_config.llm_int8_enable_fp32_cpu_offload = len(devices) > 1  # or any part on the CPU is refused
         network, info = _read(
-            place, config, bnb_config, dtype, target, implementation, revision, trust_remote_code,
+            place, config, bnb_config, dtype, devices, implementation, revision, trust_remote_code,
             classifier=num_labels is not None,
         )  # fmt: skip
     missing = sorted(info["missing_keys"])
@@ -256,11 +265,12 @@ def _bnb_config(quantization: str, double_quantization: bool, dtype: torch.dtype
 
 
 def _read(
-    place: ResolvedModel, config: Any, bnb_config: Any, dtype: torch.dtype, device: torch.device,
+    place: ResolvedModel, config: Any, bnb_config: Any, dtype: torch.dtype, devices: dict[str, Any],
     attention: str | None, revision: str | None, trust_remote_code: bool, *, classifier: bool,
 ) -> tuple[Any, Any]:  # fmt: skip
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    device = devices[""]
     if place.gguf_file is not None:
         network, info = load_gguf(
             place.folder_or_id, place.gguf_file, config,
@@ -271,17 +281,18 @@ def _read(
     if classifier:  # a checkpoint of a classifier with other labels keeps its backbone
         options = {"config": config, "ignore_mismatched_sizes": True}
     loader = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-    loaded: tuple[Any, Any] = loader.from_pretrained(
-        place.folder_or_id,
-        dtype=dtype,
-        device_map={"": device},
-        attn_implementation=attention,
-        output_loading_info=True,
-        # Given as None, it would overwrite what a quantised checkpoint says of itself.
-        **({} if bnb_config is None else {"quantization_config": bnb_config}),
-        **options,
-        **_where(place, revision, trust_remote_code),
-    )
+    with without_hooks(devices):
+        loaded: tuple[Any, Any] = loader.from_pretrained(
+            place.folder_or_id,
+            dtype=dtype,
+            device_map=devices,
+            attn_implementation=attention,
+            output_loading_info=True,
+            # Given as None, it would overwrite what a quantised checkpoint says of itself.
+            **({} if bnb_config is None else {"quantization_config": bnb_config}),
+            **options,
+            **_where(place, revision, trust_remote_code),
+        )
     return loaded
 
 

@@ -61,6 +61,7 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
         revision=config.model.revision,
         trust_remote_code=config.model.trust_remote_code,
         num_labels=_outputs(data),
+        host_embeddings=LEVELS[level].host_embeddings,
     )
     identity = fingerprint(model)
     names = head_names(model, model.new_parameters) if data.template is None else []
