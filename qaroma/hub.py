@@ -22,19 +22,15 @@ from qaroma.export import card
 from qaroma.export.peft import CONFIG, GROWTH, WEIGHTS, read_growth
 from qaroma.export.rank_map import rank_map_svg
 from qaroma.export.source import Source
+from qaroma.hubfailures import TOKENS_PAGE, explained
 from qaroma.inference import adapter_folder, task_of
 from qaroma.model.builtin import portable_name
 from qaroma.runs import RunDirectory
 
 GGUF = "adapter.gguf"
-TOKENS_PAGE = "https://huggingface.co/settings/tokens"
-_CAUSAL, _LABELS = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
+_CAUSAL, _CLASSIFIER = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _CACHE_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
-_UNREACHABLE = frozenset(
-    {"ConnectError", "ConnectTimeout", "ReadTimeout", "WriteTimeout", "ReadError", "WriteError", "ProxyError",
-     "RemoteProtocolError", "ConnectionError"}
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ class Pushed:
         files: what was sent.
         bytes: of all files.
         base: the base's id on the hub, None where it is not known.
-        task: causal-lm, classification or regression.
+        labels: outputs of a classifier (1: a regression); None for a language model.
     """
 
     url: str
@@ -61,7 +57,7 @@ class Pushed:
     files: tuple[str, ...]
     bytes: int
     base: str | None
-    task: str
+    labels: int | None
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -148,18 +144,19 @@ def push(
         files=tuple(files),
         bytes=sum(len(content) if isinstance(content, bytes) else content.stat().st_size for content in files.values()),
         base=known,
-        task=task_of(read_growth(folder)),
+        labels=_labels(read_growth(folder)),
     )
 
 
 def loading_lines(pushed: Pushed) -> list[str]:
     """Python lines that load what was pushed in PEFT."""
-    auto = _CAUSAL if pushed.task == "causal-lm" else _LABELS
+    auto = _CAUSAL if pushed.labels is None else _CLASSIFIER
+    outputs = "" if pushed.labels is None else f", num_labels={pushed.labels}"
     branch = "" if pushed.revision == "main" else f', revision="{pushed.revision}"'
     return [
         "from peft import PeftModel",
         f"from transformers import {auto}",
-        f'base = {auto}.from_pretrained("{pushed.base or "BASE"}")',
+        f'base = {auto}.from_pretrained("{pushed.base or "BASE"}"{outputs})',
         f'model = PeftModel.from_pretrained(base, "{pushed.repo_id}"{branch})',
     ]
 
@@ -291,20 +288,26 @@ def _files(folder: Path, repo_id: str, base: str | None, licence: str) -> dict[s
         CONFIG: _json(config),
         GROWTH: _json(growth),
         card.RANK_MAP: rank_map_svg(ranks).encode(),
-        "README.md": _for_hub(text, repo_id, base, task_of(growth)).encode(),
+        "README.md": _for_hub(text, repo_id, base, _labels(growth)).encode(),
     }
+
+
+def _labels(growth: Mapping[str, Any]) -> int | None:
+    """Outputs of a classifier's head; None for a language model."""
+    return None if task_of(dict(growth)) == "causal-lm" else len(growth.get("labels", ())) or 1
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _for_hub(text: str, repo_id: str, base: str | None, task: str) -> str:
+def _for_hub(text: str, repo_id: str, base: str | None, labels: int | None) -> str:
     """The card of an export as it stands in a repository."""
     if base is None:  # the hub would look for a model of the folder's name
         text = re.sub(r"(?m)^base_model: .*\n", "", text, count=1)
-    if task != "causal-lm":
-        text = text.replace(_CAUSAL, _LABELS)
+    if labels is not None:
+        text = re.sub(rf'({_CAUSAL}\.from_pretrained\("[^"]*")\)', rf"\1, num_labels={labels})", text)
+        text = text.replace(_CAUSAL, _CLASSIFIER)
     local = repo_id.rpartition("/")[2]
     fetched = f"`hf download {repo_id} --local-dir {local}`, then `qaroma generate {local}"
     return text.replace("`qaroma generate FOLDER", fetched).replace("FOLDER", repo_id)
@@ -319,75 +322,3 @@ def _told_warnings(say: Callable[[str], None]) -> Iterator[None]:
     for one in caught:
         if issubclass(one.category, UserWarning):
             say(f"warning: {' '.join(str(one.message).split())}")
-
-
-@contextmanager
-def explained(repo_id: str, *, created: bool = False) -> Iterator[None]:
-    """Raise :class:`QaromaError` for what the hub or the network refuses; other exceptions pass unchanged.
-
-    Args:
-        repo_id: the repository that is pushed to.
-        created: it was made just now, and is empty.
-    """
-    try:
-        yield
-    except QaromaError:
-        raise
-    except Exception as error:
-        told = _sentence(error, repo_id)
-        if told is None:
-            raise
-        left = f" {repo_id} has been made and is empty; the same command fills it." if created else ""
-        raise QaromaError(f"{told}.{left}") from error
-
-
-def _sentence(error: BaseException, repo_id: str) -> str | None:
-    """What went wrong and what to do, from the first exception of the chain that is known."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    link: BaseException | None = error
-    seen: set[int] = set()
-    while link is not None and id(link) not in seen:
-        seen.add(id(link))
-        names = {cls.__name__ for cls in type(link).__mro__}
-        if "HFValidationError" in names:
-            return (
-                f"'{repo_id}' is no name of a repository: expected NAMESPACE/NAME, or NAME, of letters, digits, "
-                "'-', '_' and '.', at most 96 long"
-            )
-        if isinstance(link, HfHubHTTPError):
-            return _refusal(link, names, repo_id)
-        if names & _UNREACHABLE:
-            return "the hub cannot be reached, so nothing was published; check the network and try again"
-        if isinstance(link, ValueError) and "README.md" in str(link):
-            return f"the hub refuses the model card: {' '.join(str(link).split())}"
-        link = link.__cause__ or link.__context__
-    return None
-
-
-def _refusal(error: Any, names: set[str], repo_id: str) -> str:
-    """An HTTP status as a sentence."""
-    status = error.response.status_code
-    said = " ".join((error.server_message or "").split())[:200]
-    detail = f" ({said})" if said else ""
-    if "RevisionNotFoundError" in names:
-        return f"'{repo_id}' has no such branch; leave --revision out for main"
-    if status == 401:
-        return (
-            f"the hub does not accept the login{detail}: the token is wrong or has expired. "
-            "Type: hf auth login --force; HF_TOKEN goes before it where it is set"
-        )
-    if status == 403:
-        return (
-            f"this account may not write to '{repo_id}'{detail}. Choose a name in a namespace of your own, or take a "
-            f"token with write access ({TOKENS_PAGE})"
-        )
-    if status == 404:
-        return f"the hub knows no repository '{repo_id}' that this account may see; check the spelling"
-    if status == 409:
-        return f"'{repo_id}' was changed by someone else meanwhile{detail}; try again"
-    if status == 429:
-        return f"the hub asks to wait: too many requests{detail}; try again in a few minutes"
-    if status >= 500:
-        return f"the hub has a problem of its own (status {status}){detail}; try again later"
-    return f"the hub refuses (status {status}){detail}"

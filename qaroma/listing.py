@@ -368,4 +368,6 @@ def _best(run: RunRecord) -> str:
     if not run.validation:
         return "-"
     figure = run.validation[0]
+    if figure.best_step == 0:
+        return f"{figure.name} {figure.best:.4g} before training"
     return f"{figure.name} {figure.best:.4g} at {figure.best_step}"

@@ -20,7 +20,7 @@ from huggingface_hub import constants
 from qaroma.cli import main
 from qaroma.errors import QaromaError
 from qaroma.export.peft import load_adapter
-from qaroma.hub import public_base, public_path, push
+from qaroma.hub import loading_lines, public_base, public_path, push
 from qaroma.model.base import load_base
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -322,9 +322,14 @@ def test_a_classifier_is_loaded_as_one(hub: Hub, run: Path, tmp_path: Path) -> N
         (tmp_path / name).write_bytes((run / "adapter" / name).read_bytes())
     growth = json.loads((run / "adapter" / "growth.json").read_text())
     del growth["template"]
-    (tmp_path / "growth.json").write_text(json.dumps({**growth, "task": "classification"}))
-    assert push(tmp_path, "me/x", base=BASE).task == "classification"
-    assert "AutoModelForSequenceClassification" in hub.files["me/x"]["README.md"].decode()
+    growth.update(task="classification", labels=["no", "yes", "maybe"])
+    (tmp_path / "growth.json").write_text(json.dumps(growth))
+    pushed = push(tmp_path, "me/x", base=BASE)
+    line = 'base = AutoModelForSequenceClassification.from_pretrained("org/tiny", num_labels=3)'
+    card = hub.files["me/x"]["README.md"].decode()
+    assert line in card
+    assert line in loading_lines(pushed)
+    assert "AutoModelForCausalLM" not in card
 
 
 @pytest.mark.parametrize(

@@ -76,11 +76,17 @@ def test_a_finished_run_gives_its_figures(tmp_path: Path) -> None:
     assert run.resume is None
 
 
-def test_an_unfinished_run_says_where_it_stands_and_how_to_go_on(tmp_path: Path) -> None:
+def test_an_unfinished_run_says_where_it_stands_and_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     stopped = read_run(write_run(tmp_path / "s", finished=False))
     assert stopped.sentence() == "stopped at step 4 of 8, resumable from 4"
     assert stopped.resume == f"qaroma finetune --resume --output {(tmp_path / 's').as_posix()}"
     assert (stopped.rank_mean, stopped.exact_match, stopped.seconds) == (1.5, None, None)
+    begun = write_run(tmp_path / "b", finished=False, steps=0)
+    (begun / "metrics.jsonl").write_text(json.dumps({"event": "validation", "step": 0, "loss": 0.5}))
+    assert main(["runs", str(begun)]) == 0
+    assert "loss 0.5 before training" in capsys.readouterr().out
     running = read_run(write_run(tmp_path / "r", finished=False, age=FRESH_SECONDS / 4))
     assert (running.sentence(), running.resume) == ("running at step 4 of 8", None)
 
