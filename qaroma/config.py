@@ -165,6 +165,9 @@ class TrainingSection(Section):
     )
     patience: PositiveInt | None = Field(None, description="Stop after so many validations without a better loss.")
     seed: NonNegativeInt = Field(0, description="Seed of everything random.")
+    track: list[Literal["tensorboard", "wandb"]] = Field(
+        default_factory=list, description="Also log to TensorBoard or Weights & Biases."
+    )
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="Where to train.")
 
 
@@ -177,6 +180,13 @@ class EvaluationSection(Section):
         None,
         description="Figure that chooses the best adapter of a task with labels; None is GLUE's, or the usual one.",
     )
+    prompts: list[str] = Field(
+        default_factory=list, description="Prompts that are answered again and again while the run trains."
+    )
+    sample_every: PositiveInt | None = Field(
+        None, description="Steps between two answers to the prompts; None is with every validation."
+    )
+    report: bool = Field(True, description="Keep report.html in the run directory up to date, at every validation.")
     show: NonNegativeInt = Field(3, description="Examples printed, before beside after.")
     max_new_tokens: PositiveInt | None = Field(
         None, description="Longest answer; None follows the longest expected one."

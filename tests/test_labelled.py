@@ -69,6 +69,7 @@ def make_config(model: Path, data: Path, output: Path | None, **changes: Any) ->
         "training": {"max_steps": 12, "micro_batch": 8, "grad_accum": 1, "device": "cpu", "learning_rate": 1e-2,
                      "evaluate_every": 4},
         "checkpoint": {"every": 5},
+        "evaluation": {"report": False},
         "output": str(output) if output else None,
     }  # fmt: skip
     for key, value in changes.items():

@@ -27,6 +27,7 @@ def make_config(model: Path, data: Path, output: Path | None, **changes) -> Conf
         "growth": {"t_in": 6, "check_every": 2, "warmup": 1, "restart_warmup": 1},
         "training": {"max_steps": 20, "micro_batch": 4, "grad_accum": 2, "device": "cpu", "learning_rate": 1e-2},
         "checkpoint": {"every": 5},
+        "evaluation": {"report": False},
         "output": str(output) if output else None,
     }
     for key, value in changes.items():

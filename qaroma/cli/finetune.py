@@ -38,6 +38,8 @@ Examples:
     "training.seed",
     "training.device",
     "training.memory",
+    "training.track",
+    "evaluation.prompts",
     "model.quantization",
     "model.trust_remote_code",
 )

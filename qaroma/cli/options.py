@@ -23,7 +23,12 @@ _FIELDS = config_fields()
 _SEPARATOR = "__"
 
 # The option is the key's last name where none is given here.
-_NAMES = {"model.name": "--model", "data.train": "--data", "data.format": "--data-format"}
+_NAMES = {
+    "model.name": "--model",
+    "data.train": "--data",
+    "data.format": "--data-format",
+    "evaluation.prompts": "--prompt",
+}
 
 CONFIG_OPTION = click.option("--config", metavar="FILE", help="YAML file, or the name of one that comes with qaroma.")
 SET_OPTION = click.option(
@@ -48,6 +53,12 @@ def config_option(key: str, *, text: str | None = None) -> Callable[[_Function],
     parameter = key.replace(".", _SEPARATOR)
     if key == "data.train":
         return click.option(name, parameter, metavar="PATH[:WEIGHT]", multiple=True, help=help_text + " Repeatable.")
+    if get_origin(kind) is list:
+        (inner,) = get_args(kind)
+        return click.option(
+            name, parameter, type=_click_type(inner, []), metavar=_metavar(inner), multiple=True,
+            help=help_text + " Repeatable.",
+        )  # fmt: skip
     if kind is bool:
         return click.option(name, parameter, is_flag=True, default=None, help=help_text)
     return click.option(name, parameter, type=_click_type(kind, bounds), metavar=_metavar(kind), help=help_text)

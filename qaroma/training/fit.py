@@ -17,8 +17,10 @@ from qaroma.method.growth import GrowthEvent
 from qaroma.tasks.base import Batch
 from qaroma.training.interrupt import StopRequest
 from qaroma.training.memory import memory_bytes, relieve
+from qaroma.training.page import LivePage
 from qaroma.training.progress import ProgressView
 from qaroma.training.session import Session
+from qaroma.training.trackers import track
 
 Ending = Literal["grown", "budget", "patience", "interrupted"]
 
@@ -36,13 +38,14 @@ class FitState:
     seconds: float = 0.0
 
 
-def fit(session: Session, state: FitState, view: ProgressView, stop: StopRequest) -> Ending:
+def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, stop: StopRequest) -> Ending:
     """Train until every module is done, the step budget is spent, patience ends, or the user stops it.
 
     Args:
         session: everything built; its method may already have been restored.
         state: changed in place as the run goes.
         view: shown every step.
+        page: written anew at every validation and sample.
         stop: set when the user asks to stop; looked at between steps.
 
     Returns:
@@ -59,6 +62,8 @@ def fit(session: Session, state: FitState, view: ProgressView, stop: StopRequest
         state.trainable_start = method.trainable_parameters()
         _log_ranks(session, state, {})
         _validate(session, state, view)
+        _sample(session, state)
+        page.update()
         _probe(session, state, view)
     ending: Ending = "budget"
     session.model.train()
@@ -69,10 +74,17 @@ def fit(session: Session, state: FitState, view: ProgressView, stop: StopRequest
         _log_ranks(session, state, before)
         _probe(session, state, view)
         last = state.step == training.max_steps or method.finished
-        if state.step % training.evaluate_every == 0 or last:
+        validated = state.step % training.evaluate_every == 0 or last
+        if validated:
             _validate(session, state, view)
             if training.patience is not None and state.without_gain >= training.patience:
                 ending = "patience"
+        every = session.config.evaluation.sample_every
+        sampled = last or (validated if every is None else state.step % every == 0)
+        if sampled:
+            _sample(session, state)
+        if validated or (sampled and session.sampler):
+            page.update()
         if state.step % session.config.checkpoint.every == 0 or last or stop.requested or ending == "patience":
             save_state(session, state)
         if stop.requested and not last:
@@ -172,6 +184,7 @@ def _record_step(
         "memory_bytes": memory_bytes(session.accelerator.device),
     }
     session.log.write(line)
+    track(session.accelerator, line)
     for event in events:
         session.log.write(event.to_json())
     view.step(line, events)
@@ -197,7 +210,9 @@ def _validate(session: Session, state: FitState, view: ProgressView) -> None:
     if not session.validation:
         return
     figures = validation_metrics(session)
-    session.log.write({"event": "validation", "step": state.step, **figures})
+    record = {"event": "validation", "step": state.step, **figures}
+    session.log.write(record)
+    track(session.accelerator, record, "validation/")
     value, higher = figures[session.task.metric], session.task.higher_is_better
     better = state.best is None or (value > state.best if higher else value < state.best)
     gained = state.step > 0 and better
@@ -207,6 +222,12 @@ def _validate(session: Session, state: FitState, view: ProgressView) -> None:
         session.save_adapter(session.run.adapter, state.step)
     elif state.step > 0:
         state.without_gain += 1
+
+
+def _sample(session: Session, state: FitState) -> None:
+    """Answer the chosen prompts, where there are any."""
+    if session.sampler is not None:
+        session.log.write(session.sampler.record(session.model, state.step))
 
 
 def validation_metrics(session: Session) -> dict[str, Any]:

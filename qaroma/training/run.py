@@ -25,14 +25,16 @@ from qaroma.runs import RunDirectory, write_atomically
 from qaroma.summary import BeforeAfter, RunSummary, Score, print_summary
 from qaroma.training.fit import Ending, FitState, fit, restore_state
 from qaroma.training.interrupt import StopRequest
+from qaroma.training.page import LivePage
 from qaroma.training.prepare import PreparedData, prepare_data
 from qaroma.training.progress import ProgressView
 from qaroma.training.session import Session
 from qaroma.training.setup import build_session
+from qaroma.training.trackers import start_trackers
 
 # Settings that may differ when a run goes on; all others would make it another run.
 RESUMABLE = ("training.max_steps", "training.learning_rate", "training.evaluate_every", "training.patience",
-             "training.device", "checkpoint", "evaluation", "output")  # fmt: skip
+             "training.device", "training.track", "checkpoint", "evaluation", "output")  # fmt: skip
 
 ENDINGS: Mapping[Ending, str] = {
     "grown": "every module has the rank it needs",
@@ -72,12 +74,16 @@ def finetune(config: Config, *, resume: bool = False, console: Console | None = 
         run.create(dump_config(data.config))
     state = _restored(session, console) if resume else FitState()
     before = test.run_once(session.model, session.log, "before", 0) if test else None
+    start_trackers(session.accelerator, data.config.training.track, run.path, data.config.model_dump())
+    page = LivePage(run.path, console, wanted=data.config.evaluation.report)
     go_on = f"qaroma finetune --resume --output {run.path.as_posix()}"
     try:
         with StopRequest() as stop, ProgressView(console, total=_total(session), done=state.step) as view:
-            ending = fit(session, state, view, stop)
+            ending = fit(session, state, view, page, stop)
     except OSError as error:
         raise QaromaError(f"cannot write to {run.path} ({error}); what is saved is whole; go on: {go_on}") from error
+    finally:
+        session.accelerator.end_training()
     if ending == "interrupted":
         console.print(f"saved at step {state.step}; go on with: {go_on}", soft_wrap=True)
         raise KeyboardInterrupt
@@ -86,6 +92,7 @@ def finetune(config: Config, *, resume: bool = False, console: Console | None = 
     figures = _figures(session, state, ending, before, after)
     figures["seconds"] = time.perf_counter() - start
     write_atomically(run.summary, json.dumps(figures, indent=2))
+    page.update()
     print_summary(_summary(session, state, figures, before, after), console)
     return figures
 

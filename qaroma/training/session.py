@@ -19,6 +19,7 @@ from qaroma.model.head import TrainedHead
 from qaroma.runs import MetricsLog, RunDirectory
 from qaroma.tasks.base import Batch, Task
 from qaroma.training.batches import BatchPlan
+from qaroma.training.samples import Sampler
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Session:
         train, validation: encoded examples.
         plan: which examples make up which step.
         accelerator: device and backward pass.
+        sampler: answers chosen prompts while the run trains; None where there are none.
         level: memory level that the model is in (:mod:`qaroma.engine.levels`).
     """
 
@@ -53,6 +55,7 @@ class Session:
     validation: list[Any]
     plan: BatchPlan
     accelerator: Accelerator
+    sampler: Sampler | None = None
     level: int = 0
     _validation_batches: list[Batch] = field(default_factory=list)
 

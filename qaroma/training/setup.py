@@ -43,7 +43,7 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
     torch.manual_seed(config.training.seed)
     require_trackers(config.training.track)
     accelerator = Accelerator(
-        cpu=config.training.device == "cpu", log_with=list(config.training.track), project_dir=run.path
+        cpu=config.training.device == "cpu", log_with=list(config.training.track) or None, project_dir=run.path
     )
     if config.training.device == "cuda" and accelerator.device.type != "cuda":
         raise QaromaError(
