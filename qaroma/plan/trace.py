@@ -19,8 +19,7 @@ from qaroma.model.attach import attach
 from qaroma.plan.counter import Contributor, LiveStorages, Peak
 from qaroma.plan.phantom import materialise, skeleton, tensors_of
 from qaroma.plan.weightless import weightless
-from qaroma.tasks.base import Batch
-from qaroma.tasks.causal_lm import CausalLM
+from qaroma.tasks.causal_lm import CausalLM, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def _step(model: Any, method: GrowthController, settings: StepSettings, counter:
     shape = (settings.micro_batch, settings.seq_len)
     tokens = torch.zeros(shape, dtype=torch.int64)
     positions = torch.arange(settings.seq_len).expand(shape)
-    batch = Batch(tokens, tokens, positions, ((shape[1],),) * shape[0], torch.arange(1, tokens.numel()))
+    batch = TokenBatch(tokens, tokens, positions, ((shape[1],),) * shape[0], torch.arange(1, tokens.numel()))
     loss, count = CausalLM().loss(model, batch)
     counter.phase("backward", "layer")
     (loss / count).backward()  # type: ignore[no-untyped-call]
