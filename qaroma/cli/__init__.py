@@ -22,7 +22,7 @@ COMMANDS = {
     "finetune": "Fine-tune a model on your data.",
     "generate": "Answer prompts with a fine-tuned model.",
     "chat": "Talk to a fine-tuned model.",
-    "evaluate": "Score a fine-tuned model on a data set.",
+    "evaluate": "Score a model on a data set or a benchmark.",
     "runs": "List runs: state, scores, ranks.",
     "compare-runs": "Put runs side by side: settings, figures, answers.",
     "export": "Write a fine-tuned model as other engines load it.",
