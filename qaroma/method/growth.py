@@ -164,8 +164,10 @@ class GrowthState:
         return [self._proceed(name, self.modules[name]) for name in due]
 
     def finish(self) -> list[GrowthEvent]:
-        """The step budget is spent: every active component is kept."""
-        return [self._end(name, self.modules[name], "keep") for name in self.active()]
+        """The step budget is spent: every active component is kept, but for one that has not had a step."""
+        return [
+            self._end(name, self.modules[name], "keep" if self.modules[name].age else "done") for name in self.active()
+        ]
 
     def _check_inner(self, module: ModuleState, measured: Measurement) -> None:
         """Eq. 5 (or its ``product`` form); the first check of a component only records the norm."""
