@@ -59,14 +59,14 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     axes.set_xlabel("step")
     for place, line in enumerate(panel.lines):
         # Lines that lie on each other stay visible: the later ones are thinner.
-        width = 1.7 + (0.7 * (len(panel.lines) - 1 - place) if panel.steps else 0)
+        width = min(1.7 + 0.5 * (len(panel.lines) - 1 - place), 4.2)
         axes.plot(
             line.series.steps,
             line.series.values,
             label=line.label or "_",
             color=PALETTE[line.colour % len(PALETTE)],
             linestyle="-" if line.pale else DASHES[line.style],
-            linewidth=0.8 if line.pale else min(width, 5),
+            linewidth=0.8 if line.pale else width,
             alpha=0.35 if line.pale else 1.0,
             drawstyle="steps-post" if panel.steps else "default",
             marker="o" if panel.marked and len(line.series) <= 60 else None,
@@ -82,7 +82,7 @@ def _set_scales(axes: Axes, panel: Panel) -> None:
     from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     axes.set_xlim(-0.02 * max(panel.last, 1), 1.03 * max(panel.last, 1))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
     if panel.logarithmic:
         values = [value for line in panel.lines for value in line.series.values]
         axes.set_yscale("log")
@@ -90,7 +90,7 @@ def _set_scales(axes: Axes, panel: Panel) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
         axes.yaxis.set_minor_formatter(NullFormatter())
     elif panel.key in ("rank", "modules"):
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
     plain = FuncFormatter(lambda value, _: f"{value:.4g}")
     axes.yaxis.set_major_formatter(EngFormatter(sep=" ") if panel.key == "trainable" else plain)
     if panel.from_zero:

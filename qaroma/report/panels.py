@@ -176,7 +176,7 @@ def _of_runs(runs: Sequence[Run], all_series: Sequence[Series]) -> list[Line]:
 
 
 def _module_lines(runs: Sequence[Run], modules: Sequence[str]) -> list[Line]:
-    """One colour a module, one style a run."""
+    """One colour a module and one style a run; of one module alone, one colour a run."""
     lines = []
     for style, (run, run_label) in enumerate(zip(runs, _run_labels(runs), strict=True)):
         # Two modules of three runs are six lines: more than that is no picture.
@@ -188,7 +188,8 @@ def _module_lines(runs: Sequence[Run], modules: Sequence[str]) -> list[Line]:
             alike = next(len(modules) for modules in ways.values() if module in modules)
             others = f" and {alike - 1} alike" if alike > 1 else ""
             name = f"{label}, {run_label}" if run_label else label + others
-            lines.append(Line(name, series, modules.index(module), style % 4))
+            colour = modules.index(module) if len(few) > 1 else style
+            lines.append(Line(name, series, colour, style % 4))
     return lines
 
 

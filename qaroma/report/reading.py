@@ -20,9 +20,9 @@ from qaroma.errors import QaromaError
 from qaroma.runs import MetricsLog, RunDirectory
 
 GROWTH = "growth.json"
-# The metric that a task is judged by, where it was measured; any task has a loss.
+# The metric that a task is judged by where the run names none; any task has a loss.
 _MAIN_METRICS = ("accuracy", "pearson", "loss")
-_NO_METRICS = ("event", "step", "tokens")
+_NO_METRICS = ("event", "step", "tokens", "examples")
 METHODS = {"aroma": "AROMA", "relora": "ReLoRA", "lora": "LoRA", "peft-lora": "LoRA (PEFT)", "adalora": "AdaLoRA"}
 
 Record = Mapping[str, Any]
@@ -54,6 +54,7 @@ class Run:
         name: What the run is called in figures.
         config: ``config.yaml``; empty where it is missing.
         summary: ``summary.json``; empty while the run goes on, and in older runs.
+        metric: The validation metric that chose the best adapter; None where the run does not say.
         finished: Whether the run ended.
         steps: Lines of optimiser steps.
         validations: Lines of validations.
@@ -67,6 +68,7 @@ class Run:
     name: str
     config: Mapping[str, Any] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)
+    metric: str | None = None
     finished: bool = False
     steps: Sequence[Record] = ()
     validations: Sequence[Record] = ()
@@ -120,7 +122,7 @@ class Run:
     def main_metric(self) -> str:
         """The metric that the run's task is judged by."""
         measured = self.metrics()
-        return next((metric for metric in _MAIN_METRICS if metric in measured), "loss")
+        return next((name for name in (self.metric, *_MAIN_METRICS) if name is not None and name in measured), "loss")
 
     def modules(self) -> list[str]:
         """Full names of the target modules, in the model's order."""
@@ -165,6 +167,7 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
         name=name or run.path.resolve().name,
         config=config,
         summary=summary,
+        metric=summary.get("metric") or read_json(run.adapter / GROWTH).get("metric"),
         finished=bool(summary) or _ended(run, steps),
         steps=steps,
         validations=_events(lines, "validation"),

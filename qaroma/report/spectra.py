@@ -51,13 +51,13 @@ def read_spectra(run: Run) -> Spectra | None:
 
     Costs a small decomposition a module: seconds for a large model.
     """
+    folder = next((f for f in (run.path / "adapter", run.path / "adapter_last") if (f / WEIGHTS).is_file()), None)
+    if folder is None:
+        return None
     from safetensors import safe_open
 
     from qaroma.method.spectrum import effective_rank
 
-    folder = next((f for f in (run.path / "adapter", run.path / "adapter_last") if (f / WEIGHTS).is_file()), None)
-    if folder is None:
-        return None
     growth = read_json(folder / GROWTH)
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         stored = [key[len(_PREFIX) : -len(".lora_A.weight")] for key in file.keys() if key.endswith(".lora_A.weight")]  # noqa: SIM118

@@ -60,7 +60,9 @@ _SETTINGS: dict[str, Any] = {
     "xtick.minor.size": 0,
     "ytick.minor.size": 0,
     "legend.fontsize": 8,
-    "legend.frameon": False,
+    "legend.facecolor": PAPER,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.85,
     "figure.facecolor": PAPER,
     "savefig.facecolor": "auto",
     "text.parse_math": False,  # names may hold a dollar sign
