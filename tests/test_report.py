@@ -199,6 +199,8 @@ def test_the_first_figure_shows_parameters_ranks_and_the_tasks_metric(tmp_path: 
     assert [line.label for line in panels["modules"].lines] == ["v_proj 0", "q_proj 1 and 3 alike", "up_proj 1"]
     assert best_validation(run, "accuracy") == (12, 0.6)
     assert best_validation(run, "loss") == (6, 1.0)
+    (run.path / "summary.json").write_text('{"metric": "f1"}', encoding="utf-8")
+    assert read_run(run.path).main_metric() == "f1"
 
 
 def test_what_a_run_lacks_is_left_out(tmp_path: Path) -> None:
@@ -290,6 +292,11 @@ def test_key_figures_and_settings_are_the_runs(tmp_path: Path) -> None:
     assert settings(run)["Reset"] == "prune"
     lora = settings(read_run(make_run(tmp_path / "lora", method="lora", rank=8)))
     assert lora["Rank"] == "8"
+    flat = [step_line(1, trainable_parameters=7), step_line(2, trainable_parameters=7)]
+    even = [{"event": "ranks", "step": 0, "ranks": dict.fromkeys(MODULES, 8)}]
+    figures = key_figures(read_run(make_run(tmp_path / "even", lines=[*even, *flat], adapter=False)))
+    assert figures["Rank"] == "8 in every module"
+    assert figures["Trainable parameters"] == "7 throughout"
     assert "Reset" not in lora
 
 

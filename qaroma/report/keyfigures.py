@@ -73,7 +73,8 @@ def key_figures(run: Run, spectra: Spectra | None = None) -> dict[str, str]:
         found["Exact match"] = ", ".join(f"{100 * score:.1f} % {when}" for when, score in scores.items())
     ranks = list((spectra.ranks if spectra else run.last_ranks()).values())
     if ranks:
-        found["Rank"] = f"{sum(ranks) / len(ranks):.2f} on average, {min(ranks)} to {max(ranks)}"
+        spread = f"{sum(ranks) / len(ranks):.2f} on average, {min(ranks)} to {max(ranks)}"
+        found["Rank"] = spread if min(ranks) < max(ranks) else f"{ranks[0]} in every module"
     if spectra and spectra.ratio is not None:
         mean = sum(spectra.effective.values()) / len(spectra.effective)
         found["Effective rank"] = f"{mean:.2f} on average, {100 * spectra.ratio:.1f} % of the rank"
@@ -86,9 +87,8 @@ def _cost(run: Run) -> dict[str, str]:
     trainable = run.series("trainable_parameters").values
     if trainable:
         mean, last = sum(trainable) / len(trainable), "at the end" if run.finished else "now"
-        found["Trainable parameters"] = (
-            f"{trainable[0]:,.0f} at first, {mean:,.0f} on average, {trainable[-1]:,.0f} {last}"
-        )
+        course = f"{trainable[0]:,.0f} at first, {mean:,.0f} on average, {trainable[-1]:,.0f} {last}"
+        found["Trainable parameters"] = course if len(set(trainable)) > 1 else f"{mean:,.0f} throughout"
     seconds = run.summary.get("seconds") or sum(run.series("seconds").values)
     if seconds:
         minutes, rest = divmod(round(seconds), 60)

@@ -62,7 +62,7 @@ _SETTINGS: dict[str, Any] = {
     "legend.fontsize": 8,
     "legend.facecolor": PAPER,
     "legend.edgecolor": "none",
-    "legend.framealpha": 0.85,
+    "legend.framealpha": 0.6,
     "figure.facecolor": PAPER,
     "savefig.facecolor": "auto",
     "text.parse_math": False,  # names may hold a dollar sign
