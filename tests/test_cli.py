@@ -134,7 +134,7 @@ def test_option_texts_defaults_and_choices_come_from_the_configuration() -> None
         assert option.help.startswith(str(fields[key].description))
         if fields[key].default not in (None, False) and not fields[key].default_factory:
             assert f"[default: {fields[key].default}]" in option.help
-    assert from_fields == 22
+    assert from_fields == 25
 
 
 def test_finetune_passes_every_flag_on(
@@ -287,7 +287,7 @@ def test_a_fault_of_ours_keeps_its_traceback(called: dict[str, Any], monkeypatch
         (["finetune", "--learning-rate", "0"], "0.0 is not in the range x>0"),
         (["finetune", "--device", "gpu"], "'auto', 'cuda', 'cpu'"),
         (["finetunee"], "did you mean finetune?"),
-        (["zzz"], "expected one of finetune, generate"),
+        (["zzz"], "expected one of init, finetune"),
         (["data", "preveiw"], "did you mean preview?"),
         (["generate", "runs/x"], "PROMPT"),
         (["evaluate", "runs/x"], "--data"),
