@@ -24,6 +24,7 @@ COMMANDS = {
     "chat": "Talk to a fine-tuned model.",
     "evaluate": "Score a model on a data set or a benchmark.",
     "runs": "List runs: state, scores, ranks.",
+    "compare": "Train several methods on one task and put them in one table.",
     "compare-runs": "Put runs side by side: settings, figures, answers.",
     "export": "Write a fine-tuned model as other engines load it.",
     "push": "Send an adapter to the Hugging Face hub.",

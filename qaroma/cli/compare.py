@@ -1,0 +1,103 @@
+"""``qaroma compare``."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+import click
+
+from qaroma.cli.options import CONFIG_OPTION, SET_OPTION, config_options, read_config, require_model_and_data
+from qaroma.cli.output import JSON_OPTION, figures_only
+from qaroma.config import Config
+
+_EPILOG = """\b
+Examples:
+  qaroma compare --config mrpc.yaml --methods aroma,lora:8,adalora:8 --seeds 0,1,2 --output runs/mrpc
+  qaroma compare --config mrpc.yaml --methods "aroma,aroma+reset=none,lora:8+training.learning_rate=1e-3" \\
+      --seeds 0,1,2 --output runs/reset
+"""
+
+
+@click.command(epilog=_EPILOG)
+@CONFIG_OPTION
+@click.option(
+    "--methods",
+    required=True,
+    metavar="NAME[:RANK][+KEY=VALUE]...",
+    help="Methods, separated by commas: aroma, relora, lora, peft-lora, adalora. KEY is any setting of this method "
+    "alone; those of growth need no prefix.",
+)
+@click.option("--seeds", default="0,1,2", show_default=True, metavar="NUMBERS", help="Seeds, separated by commas.")
+@click.option("--output", required=True, metavar="FOLDER", help="Where runs, table and plot go.")
+@config_options(
+    "model.name",
+    "data.train",
+    "data.validation",
+    "task",
+    "training.max_steps",
+    "training.epochs",
+    "training.micro_batch",
+    "training.grad_accum",
+    "data.max_length",
+    "training.device",
+    "model.quantization",
+)
+@click.option("--table-only", is_flag=True, help="Run nothing; make the table from the runs that are finished.")
+@SET_OPTION
+@JSON_OPTION
+def command(
+    config: str | None,
+    methods: str,
+    seeds: str,
+    output: str,
+    table_only: bool,
+    sets: tuple[str, ...],
+    json_output: bool,
+    **parameters: str | float | bool | None,
+) -> None:
+    """Put methods side by side on your task: metric, parameters, ranks, time.
+
+    Every method is trained with every seed on the same data for the same number of steps, each run
+    in a process of its own. Runs that are finished are taken as they are and interrupted ones go on,
+    so the same command continues whatever stopped it. Needs pip install 'qaroma[bench]' for PEFT's
+    methods, and 'qaroma[report]' for the plot.
+    """
+    context = click.get_current_context()
+
+    def make_config(more: Sequence[str]) -> Config:
+        return read_config(config, parameters, [*sets, *more])
+
+    require_model_and_data(read_config(config, parameters, sets))
+
+    from qaroma.compare.run import compare
+
+    with figures_only(json_output) as write:
+        results = compare(
+            make_config,
+            methods=methods,
+            seeds=seeds,
+            folder=output,
+            command=_typed(context),
+            table_only=table_only,
+        )
+        if json_output:
+            write(results)
+            return
+    click.echo(results["table"])
+
+
+def _typed(context: click.Context) -> str:
+    """The command as it was typed."""
+    words = ["qaroma", "compare"]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if context.get_parameter_source(name) != click.core.ParameterSource.COMMANDLINE or name == "table_only":
+            continue
+        value = context.params[name]
+        if value is True:
+            words.append(parameter.opts[-1])
+        else:
+            for one in value if isinstance(value, tuple) else (value,):
+                words += [parameter.opts[-1], str(one)]
+    return shlex.join(words)

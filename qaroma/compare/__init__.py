@@ -1,0 +1,1 @@
+"""Methods side by side: the same data, seeds, steps and metric for each, one table and a verdict."""

@@ -1,0 +1,177 @@
+"""``qaroma compare``: every method with every seed, then one table and the verdict."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from qaroma.compare.collect import MethodFigures, read_figures, read_logs, reference_of
+from qaroma.compare.machine import hardware
+from qaroma.compare.plot import draw
+from qaroma.compare.runner import Folder, carry_out
+from qaroma.compare.specs import MakeConfig, PlannedRun, plan_runs, report, shared_settings
+from qaroma.compare.table import markdown
+from qaroma.compare.verdict import verdict
+from qaroma.errors import QaromaError
+from qaroma.presets import DataFacts, resolve
+from qaroma.report.style import has_matplotlib
+from qaroma.runs import write_atomically
+from qaroma.training.interrupt import StopRequest
+from qaroma.training.prepare import prepare_data
+
+
+def compare(
+    make_config: MakeConfig,
+    *,
+    methods: str,
+    seeds: str,
+    folder: str,
+    command: str,
+    table_only: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Run what is not finished, and write ``table.md``, ``results.json``, ``plot.png`` and ``plot.svg``.
+
+    Args:
+        make_config: the configuration that all methods share, with ``key=value`` texts on top.
+        methods, seeds: as typed; see :func:`qaroma.compare.specs.plan_runs`.
+        folder: where runs and results go.
+        command: what was typed, for the table.
+        table_only: run nothing; the table is of what is finished.
+        console: where progress goes; None is stderr.
+
+    Returns:
+        What ``results.json`` holds.
+
+    Raises:
+        QaromaError: anything wrong with what was asked, before the first run; runs that failed, at the end.
+        KeyboardInterrupt: stopped by the user, with the state of the run at hand saved.
+    """
+    console = console or Console(file=sys.stderr)
+    place = Folder(folder)
+    runs = plan_runs(make_config, methods, seeds, Path(folder).as_posix())
+    base = make_config([])
+    steps = base.training.max_steps or place.known_steps(runs)
+    for planned in runs:
+        planned.config.training.max_steps = steps
+    changed = [sentence for planned in runs for sentence in place.changed(planned)]
+    if changed:
+        raise report([*changed, f"leave them as they were, choose another --output, or delete these runs in {folder}"])
+    todo = [planned for planned in runs if not place.finished(planned)]
+    failed: dict[str, str] = {}
+    if todo and table_only:
+        failed = {planned.name: "not finished" for planned in todo}
+    elif todo:
+        _prepare(make_config, todo, runs, console)
+        failed = _carry_out(todo, place, command, console)
+    results = _write(runs, failed, place, command)
+    if not any(method["n"] for method in results["methods"]):
+        raise QaromaError(f"no run of {folder} is finished: {_first(failed)}")
+    if failed and not table_only:
+        raise QaromaError(
+            f"{len(failed)} of {len(runs)} runs failed; the table in {place.path / 'table.md'} is of the others. "
+            f"First: {_first(failed)}; the whole log: {place.path / 'logs' / next(iter(failed))}.log. "
+            "Type the same command again to try them once more"
+        )
+    return results
+
+
+def _prepare(make_config: MakeConfig, todo: Sequence[PlannedRun], runs: Sequence[PlannedRun], console: Console) -> None:
+    """Read the data once: the step budget that all share, and whether every method's settings go together."""
+    base = make_config([])
+    base.training.max_steps = todo[0].config.training.max_steps
+    data = prepare_data(base)
+    steps = data.config.training.max_steps
+    facts = DataFacts(len(data.train), [data.config.data.max_length or 1], None, len(data.validation))
+    problems = []
+    for planned in runs:
+        planned.config.training.max_steps = steps
+    for label, planned in {planned.spec.label: planned for planned in todo}.items():
+        try:
+            resolve(planned.config, facts)
+        except QaromaError as error:
+            problems.append(f"{label}: {error}")
+    if problems:
+        raise report(problems)
+    for note in data.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{steps} steps for every run that does not end before; {len(todo)} runs to go", highlight=False)
+    held = shared_settings(base)
+    if held:
+        console.print(
+            f"the configuration sets {', '.join(held)} for all methods; +KEY=VALUE behind a method gives it its own, "
+            "and =null its preset's",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _carry_out(todo: Sequence[PlannedRun], place: Folder, command: str, console: Console) -> dict[str, str]:
+    """Run one after the other; what failed, by name, with the reason."""
+    failed = {}
+    with StopRequest() as stop:
+        for number, planned in enumerate(todo, start=1):
+            console.print(f"{number}/{len(todo)}  {planned.name}", highlight=False, markup=False)
+            _remember_hardware(place, planned)
+            try:
+                reason = carry_out(planned, place, console, stop)
+            except KeyboardInterrupt:
+                console.print(f"stopped; go on with the same command: {command}", soft_wrap=True, markup=False)
+                raise
+            if reason is not None:
+                failed[planned.name] = reason
+                console.print(f"  failed: {reason}", style="red", highlight=False, markup=False)
+                continue
+            figures = read_figures(place.run(planned).path, planned.seed)
+            value = "no validation data" if figures.last is None else f"{figures.metric} {figures.last:.4g}"
+            console.print(f"  {figures.steps} steps, {figures.ended}, {value}", highlight=False, markup=False)
+            if stop.requested:
+                console.print(f"stopped; go on with the same command: {command}", soft_wrap=True, markup=False)
+                raise KeyboardInterrupt
+    return failed
+
+
+def _remember_hardware(place: Folder, planned: PlannedRun) -> None:
+    place.path.mkdir(parents=True, exist_ok=True)
+    known = json.loads(place.hardware.read_text(encoding="utf-8")) if place.hardware.is_file() else {}
+    known[planned.name] = hardware(planned.config.training.device)
+    write_atomically(place.hardware, json.dumps(known, indent=2))
+
+
+def _write(runs: Sequence[PlannedRun], failed: dict[str, str], place: Folder, command: str) -> dict[str, Any]:
+    """The results of what is finished, written and returned."""
+    methods = []
+    for spec in dict.fromkeys(planned.spec for planned in runs):
+        own = [planned for planned in runs if planned.spec == spec]
+        figures = [read_figures(place.run(p).path, p.seed) for p in own if place.finished(p)]
+        methods.append(MethodFigures(spec, figures, {p.seed: failed[p.name] for p in own if p.name in failed}))
+    reference, claims = reference_of(methods), verdict(methods)
+    known = json.loads(place.hardware.read_text(encoding="utf-8")) if place.hardware.is_file() else {}
+    machines = list(dict.fromkeys(known[planned.name] for planned in runs if planned.name in known))
+    results = {
+        "command": command,
+        "hardware": machines,
+        "metric": next((run.metric for method in methods for run in method.runs), None),
+        "max_steps": runs[0].config.training.max_steps,
+        "reference": reference.spec.label if reference else None,
+        "methods": [method.to_json(reference) for method in methods],
+        "claims": [claim.to_json() for claim in claims],
+        "table": markdown(methods, reference, claims, command=command, machines=machines),
+    }
+    if not any(method.runs for method in methods):
+        return results
+    write_atomically(place.path / "results.json", json.dumps(results, indent=2))
+    write_atomically(place.path / "table.md", str(results["table"]))
+    if has_matplotlib():
+        draw(read_logs(methods, place.path), str(results["metric"]), place.path)
+    return results
+
+
+def _first(failed: dict[str, str]) -> str:
+    return next((f"{name}: {reason}" for name, reason in failed.items()), "")
