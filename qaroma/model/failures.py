@@ -13,6 +13,11 @@ from qaroma.errors import QaromaError
 # errors in OSError, and their classes come from different modules in different versions.
 _BY_CLASS: tuple[tuple[str, str], ...] = (
     (
+        "OutOfMemoryError",
+        "'{model}' does not fit in the memory that is free on the GPU ({detail}). Nothing is lost. See which programs "
+        "hold the card with nvidia-smi, close them, and type the same command again",
+    ),
+    (
         "GatedRepoError",
         "'{model}' is gated: expected an account that has accepted its terms. "
         "Accept them at https://huggingface.co/{model}, then type: hf auth login",
@@ -66,7 +71,7 @@ _BY_TEXT: tuple[tuple[str, str], ...] = (
         "'{model}' is not a causal language model; expected one that generates text. Name another with --model",
     ),
     (
-        r"not a valid JSON|Expecting value|Expecting property name",
+        r"not a valid JSON|Expecting (value|property name|.* delimiter)|Unterminated string|EOF while parsing",
         "'{model}' has a damaged JSON file ({detail}). Download or copy it again",
     ),
     (
@@ -83,6 +88,9 @@ _BY_TEXT: tuple[tuple[str, str], ...] = (
     ),
     (r"does not support an attention implementation", "{detail} Type: --set model.attention=eager"),
 )
+
+
+_LFS = b"version https://git-lfs"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -119,6 +127,38 @@ def damaged_weights(folder: Path) -> str | None:
     return None
 
 
+def unfinished_download(model: str) -> str | None:
+    """Tell a model that has only half arrived.
+
+    Args:
+        model: a folder, or the hub id of one in the local cache.
+
+    Returns:
+        A sentence on what is missing and how to go on; None where nothing says so.
+    """
+    from huggingface_hub import constants
+
+    folder = Path(model)
+    cached = Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}" / "blobs"
+    if any(folder.glob(".cache/huggingface/download/**/*.incomplete")):
+        return (
+            f"'{model}' is not downloaded whole. What is there is kept: type the same hf download command again, "
+            "it goes on where it stopped"
+        )
+    if not folder.exists() and any(cached.glob("*.incomplete")):
+        return (
+            f"'{model}' is not downloaded whole. What is there is kept: with the network there and HF_HUB_OFFLINE "
+            "unset, type the same command again, it goes on where it stopped"
+        )
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            if file.read(len(_LFS)) == _LFS:
+                return (
+                    f"{path.name} of '{model}' is a pointer of git-lfs, not weights. Type in that folder: git lfs pull"
+                )
+    return None
+
+
 def explain(error: Exception, model: str, *, gguf: bool = False) -> QaromaError | None:
     """Translate an exception of transformers, huggingface_hub or safetensors.
 
@@ -136,6 +176,9 @@ def explain(error: Exception, model: str, *, gguf: bool = False) -> QaromaError 
     for name, sentence in _BY_CLASS:
         if name in names:
             return QaromaError(sentence.format(model=model, detail=_first_sentence(chain[-1])))
+    unfinished = unfinished_download(model)
+    if unfinished is not None:
+        return QaromaError(unfinished)
     if names & _UNREACHABLE_CLASSES:
         return QaromaError(_UNREACHABLE.format(model=model))
     if "SafetensorError" in names:

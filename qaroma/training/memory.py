@@ -13,6 +13,7 @@ from qaroma.errors import QaromaError
 from qaroma.model.base import load_config, resolve_dtype
 from qaroma.plan.search import RESERVE, Planner
 from qaroma.plan.trace import StepSettings
+from qaroma.training.interruptions import card_words
 from qaroma.training.session import Session
 
 EXACT_LEVEL = 2  # the last level that changes no number
@@ -31,6 +32,11 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return int(psutil.virtual_memory().available)
+
+
+def others_hold(device: torch.device) -> str:
+    """A hint at the other programs on a card, to end a sentence with; empty on the CPU."""
+    return f". {card_words()}" if device.type == "cuda" else ""
 
 
 def relieve(session: Session) -> str:
@@ -59,6 +65,7 @@ def relieve(session: Session) -> str:
     raise QaromaError(
         f"out of memory at the smallest memory level with one example at a time; type a smaller --max-length "
         f"(now {session.config.data.max_length}), or see what fits with: qaroma plan --model {session.base_name}"
+        f"{others_hold(session.accelerator.device)}"
     )
 
 
@@ -108,7 +115,7 @@ def choose_level(config: Config, device: torch.device) -> int:
         raise QaromaError(
             f"{config.model.name} does not fit in {free / 2**30:.1f} GiB with micro-batches of {tokens} tokens; type a "
             f"smaller --micro-batch or --max-length (qaroma plan --model {config.model.name} says what fits), or "
-            "--memory 3 to try all the same"
+            f"--memory 3 to try all the same{others_hold(device)}"
         )
     return level
 

@@ -25,6 +25,7 @@ from qaroma.runs import RunDirectory, write_atomically
 from qaroma.summary import BeforeAfter, RunSummary, Score, print_summary
 from qaroma.training.fit import Ending, FitState, fit, restore_state
 from qaroma.training.interrupt import StopRequest
+from qaroma.training.interruptions import interruptions_told
 from qaroma.training.page import LivePage
 from qaroma.training.prepare import PreparedData, prepare_data
 from qaroma.training.progress import ProgressView
@@ -64,9 +65,15 @@ def finetune(config: Config, *, resume: bool = False, console: Console | None = 
         config = _resumed_config(config)
     data = prepare_data(config)
     _print_decisions(console, data.notes, data.decisions)
-    test = _answer_test(data)
     run = _run_directory(data.config, resume)
     data.config.output = str(run.path)
+    with interruptions_told(run):
+        return _train(data, run, console, resume=resume, start=start)
+
+
+def _train(data: PreparedData, run: RunDirectory, console: Console, *, resume: bool, start: float) -> dict[str, Any]:
+    """From the first weight that is loaded to the summary; ``start`` is when the command began."""
+    test = _answer_test(data)
     session = build_session(data, run)
     for note in (f"memory level {session.level}: {LEVELS[session.level].summary}", *unadaptable(session.model)):
         console.print(note, highlight=False, markup=False)
@@ -76,15 +83,13 @@ def finetune(config: Config, *, resume: bool = False, console: Console | None = 
     before = test.run_once(session.model, session.log, "before", 0) if test else None
     start_trackers(session.accelerator, data.config.training.track, run.path, data.config.model_dump())
     page = LivePage(run.path, console, wanted=data.config.evaluation.report)
-    go_on = f"qaroma finetune --resume --output {run.path.as_posix()}"
     try:
         with StopRequest() as stop, ProgressView(console, total=_total(session), done=state.step) as view:
             ending = fit(session, state, view, page, stop)
-    except OSError as error:
-        raise QaromaError(f"cannot write to {run.path} ({error}); what is saved is whole; go on: {go_on}") from error
     finally:
         session.accelerator.end_training()
     if ending == "interrupted":
+        go_on = f"qaroma finetune --resume --output {run.path.as_posix()}"
         console.print(f"saved at step {state.step}; go on with: {go_on}", soft_wrap=True)
         raise KeyboardInterrupt
     _write_adapters(session, state)

@@ -1,0 +1,86 @@
+"""What can happen to a run from outside, as one sentence: what is safe, and how to go on."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from qaroma.checkpoint import list_checkpoints
+from qaroma.disk import disk_full
+from qaroma.errors import QaromaError
+from qaroma.runs import RunDirectory
+
+# A card that is full before torch has its context, or that one program holds alone, is no OutOfMemoryError.
+_CARD = re.compile(r"CUDA error: out of memory|CUDA out of memory|busy or unavailable|CUBLAS_STATUS_ALLOC_FAILED")
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
+_HOST = re.compile(r"can't allocate memory|not enough memory")
+
+
+@contextmanager
+def interruptions_told(run: RunDirectory) -> Iterator[None]:
+    """Raise :class:`QaromaError` where the disk is full, the run cannot be written, or memory is taken.
+
+    Args:
+        run: whose checkpoints say what is safe.
+
+    Raises:
+        QaromaError: says so; other exceptions pass unchanged.
+    """
+    try:
+        yield
+    except QaromaError:
+        raise
+    except Exception as error:
+        told = explain_interruption(error, run)
+        if told is None:
+            raise
+        raise told from error
+
+
+def explain_interruption(error: Exception, run: RunDirectory) -> QaromaError | None:
+    """The error to raise instead, or None where it is not one from outside."""
+    what = " ".join(str(error).split())[:200]
+    if disk_full(error):
+        return QaromaError(
+            f"the disk is full: cannot write to {run.path} ({what}). {_safe(run)} Make room, then {_on(run)}"
+        )
+    if isinstance(error, torch.OutOfMemoryError) or _CARD.search(what):
+        return QaromaError(
+            f"the GPU has no memory left ({what}). {card_words()} {_safe(run)} Close what else holds the card, then "
+            f"{_on(run)}"
+        )
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _HOST.search(what)):
+        return QaromaError(
+            f"the computer has no memory left ({what}). {_safe(run)} Close other programs, then {_on(run)}"
+        )
+    if isinstance(error, OSError) and (error.errno in _REFUSED or str(error.filename).startswith(str(run.path))):
+        return QaromaError(f"cannot write to {run.path} ({what}). {_safe(run)} Mend that, then {_on(run)}")
+    return None
+
+
+def card_words() -> str:
+    """How much of the card is free, and how to see who holds the rest; empty where there is no card."""
+    try:
+        free, total = torch.cuda.mem_get_info()
+    except (RuntimeError, AssertionError):  # no card, or one so full that it cannot be asked
+        return "See which programs hold the card with: nvidia-smi."
+    return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free; see which programs hold the rest with: nvidia-smi."
+
+
+def _safe(run: RunDirectory) -> str:
+    if not run.exists():
+        return "Nothing was begun, so nothing is lost."
+    saved = list_checkpoints(run.checkpoints)
+    if not saved:
+        return "No checkpoint is saved yet; the run begins anew."
+    return f"The run is safe up to step {int(saved[-1].name.removeprefix('step-'))}."
+
+
+def _on(run: RunDirectory) -> str:
+    if not run.exists():
+        return "type the same command again"
+    return f"go on with: qaroma finetune --resume --output {run.path.as_posix()}"
