@@ -35,7 +35,7 @@ def draw(logs: Mapping[str, Sequence[Run]], metric: str, folder: Path) -> list[P
 def _lines(logs: Mapping[str, Sequence[Run]], metric: str | None, last: int) -> list[Line]:
     pale, strong = [], []
     for place, (label, runs) in enumerate(logs.items()):
-        found = [run.validation(metric) if metric else run.series("trainable_parameters") for run in runs]
+        found = [run.validation(metric) if metric else _trainable(run) for run in runs]
         found = [series for series in found if len(series)]
         if not found:
             continue
@@ -44,6 +44,13 @@ def _lines(logs: Mapping[str, Sequence[Run]], metric: str | None, last: int) -> 
             pale += [Line("", series, colour, pale=True) for series in found]
         strong.append(Line(label, _mean_series([series.until(last) for series in found]), colour, style))
     return [*pale, *strong]
+
+
+def _trainable(run: Run) -> Series:
+    """From the start, which the steps do not log."""
+    series = run.series("trainable_parameters")
+    start = run.summary.get("trainable_parameters_start")
+    return series if start is None else Series([0, *series.steps], [start, *series.values])
 
 
 def _mean_series(found: Sequence[Series]) -> Series:

@@ -22,7 +22,7 @@ from qaroma.runs import RunDirectory, write_atomically
 from qaroma.training.interrupt import StopRequest
 
 # Where a run lies and what it trains on may change between two calls; what is trained may not.
-_MAY_DIFFER = ("output", "checkpoint", "training.device", "training.memory")
+_MAY_DIFFER = ("output", "checkpoint", "evaluation.report", "training.device", "training.memory", "training.track")
 _TAIL = 4096
 _STEP = re.compile(rb'\{"step": (\d+), "loss": ')
 
