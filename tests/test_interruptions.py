@@ -66,6 +66,19 @@ def test_a_full_disk_is_told_from_other_failures(error: Exception, full: bool) -
     assert disk_full(error) == full
 
 
+def test_any_command_says_that_the_disk_is_full(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full() -> None:
+        raise SafetensorError(NO_SPACE)
+
+    monkeypatch.setattr("qaroma.shipped.list_shipped", full)
+    assert "the disk is full" in refused(["configs", "ls"], capsys)
+    monkeypatch.setattr("qaroma.shipped.list_shipped", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["configs", "ls"])
+
+
 def test_the_disk_fills_at_a_checkpoint_and_the_run_goes_on_later(
     typed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

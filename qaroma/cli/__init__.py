@@ -15,6 +15,7 @@ import click
 
 from qaroma import __version__
 from qaroma.cli.lazy import LazyGroup
+from qaroma.disk import disk_full
 from qaroma.errors import QaromaError
 
 COMMANDS = {
@@ -89,6 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         return _INTERRUPTED
+    except Exception as error:
+        if not disk_full(error):
+            raise
+        click.echo(f"error: the disk is full ({error}); make room and type the same command again", err=True)
+        return 2
     # What a command gave to context.exit(); commands return nothing.
     return code if isinstance(code, int) else 0
 
