@@ -89,6 +89,26 @@ def test_dropout_of_the_base_is_drawn_alike_under_every_method(
     assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-6)
 
 
+@pytest.mark.parametrize("method", ["peft-lora", "adalora"])
+def test_saving_memory_changes_no_gradient(tiny_folder: Path, data_file: Path, tmp_path: Path, method: str) -> None:
+    """In bf16 on a 4-bit base, where the adapter stays in fp32."""
+    gradients = []
+    for level in (0, 2):
+        config = make_config(
+            tiny_folder, data_file, None, method=method, rank=4, model__compute_dtype="bf16", training__memory=level
+        )
+        session = session_of(config, tmp_path)
+        session.model.train()
+        for step in range(2):
+            gradients_of(session, step)
+            session.method.step()
+        gradients_of(session, 2)
+        gradients.append([p.grad.clone() for p in session.method._adapter.values()])
+    assert all(g.dtype == torch.float32 and g.norm() > 0 for g in gradients[0])
+    for other, first in zip(gradients[1], gradients[0], strict=True):
+        assert torch.equal(other, first)
+
+
 def test_the_penalty_is_what_peft_adds_to_a_loss(tiny_model: Any) -> None:
     tuner = inject_adalora(tiny_model, TARGETS, rank=4, alpha=8, total_steps=20)
     method = AdaLora(tuner, learning_rate=1e-2, total_steps=20)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,9 @@ def carry_out(planned: PlannedRun, folder: Folder, console: Console, stop: StopR
 
 def _wait(process: subprocess.Popen[bytes], metrics: Path, name: str, console: Console, stop: StopRequest) -> int:
     passed_on = False
+    shown = console.status(name) if console.is_terminal else None
     try:
-        with console.status(name) as status:
+        with shown or nullcontext():
             while True:
                 try:
                     return process.wait(timeout=0.5)
@@ -128,11 +130,11 @@ def _wait(process: subprocess.Popen[bytes], metrics: Path, name: str, console: C
                     pass
                 if stop.requested and not passed_on:
                     passed_on = True
-                    status.update(f"{name}: saving; once more to stop at once")
                     if os.name != "nt":  # there the terminal's Ctrl-C has reached the run, too
                         process.send_signal(signal.SIGINT)
-                elif not passed_on and console.is_terminal:
-                    status.update(f"{name}: step {_last_step(metrics)}")
+                if shown:
+                    state = "saving; once more to stop at once" if passed_on else f"step {_last_step(metrics)}"
+                    shown.update(f"{name}: {state}")
     finally:
         if process.poll() is None:
             process.kill()

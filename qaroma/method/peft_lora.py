@@ -53,7 +53,7 @@ def inject_lora(
     peft = _peft("peft-lora")
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=_exactly(names))
     with torch.random.fork_rng():  # the base's own dropout draws as it does under every other method
-        tuner = peft.LoraModel(model, {ADAPTER: config}, ADAPTER)
+        tuner = _in_fp32(peft.LoraModel(model, {ADAPTER: config}, ADAPTER))
     generator = torch.Generator().manual_seed(seed)
     for layer in _layers(tuner).values():
         layer.lora_A[ADAPTER].weight.data.copy_(kaiming_A(rank, layer.in_features, generator))
@@ -101,7 +101,7 @@ def inject_adalora(
         target_modules=_exactly(names),
     )
     with torch.random.fork_rng():
-        tuner = peft.AdaLoraModel(model, {ADAPTER: config}, ADAPTER)
+        tuner = _in_fp32(peft.AdaLoraModel(model, {ADAPTER: config}, ADAPTER))
     generator = torch.Generator().manual_seed(seed)
     for layer in _layers(tuner).values():
         for factor in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
@@ -150,7 +150,6 @@ class PeftMethod:
             groups.append({"params": list(head), "peak": head_learning_rate or learning_rate})
         self.optimiser = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay)
         for parameter in self._parameters.values():
-            assert parameter.dtype == torch.float32
             parameter.grad = torch.zeros_like(parameter)  # of a layer that no example reached, too
 
     def probe(self) -> None:
@@ -343,6 +342,14 @@ def _peft(method: str) -> Any:
     except ImportError as error:
         raise QaromaError(f"method {method} needs peft; type: pip install 'qaroma[bench]'") from error
     return peft
+
+
+def _in_fp32(tuner: Any) -> Any:
+    """The adapter in fp32, as ``get_peft_model`` has it; the tuner alone takes the base's dtype."""
+    for name, parameter in tuner.model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+    return tuner
 
 
 def _exactly(names: Sequence[str]) -> str:
