@@ -136,6 +136,32 @@ def test_the_penalty_reaches_every_step(tiny_folder: Path, data_file: Path, tmp_
     torch.testing.assert_close(with_penalty, layer.lora_A[ADAPTER].grad)
 
 
+def test_adalora_equals_pefts_own_loop(tiny_model: Any) -> None:
+    twin = copy.deepcopy(tiny_model)
+    options = {"rank": 4, "alpha": 8, "total_steps": 16}
+    theirs = inject_adalora(twin, TARGETS, **options)
+    method = AdaLora(
+        inject_adalora(tiny_model, TARGETS, **options), learning_rate=2e-2, total_steps=16, min_lr_ratio=1.0
+    )
+    parameters = [p for p in theirs.parameters() if p.requires_grad and p.numel() > 1]
+    optimiser = torch.optim.AdamW(parameters, lr=2e-2, weight_decay=0.0)
+    for step in range(1, 17):
+        ids = torch.randint(0, 512, (2, 9))
+        theirs(input_ids=ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        theirs.update_and_allocate(step)
+        optimiser.zero_grad()
+        (tiny_model(input_ids=ids, labels=ids).loss + method.penalty()).backward()
+        method.step()
+        assert theirs.peft_config[ADAPTER].rank_pattern == method.tuner.peft_config[ADAPTER].rank_pattern
+    for name, layer in method.layers.items():
+        other = twin.get_submodule(name)
+        for factor in ("lora_A", "lora_B", "lora_E"):
+            ours, expected = getattr(layer, factor)[ADAPTER], getattr(other, factor)[ADAPTER]
+            torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_the_budget_is_allocated_between_update_and_zeroing(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tuner = inject_adalora(tiny_model, TARGETS, rank=4, alpha=8, total_steps=20)
     method = AdaLora(tuner, learning_rate=1e-2, total_steps=20)

@@ -68,10 +68,10 @@ def _row(method: MethodFigures, reference: MethodFigures | None, scored: bool) -
         *(_count(method.mean(f"parameters_{when}")) for when in ("start", "mean", "end")),
         _ratio(method.most_against(reference)),
         _ratio(method.ratio("parameters_mean", reference)),
-        number(method.mean("rank")),
-        number(method.mean("effective_rank")),
+        _amount(method.mean("rank")),
+        _amount(method.mean("effective_rank")),
         _ratio(method.mean("effective_share")),
-        number(method.mean("steps")),
+        _amount(method.mean("steps")),
         ", ".join(f"{how} x {count}" if count > 1 else how for how, count in ended.items()) or "-",
         _ratio(method.ratio("seconds", reference)),
         _ratio(method.ratio("memory_bytes", reference)),
@@ -85,6 +85,10 @@ def _spread(method: MethodFigures, key: str) -> str:
 
 def _count(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}"
+
+
+def _amount(value: float | None) -> str:
+    return number(value) if value is None or value < 1000 else _count(value)
 
 
 def _ratio(value: float | None) -> str:
