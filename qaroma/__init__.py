@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qaroma.model.attach import attach
     from qaroma.model.base import load_base, load_tokenizer
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 _HOMES = {
     "Adapter": "qaroma.method.adapter",

@@ -80,9 +80,9 @@ def stand_in(task: str, data_file: Path, tmp_path: Path) -> Path:
 def test_the_wheel_that_pip_builds_has_them(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77", reason="builds a wheel without the network")
     source = tmp_path / "source"
-    shutil.copytree(ROOT / "configs", source / "configs")
-    (source / "qaroma").mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "qaroma/__init__.py"):
+    for folder in ("configs", "qaroma"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -91,6 +91,10 @@ def test_the_wheel_that_pip_builds_has_them(tmp_path: Path) -> None:
     inside = zipfile.ZipFile(wheel).namelist()
     assert {f"qaroma/configs/{name}.yaml" for name in NAMES} <= set(inside)
     assert "qaroma/configs/constraints.txt" in inside
+    modules = {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "qaroma").rglob("*") if path.suffix in (".py", ".html")
+    }
+    assert modules <= set(inside)  # every package stands in pyproject.toml
 
 
 def test_listing(capsys: pytest.CaptureFixture[str]) -> None:
