@@ -23,7 +23,7 @@ from qaroma.model.builtin import ResolvedModel, resolve_model
 from qaroma.model.devices import device_map, without_hooks
 from qaroma.model.failures import explained
 from qaroma.model.gguf import load_gguf, load_gguf_tokenizer
-from qaroma.model.head import head_names, is_inside
+from qaroma.model.head import classifier_around, classifier_head, may_be_new, unsaid_about_the_head
 from qaroma.model.hostmemory import freed_memory_goes_back
 
 if TYPE_CHECKING:
@@ -219,10 +219,7 @@ def load_base(
     bnb_config = None
     if stored is None and quantization != "none":
         bnb_config = _bnb_config(quantization, double_quantization, dtype)
-        if num_labels is not None:
-            bnb_config.llm_int8_skip_modules = [*_classifier_head(config), "pooler"]
-        elif quantize_head and not config.get_text_config().tie_word_embeddings:
-            bnb_config.llm_int8_skip_modules = []  # transformers leaves the head out only where nothing is said
+        bnb_config.llm_int8_skip_modules = _left_dense(config, quantize_head, classifier=num_labels is not None)
     apart = host_embeddings and num_labels is None and stored is None and place.gguf_file is None
     with explained(str(model), gguf=place.gguf_file is not None), freed_memory_goes_back():
         implementation = _implementation(attention)
@@ -235,22 +232,11 @@ def load_base(
         )  # fmt: skip
     missing = sorted(info["missing_keys"])
     if num_labels is not None:
-        network.new_parameters = [name for name in missing if _may_be_new(network, name)]
+        network.new_parameters = [name for name in missing if may_be_new(network, name)]
         missing = [name for name in missing if name not in network.new_parameters]
     _require_complete(str(model), missing)
     _settle(network, dtype)
     return network
-
-
-def _classifier_head(config: Any) -> list[str]:
-    from transformers import AutoModelForSequenceClassification
-
-    with torch.device("meta"):
-        return head_names(AutoModelForSequenceClassification.from_config(config))
-
-
-def _may_be_new(network: Any, parameter: str) -> bool:
-    return is_inside(parameter, head_names(network)) or "pooler" in parameter.split(".")
 
 
 def _bnb_config(quantization: str, double_quantization: bool, dtype: torch.dtype) -> Any:
@@ -262,6 +248,13 @@ def _bnb_config(quantization: str, double_quantization: bool, dtype: torch.dtype
         bnb_4bit_use_double_quant=double_quantization,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def _left_dense(config: Any, quantize_head: bool, *, classifier: bool) -> list[str] | None:
+    """Modules that stay dense; None lets transformers leave the output head out, which it does only then."""
+    if classifier:
+        return [*classifier_head(config), "pooler"]
+    return [] if quantize_head and not config.get_text_config().tie_word_embeddings else None
 
 
 def _read(
@@ -276,12 +269,12 @@ def _read(
             place.folder_or_id, place.gguf_file, config,
             dtype=dtype, device=device, attention=attention, bnb_config=bnb_config,
         )  # fmt: skip
-        return (_classifier_around(network, config, device), info) if classifier else (network, info)
+        return (classifier_around(network, config, device), info) if classifier else (network, info)
     options: dict[str, Any] = {}
     if classifier:  # a checkpoint of a classifier with other labels keeps its backbone
         options = {"config": config, "ignore_mismatched_sizes": True}
     loader = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-    with without_hooks(devices):
+    with without_hooks(devices), unsaid_about_the_head(classifier):
         loaded: tuple[Any, Any] = loader.from_pretrained(
             place.folder_or_id,
             dtype=dtype,
@@ -294,19 +287,6 @@ def _read(
             **_where(place, revision, trust_remote_code),
         )
     return loaded
-
-
-def _classifier_around(causal: Any, config: Any, device: torch.device) -> Any:
-    """A classifier with the backbone of a causal model, for files that hold nothing else."""
-    from transformers import AutoModelForSequenceClassification
-
-    with torch.device("meta"):
-        network = AutoModelForSequenceClassification.from_config(config)
-    setattr(network, network.base_model_prefix, causal.base_model)
-    for name in head_names(network):
-        for module in network.get_submodule(name).to_empty(device=device).modules():
-            network._init_weights(module)
-    return network
 
 
 def _implementation(attention: str) -> str | None:

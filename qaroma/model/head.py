@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +34,46 @@ def head_names(model: Any, missing: Iterable[str] = ()) -> list[str]:
 def is_inside(name: str, modules: Sequence[str]) -> bool:
     """Whether a name is one of these modules, or belongs to one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def classifier_head(config: Any) -> list[str]:
+    """The modules that a classifier of this configuration would have outside its backbone."""
+    from transformers import AutoModelForSequenceClassification
+
+    with torch.device("meta"):
+        return head_names(AutoModelForSequenceClassification.from_config(config))
+
+
+def may_be_new(model: Any, parameter: str) -> bool:
+    """Whether a classifier's checkpoint may lack a parameter, which is then trained from a random start."""
+    return is_inside(parameter, head_names(model)) or "pooler" in parameter.split(".")
+
+
+def classifier_around(causal: Any, config: Any, device: torch.device) -> Any:
+    """A classifier with the backbone of a causal model, for files that hold nothing else."""
+    from transformers import AutoModelForSequenceClassification
+
+    with torch.device("meta"):
+        network = AutoModelForSequenceClassification.from_config(config)
+    setattr(network, network.base_model_prefix, causal.base_model)
+    for name in head_names(network):
+        for module in network.get_submodule(name).to_empty(device=device).modules():
+            network._init_weights(module)
+    return network
+
+
+@contextmanager
+def unsaid_about_the_head(wanted: bool) -> Iterator[None]:
+    """Keep transformers from warning that a classifier's head is new: it always is, and is trained."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    if wanted:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 class TrainedHead:

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qaroma import metrics
 from qaroma.data.labelled import LabelledExample
 from qaroma.errors import QaromaError
 from qaroma.evaluate import evaluating
+from qaroma.metrics import accuracy, confusion, f1, matthews, pearson, spearman
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,12 @@ class Classification(_Labelled):
     def evaluate(self, model: nn.Module, batches: Iterable[LabelledBatch], device: torch.device) -> dict[str, Any]:
         """Loss, accuracy, F1 and Matthews correlation over the whole set."""
         logits_SC, labels_S = self.predict(model, batches, device)
-        counts = metrics.confusion(logits_SC.argmax(-1), labels_S, self.classes)
+        counts = confusion(logits_SC.argmax(-1), labels_S, self.classes)
         return {
             "loss": self.loss_of(logits_SC, labels_S).item() / len(labels_S),
-            "accuracy": metrics.accuracy(counts),
-            "f1": metrics.f1(counts),
-            "matthews": metrics.matthews(counts),
+            "accuracy": accuracy(counts),
+            "f1": f1(counts),
+            "matthews": matthews(counts),
             "examples": len(labels_S),
         }
 
@@ -157,8 +157,8 @@ class Regression(_Labelled):
         logits_SC, labels_S = self.predict(model, batches, device)
         return {
             "loss": self.loss_of(logits_SC, labels_S).item() / len(labels_S),
-            "pearson": metrics.pearson(logits_SC[:, 0], labels_S),
-            "spearman": metrics.spearman(logits_SC[:, 0], labels_S),
+            "pearson": pearson(logits_SC[:, 0], labels_S),
+            "spearman": spearman(logits_SC[:, 0], labels_S),
             "examples": len(labels_S),
         }
 
