@@ -183,8 +183,8 @@ def _decide_auto(config: Config, steps: int, decide: Decide) -> None:
     decide("growth.warmup", min(100, t_in // 10), "a tenth of t_in, at most 100")
     decide("growth.restart_warmup", min(50, t_in // 10), "a tenth of t_in, at most 50")
     decide("growth.check_every", min(10, max(1, t_in // 8)), "eight checks in an inner loop, at least every 10 steps")
-    rate = float(f"{min(1e-2, max(1e-4, 0.4 / t_in)):.1e}")
-    decide("training.learning_rate", rate, "0.4 / t_in, within 1e-4 .. 1e-2: a short inner loop needs larger steps")
+    rate = float(f"{min(1e-2, max(1e-4, 0.12 / t_in)):.1e}")
+    decide("training.learning_rate", rate, "0.12 / t_in, within 1e-4 .. 1e-2: a short inner loop needs larger steps")
     rate = config.training.learning_rate or rate
     if config.task != "causal-lm":
         decide("training.head_learning_rate", min(rate, 1e-3), "the adapter's, at most 1e-3: the head is a full matrix")
