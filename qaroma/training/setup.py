@@ -41,28 +41,9 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
     config = data.config
     assert config.model.name is not None
     torch.manual_seed(config.training.seed)
-    require_trackers(config.training.track)
-    accelerator = Accelerator(
-        cpu=config.training.device == "cpu", log_with=list(config.training.track) or None, project_dir=run.path
-    )
-    if config.training.device == "cuda" and accelerator.device.type != "cuda":
-        raise QaromaError(
-            "device is cuda, but torch sees no CUDA device; type --device cpu, or install a CUDA build of torch"
-        )
+    accelerator = _accelerator(config, run)
     level = choose_level(config, accelerator.device)
-    model = load_base(
-        config.model.name,
-        quantization=config.model.quantization,
-        double_quantization=config.model.double_quantization,
-        quantize_head=LEVELS[level].packed_head,
-        compute_dtype=resolve_dtype(config.model.compute_dtype, accelerator.device),
-        device=accelerator.device,
-        attention=config.model.attention,
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-        num_labels=_outputs(data),
-        host_embeddings=LEVELS[level].host_embeddings,
-    )
+    model = _load(data, level, accelerator.device)
     identity = fingerprint(model)
     names = head_names(model, model.new_parameters) if data.template is None else []
     if names:
@@ -93,6 +74,42 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
         accelerator=accelerator,
         sampler=_sampler(data),
         level=level,
+    )
+
+
+def _accelerator(config: Config, run: RunDirectory) -> Accelerator:
+    """The device and the trackers.
+
+    Raises:
+        QaromaError: a device that is not there, or a tracker that is not installed.
+    """
+    require_trackers(config.training.track)
+    accelerator = Accelerator(
+        cpu=config.training.device == "cpu", log_with=list(config.training.track) or None, project_dir=run.path
+    )
+    if config.training.device == "cuda" and accelerator.device.type != "cuda":
+        raise QaromaError(
+            "device is cuda, but torch sees no CUDA device; type --device cpu, or install a CUDA build of torch"
+        )
+    return accelerator
+
+
+def _load(data: PreparedData, level: int, device: torch.device) -> Any:
+    """The base, as its task and its memory level want it."""
+    model = data.config.model
+    assert model.name is not None
+    return load_base(
+        model.name,
+        quantization=model.quantization,
+        double_quantization=model.double_quantization,
+        quantize_head=LEVELS[level].packed_head,
+        compute_dtype=resolve_dtype(model.compute_dtype, device),
+        device=device,
+        attention=model.attention,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        num_labels=_outputs(data),
+        host_embeddings=LEVELS[level].host_embeddings,
     )
 
 
