@@ -246,9 +246,9 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     if os.name == "nt":
         pytest.skip("the stand-in is a shell script")
 
-    def use(script: str) -> None:
-        path = tmp_path / "stand-in.sh"
-        path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    def use(script: str, interpreter: str = "/bin/sh") -> None:
+        path = tmp_path / "stand-in"
+        path.write_text(f"#!{interpreter}\n{script}\n", encoding="utf-8")
         path.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(path))
 
@@ -270,7 +270,17 @@ def test_a_run_that_fails_costs_only_itself(tmp_path: Path, stand_in: Any) -> No
 
 
 def test_a_request_to_stop_is_passed_on_and_waited_for(tmp_path: Path, stand_in: Any) -> None:
-    stand_in(f"trap 'echo saved > {tmp_path}/saved; exit 130' INT; echo ready; while :; do sleep 0.1; done")
+    # Python, not a shell: a shell that was started in the background can't trap the signal.
+    script = (
+        "import pathlib, signal, sys, time\n"
+        "def stop(*_):\n"
+        f"    pathlib.Path({str(tmp_path / 'saved')!r}).write_text('saved')\n"
+        "    sys.exit(130)\n"
+        "signal.signal(signal.SIGINT, stop)\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(60)"
+    )
+    stand_in(script, sys.executable)
     planned = plan_runs(from_sets, "lora:8", "0", str(tmp_path))[0]
 
     class Later(StopRequest):
