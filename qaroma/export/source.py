@@ -92,7 +92,7 @@ def open_source(path: str | Path, *, base: str | None = None) -> Source:
         growth = read_growth(found)
     if growth.get("task", "causal-lm") != "causal-lm":
         raise QaromaError(
-            f"{path} is a {growth['task']} run, which these forms cannot hold; its adapter folder loads in PEFT as it is"
+            f"{path} is a {growth['task']} run, which these forms cannot hold; its adapter folder loads in PEFT"
         )
     remembered = growth["base"]
     name, revision = base or remembered["name"], None if base else remembered["revision"]
