@@ -79,6 +79,17 @@ def dump_config(config: Config) -> str:
     return text
 
 
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted key -> value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flattened(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def find_config(path: str | Path) -> Path:
     """The YAML file that ``path`` means: itself, or a shipped one by name or as ``configs/<name>.yaml``.
 

@@ -18,9 +18,9 @@ from qaroma.data.templates import Template
 from qaroma.engine.placement import quantise_head
 from qaroma.errors import QaromaError
 from qaroma.evaluate import generate
-from qaroma.export.peft import GROWTH, load_adapter, read_growth
+from qaroma.export.peft import load_adapter, read_growth
 from qaroma.model.base import fingerprint, load_base, load_tokenizer, resolve_device, resolve_dtype
-from qaroma.runs import RunDirectory
+from qaroma.runs import GROWTH, RunDirectory
 from qaroma.tasks.base import Task
 from qaroma.tasks.causal_lm import CausalLM
 from qaroma.tasks.labelled import labelled_task
@@ -48,9 +48,7 @@ def adapter_folder(run: str | Path) -> Path:
         if (folder / GROWTH).is_file():
             return folder
     if RunDirectory(path).exists():
-        raise QaromaError(
-            f"{run} has no adapter yet; finish it with: qaroma finetune --resume --output {path.as_posix()}"
-        )
+        raise QaromaError(f"{run} has no adapter yet; finish it with: {RunDirectory(path).resume_command}")
     raise QaromaError(f"{run} is neither a run nor an adapter folder; give a run directory such as runs/NAME")
 
 

@@ -6,7 +6,7 @@ or a directory with half of its files gone, which is listed as broken rather tha
 
 from __future__ import annotations
 
-import json
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from qaroma.errors import QaromaError
-from qaroma.runs import MetricsLog, RunDirectory
+from qaroma.report.reading import LOWER_IS_BETTER
+from qaroma.runs import GROWTH, RunDirectory, read_json, read_records
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -101,7 +102,7 @@ class RunRecord:
     @property
     def resume(self) -> str | None:
         """The command that goes on with a stopped run."""
-        return f"qaroma finetune --resume --output {self.path.as_posix()}" if self.state == "stopped" else None
+        return RunDirectory(self.path).resume_command if self.state == "stopped" else None
 
     def sentence(self) -> str:
         """The state in words."""
@@ -177,15 +178,11 @@ def read_run(path: str | Path, name: str | None = None) -> RunRecord:
     try:
         settings = _settings(run)
         known.update(_from_settings(settings), settings=settings)
-        records = _records(run)
+        records = read_records(run)
         known["metric"] = _metric(run, settings)
         return RunRecord(**known, **_from_log(run, records, known["metric"]), **_state(run, records, written))
-    except _Broken as broken:
+    except QaromaError as broken:
         return RunRecord(**known, state="broken", problem=str(broken))
-
-
-class _Broken(Exception):
-    """A run directory that cannot be read; its text says why."""
 
 
 def _extent(run: RunDirectory) -> tuple[int, float]:
@@ -203,13 +200,13 @@ def _extent(run: RunDirectory) -> tuple[int, float]:
 
 def _settings(run: RunDirectory) -> dict[str, Any]:
     if not run.exists():
-        raise _Broken("it has no config.yaml")
+        raise QaromaError("it has no config.yaml")
     try:
         settings = yaml.safe_load(run.config.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise _Broken("config.yaml cannot be read") from error
+        raise QaromaError("config.yaml cannot be read") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("model"), dict):
-        raise _Broken("config.yaml is no configuration of a run")
+        raise QaromaError("config.yaml is no configuration of a run")
     return settings
 
 
@@ -227,18 +224,8 @@ def _from_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _metric(run: RunDirectory, settings: Mapping[str, Any]) -> str:
     """The figure by which the run chooses its best adapter; before an adapter says it, as was asked for."""
-    written = _json(run.summary).get("metric") or _json(run.adapter / "growth.json").get("metric")
+    written = read_json(run.summary).get("metric") or read_json(run.adapter / GROWTH).get("metric")
     return str(written or (settings.get("evaluation") or {}).get("metric") or "loss")
-
-
-def _records(run: RunDirectory) -> list[dict[str, Any]]:
-    try:
-        records: list[Any] = MetricsLog(run.metrics).records()
-    except (OSError, UnicodeDecodeError) as error:
-        raise _Broken("metrics.jsonl cannot be read") from error
-    if not all(isinstance(record, dict) for record in records):
-        raise _Broken("metrics.jsonl holds lines that are no records")
-    return records
 
 
 def _from_log(run: RunDirectory, records: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
@@ -264,10 +251,11 @@ def _from_log(run: RunDirectory, records: Sequence[Mapping[str, Any]], metric: s
 def _validations(records: Sequence[Mapping[str, Any]], metric: str) -> Iterator[Validation]:
     """Every figure, ``metric`` first; the untrained model's figures count as 'before' alone."""
     for name in dict.fromkeys((metric, "loss", *METRICS)):
-        points = [(record["step"], record[name]) for record in records if isinstance(record.get(name), (int, float))]
+        found = ((record["step"], record.get(name)) for record in records)
+        points = [(step, value) for step, value in found if isinstance(value, (int, float)) and math.isfinite(value)]
         after = [point for point in points if point[0] > 0] or points
         if after:
-            better = min if name == "loss" else max
+            better = min if name in LOWER_IS_BETTER else max
             best_step, best = better(after, key=lambda point: point[1])
             before = points[0][1] if points[0][0] == 0 else None
             yield Validation(name, before, best, best_step, after[-1][1])
@@ -277,7 +265,7 @@ def _ranks(
     run: RunDirectory, records: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Ranks of the adapter that the run left; before there is one, as last logged."""
-    growth = _json(run.adapter / "growth.json")
+    growth = read_json(run.adapter / GROWTH)
     logged = [record["ranks"] for record in records if record.get("event") == "ranks"]
     values: list[int] = []
     if isinstance(growth.get("components"), dict):
@@ -293,11 +281,10 @@ def _state(run: RunDirectory, records: Sequence[Mapping[str, Any]], written: flo
     """How far the run came. One that was finished and then resumed is not finished any more."""
     steps = [record for record in records if "event" not in record and "step" in record]
     last = steps[-1]["step"] if steps else 0
-    summary = _json(run.summary)
-    end = summary.get("steps", _json(run.adapter_last / "growth.json").get("step"))
+    summary = read_json(run.summary)
     found = (_CHECKPOINT.fullmatch(path.name) for path in run.checkpoints.glob("step-*"))
     checkpoint = max((int(match[1]) for match in found if match), default=None)
-    finished = end is not None and end >= last
+    finished = run.finished(last)
     fresh = time.time() - written < FRESH_SECONDS
     return {
         "state": "finished" if finished else "running" if fresh else "stopped",
@@ -306,15 +293,6 @@ def _state(run: RunDirectory, records: Sequence[Mapping[str, Any]], written: flo
         "ended": summary.get("ended") if finished else None,
         "seconds": summary.get("seconds") if finished else None,
     }
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is none: a run is listed whatever is missing."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def print_runs(runs: Sequence[RunRecord], folder: str | Path, console: Console) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from qaroma.errors import QaromaError
+
+# What an adapter folder holds (qaroma.export.peft writes it); named here for those who load no torch.
+WEIGHTS, CONFIG, GROWTH = "adapter_model.safetensors", "adapter_config.json", "growth.json"
+
+# How the line of an optimiser step begins, and how much of a log's end holds at least one of them.
+_STEP, _TAIL = re.compile(rb'\{"step": (\d+), "loss": '), 1 << 20
 
 
 class RunDirectory:
@@ -40,8 +47,33 @@ class RunDirectory:
         self.adapter = self.path / "adapter"
         self.adapter_last = self.path / "adapter_last"
 
+    @property
+    def resume_command(self) -> str:
+        """What to type to go on with it."""
+        return f"qaroma finetune --resume --output {quoted(self.path.as_posix())}"
+
     def exists(self) -> bool:
         return self.config.is_file()
+
+    def last_step(self) -> int:
+        """The last optimiser step of its log, read from the end of the file; 0 where there is none."""
+        if not self.metrics.is_file():
+            return 0
+        with self.metrics.open("rb") as file:
+            file.seek(max(0, self.metrics.stat().st_size - _TAIL))
+            found = _STEP.findall(file.read())
+        return int(found[-1]) if found else 0
+
+    def finished(self, last: int) -> bool:
+        """Whether the run ended, and was not resumed to go further.
+
+        Args:
+            last: the last optimiser step of its log.
+        """
+        summary = read_json(self.summary)
+        # Runs of older versions have no summary: one is over when its last adapter is of its last step.
+        end = summary.get("steps", last) if summary else read_json(self.adapter_last / GROWTH).get("step")
+        return end is not None and int(end) >= last
 
     def create(self, config_yaml: str) -> None:
         """Make the directory and write its configuration.
@@ -100,6 +132,39 @@ class MetricsLog:
         """Forget what was logged after ``step``: a resumed run writes it again."""
         kept = [r for r in self.records() if r.get("step", 0) <= step]
         write_atomically(self.path, "".join(json.dumps(r) + "\n" for r in kept))
+
+
+def read_records(run: RunDirectory) -> list[dict[str, Any]]:
+    """The metrics log of a run that may be damaged.
+
+    Raises:
+        QaromaError: it cannot be read, or holds something else.
+    """
+    try:
+        records: list[Any] = MetricsLog(run.metrics).records()
+    except (OSError, UnicodeDecodeError) as error:
+        raise QaromaError(f"{run.metrics.name} cannot be read") from error
+    if not all(isinstance(record, dict) for record in records):
+        raise QaromaError(f"{run.metrics.name} holds lines that are no records")
+    return records
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where the file is missing or, just now, half written."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def quoted(text: str) -> str:
+    """``text`` as one word of this system's shell; plain double quotes where they are safe everywhere."""
+    if re.fullmatch(r"[\w./:@+-]+", text):
+        return text
+    if not re.search(r'["$`\\!%]', text):
+        return f'"{text}"'
+    return '"' + text.replace('"', '\\"') + '"' if os.name == "nt" else shlex.quote(text)
 
 
 def write_atomically(path: Path, text: str) -> None:

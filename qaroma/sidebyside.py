@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qaroma.configfile import flattened
 from qaroma.errors import QaromaError
 from qaroma.listing import RunRecord, list_runs, read_run, shown
 
@@ -87,20 +88,10 @@ def _read(path: Path) -> RunRecord:
 
 def _differing(settings: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
     """The dotted keys whose values are not the same in all, in the order of the first file that has them."""
-    flat = [_flattened(one) for one in settings]
+    flat = [flattened(one) for one in settings]
     keys = dict.fromkeys(key for one in flat for key in one)
     rows = {key: tuple(one.get(key) for one in flat) for key in keys if key not in _NOT_COMPARED}
     return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
-
-
-def _flattened(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            flat.update(_flattened(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _figures(runs: Sequence[RunRecord]) -> dict[str, tuple[Any, ...]]:

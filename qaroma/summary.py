@@ -6,15 +6,13 @@ Everything takes plain values and returns or prints rich renderables; rich is im
 from __future__ import annotations
 
 import json
-import os
-import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qaroma.report.names import layer_grid
+from qaroma.runs import quoted
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -115,9 +113,9 @@ def print_summary(run: RunSummary, console: Console | None = None) -> None:
 
 def next_commands(run: RunSummary) -> list[str]:
     """The commands to type after a run, and the Python lines that load its adapter in PEFT."""
-    where = _quoted(Path(run.run).as_posix())
-    prompt = _quoted(" ".join(run.examples[0].prompt.split())) if run.examples else '"your prompt"'
-    data = _quoted(run.evaluation_data) if run.evaluation_data else "FILE"
+    where = quoted(Path(run.run).as_posix())
+    prompt = quoted(" ".join(run.examples[0].prompt.split())) if run.examples else '"your prompt"'
+    data = quoted(run.evaluation_data) if run.evaluation_data else "FILE"
     keywords = f", gguf_file={json.dumps(run.base_gguf, ensure_ascii=False)}" if run.base_gguf else ""
     loader = "AutoModelForCausalLM"
     if run.outputs is not None:
@@ -226,12 +224,3 @@ def _score(score: Score) -> str:
 def _shortened(text: str) -> str:
     text = text.strip()
     return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + " ..."
-
-
-def _quoted(text: str) -> str:
-    """``text`` as one word of this system's shell; plain double quotes where they are safe everywhere."""
-    if re.fullmatch(r"[\w./:@+-]+", text):
-        return text
-    if not re.search(r'["$`\\!%]', text):
-        return f'"{text}"'
-    return '"' + text.replace('"', '\\"') + '"' if os.name == "nt" else shlex.quote(text)

@@ -121,6 +121,28 @@ def without(run: Path, event: str) -> Path:
     return run
 
 
+def test_a_finished_run_that_was_resumed_is_not_finished(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", finished=False)
+    (folder / "summary.json").write_text(json.dumps({"ended": "grown", "steps": STEPS}), encoding="utf-8")
+    assert read_run(folder).finished
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as log:
+        log.write(json.dumps(step_line(STEPS + 1)) + "\n")
+    assert not read_run(folder).finished
+
+
+def test_the_time_is_of_all_commands_of_an_interrupted_run(tmp_path: Path) -> None:
+    lines = [step_line(step, seconds=60.0) for step in range(1, STEPS + 1)]
+    assert key_figures(read_run(make_run(tmp_path / "run", lines=lines)))["Time"] == "12 min 00 s"
+
+
+@pytest.mark.parametrize("log", [b"\xff\xfe", b"1\n2\n"])
+def test_a_damaged_log_is_told_by_the_runs_name(log: bytes, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / "metrics.jsonl").write_bytes(log)
+    with pytest.raises(QaromaError, match=r"run is damaged: metrics\.jsonl (cannot be read|holds lines)"):
+        read_run(folder)
+
+
 def test_series_are_the_log(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "run"))
     assert run.series("loss") == Series(list(range(1, 13)), [3.0 / step for step in range(1, 13)])

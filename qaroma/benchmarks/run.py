@@ -19,10 +19,9 @@ from qaroma.benchmarks.progress import ScoreFile
 from qaroma.benchmarks.results import summarise
 from qaroma.benchmarks.scorers import Generation, Item, Likelihood, Scorer
 from qaroma.errors import QaromaError
-from qaroma.export.peft import WEIGHTS
 from qaroma.inference import TunedModel, adapter_folder, open_base, open_run
 from qaroma.model.base import fingerprint
-from qaroma.runs import write_atomically
+from qaroma.runs import WEIGHTS, write_atomically
 
 SCORES, RESULTS = "scores.jsonl", "results.json"
 VERSION = 1  # of what a scorer does: scores of two versions are never mixed

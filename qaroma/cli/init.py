@@ -12,6 +12,7 @@ import click
 from qaroma.cli.options import config_option
 from qaroma.configfile import load_config, parse_source
 from qaroma.errors import QaromaError
+from qaroma.runs import quoted
 
 _EPILOG = """\b
 Examples:
@@ -94,8 +95,8 @@ def _write(config: object, vram: str | None, target: Path, force: bool) -> None:
                f"{training.learning_rate:g}")  # fmt: skip
     click.echo(f"wrote {target.as_posix()}; each line says why. Type next:")
     source = resolved.data.train[0].path
-    click.echo(f"  qaroma data preview --model {_quoted(str(resolved.model.name))} --data {_quoted(source)}")
-    click.echo(f"  qaroma finetune --config {_quoted(target.as_posix())}")
+    click.echo(f"  qaroma data preview --model {quoted(str(resolved.model.name))} --data {quoted(source)}")
+    click.echo(f"  qaroma finetune --config {quoted(target.as_posix())}")
 
 
 def _ask(question: str, default: str | None, check: Callable[[str], None]) -> str:
@@ -127,7 +128,3 @@ def _check_size(text: str) -> None:
 
     if text not in ("this machine", "cpu"):
         parse_memory(text)
-
-
-def _quoted(text: str) -> str:
-    return f'"{text}"' if " " in text else text

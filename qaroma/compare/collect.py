@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from qaroma.method.spectrum import effective_rank
 from qaroma.report.reading import Run, read_run
 from qaroma.runs import RunDirectory
 
-LOWER_IS_BETTER = ("loss", "perplexity")
 REFERENCE_RANK = 8  # of the LoRA that figures are divided by, where it takes part
 
 
@@ -113,15 +111,14 @@ def reference_of(methods: Sequence[MethodFigures]) -> MethodFigures | None:
 def is_finished(folder: Path) -> bool:
     """Whether a run ended and its last adapter is there."""
     run = RunDirectory(folder)
-    return run.summary.is_file() and run.adapter_last.is_dir()
+    return run.summary.is_file() and run.adapter_last.is_dir() and run.finished(run.last_step())
 
 
 def read_figures(folder: Path, seed: int) -> RunFigures:
     """The figures of a finished run."""
-    run = RunDirectory(folder)
-    summary = json.loads(run.summary.read_text(encoding="utf-8"))
     log = read_run(folder)
-    rank, effective, modules = _ranks(run.adapter_last)
+    summary = log.summary
+    rank, effective, modules = _ranks(RunDirectory(folder).adapter_last)
     seconds = [float(line["seconds"]) for line in log.steps]
     step_seconds = median(seconds)
     beside_steps = max(0.0, summary["training_seconds"] - sum(seconds))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -12,20 +11,17 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
 from rich.console import Console
 
 from qaroma.compare.collect import is_finished
 from qaroma.compare.specs import PlannedRun
 from qaroma.config import Config
-from qaroma.configfile import dump_config, load_config
+from qaroma.configfile import dump_config, flattened, load_config
 from qaroma.runs import RunDirectory, write_atomically
 from qaroma.training.interrupt import StopRequest
 
 # Where a run lies and what it trains on may change between two calls; what is trained may not.
 _MAY_DIFFER = ("output", "checkpoint", "evaluation.report", "training.device", "training.memory", "training.track")
-_TAIL = 4096
-_STEP = re.compile(rb'\{"step": (\d+), "loss": ')
 
 
 class Folder:
@@ -109,7 +105,7 @@ def carry_out(planned: PlannedRun, folder: Folder, console: Console, stop: StopR
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=printed, stderr=subprocess.STDOUT, **options
         )
-        code = _wait(process, run.metrics, planned.name, console, stop)
+        code = _wait(process, run, planned.name, console, stop)
     if stop.requested and code != 0:
         raise KeyboardInterrupt
     if code == 0 and folder.finished(planned):
@@ -118,7 +114,7 @@ def carry_out(planned: PlannedRun, folder: Folder, console: Console, stop: StopR
     return lines[-1] if lines else f"ended with exit code {code} and printed nothing"
 
 
-def _wait(process: subprocess.Popen[bytes], metrics: Path, name: str, console: Console, stop: StopRequest) -> int:
+def _wait(process: subprocess.Popen[bytes], run: RunDirectory, name: str, console: Console, stop: StopRequest) -> int:
     passed_on = False
     shown = console.status(name) if console.is_terminal else None
     try:
@@ -133,7 +129,7 @@ def _wait(process: subprocess.Popen[bytes], metrics: Path, name: str, console: C
                     if os.name != "nt":  # there the terminal's Ctrl-C has reached the run, too
                         process.send_signal(signal.SIGINT)
                 if shown:
-                    state = "saving; once more to stop at once" if passed_on else f"step {_last_step(metrics)}"
+                    state = "saving; once more to stop at once" if passed_on else f"step {run.last_step()}"
                     shown.update(f"{name}: {state}")
     finally:
         if process.poll() is None:
@@ -141,26 +137,5 @@ def _wait(process: subprocess.Popen[bytes], metrics: Path, name: str, console: C
             process.wait()
 
 
-def _last_step(metrics: Path) -> int:
-    if not metrics.is_file():
-        return 0
-    with metrics.open("rb") as file:
-        file.seek(max(0, metrics.stat().st_size - _TAIL))
-        found = _STEP.findall(file.read())
-    return int(found[-1]) if found else 0
-
-
 def _flat(config: Config) -> dict[str, Any]:
-    """Dotted key -> plain value."""
-    return dict(_walk(config, "", config.model_dump(mode="json")))
-
-
-def _walk(section: BaseModel, prefix: str, dumped: dict[str, Any]) -> list[tuple[str, Any]]:
-    found = []
-    for name in type(section).model_fields:
-        value = getattr(section, name)
-        if isinstance(value, BaseModel):
-            found += _walk(value, f"{prefix}{name}.", dumped[name])
-        else:
-            found.append((f"{prefix}{name}", dumped[name]))
-    return found
+    return flattened(config.model_dump(mode="json"))

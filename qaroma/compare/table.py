@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from qaroma.compare.collect import LOWER_IS_BETTER, MethodFigures
+from qaroma.compare.collect import MethodFigures
 from qaroma.compare.verdict import Claim, number
+from qaroma.report.reading import LOWER_IS_BETTER
 
 
 def markdown(

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qaroma.compare.collect import LOWER_IS_BETTER, REFERENCE_RANK, MethodFigures
+from qaroma.compare.collect import REFERENCE_RANK, MethodFigures
 from qaroma.compare.statistics import difference
+from qaroma.report.reading import LOWER_IS_BETTER
 
 MOST_SHARE, MEAN_SHARE = 1 / 8, 1 / 16  # of LoRA's trainable parameters: at every moment, on average
 EFFECTIVE_SHARE = 0.9

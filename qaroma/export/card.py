@@ -15,6 +15,7 @@ from qaroma.model.builtin import SMOLLM2_HUB_ID, hub_answers, resolve_model
 
 RANK_MAP = "rank_map.svg"
 UNKNOWN = "not known"
+_WHEN = ("before", "after")  # training
 
 _LOADING = {
     "peft": """In PEFT (`pip install peft`):
@@ -168,13 +169,15 @@ def _growth_lines(
 def _metric_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
     validations = [record for record in records if record.get("event") == "validation"]
     answers = [record for record in records if record.get("event") == "answers"]
+    losses = {when: [r["loss"] for r in validations if (r["step"] > 0) == (when == "after")] for when in _WHEN}
+    matches = {when: [r["exact_match"] for r in answers if r["when"] == when] for when in _WHEN}
     lines = []
     if validations:
-        best = min(record["loss"] for record in validations)
-        lines.append(f"Validation loss: {validations[0]['loss']:.4g} before, {best:.4g} after")
+        shown = [f"{min(losses[when]):.4g} {when}" for when in _WHEN if losses[when]]
+        lines.append(f"Validation loss: {', '.join(shown)}")
     if answers:
-        before, after = answers[0]["exact_match"], answers[-1]["exact_match"]
-        lines.append(f"Exact match on held-out requests: {100 * before:.1f} % before, {100 * after:.1f} % after")
+        shown = [f"{100 * matches[when][-1]:.1f} % {when}" for when in _WHEN if matches[when]]
+        lines.append(f"Exact match on held-out requests: {', '.join(shown)}")
     return lines
 
 

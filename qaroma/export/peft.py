@@ -18,11 +18,10 @@ from torch import Tensor
 from qaroma.errors import QaromaError
 from qaroma.method.adapter import Adapter
 from qaroma.model.head import TrainedHead
-from qaroma.runs import directory_written_aside
+from qaroma.runs import CONFIG, GROWTH, WEIGHTS, directory_written_aside
 
 VERSION = 1
 _PREFIX = "base_model.model."
-WEIGHTS, CONFIG, GROWTH = "adapter_model.safetensors", "adapter_config.json", "growth.json"
 
 
 def save_adapter(

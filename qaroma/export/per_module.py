@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from qaroma.export.delta import Delta
-from qaroma.export.peft import GROWTH, peft_config, write_lora
+from qaroma.export.peft import peft_config, write_lora
+from qaroma.runs import GROWTH
 
 
 def write_per_module(

@@ -17,10 +17,10 @@ from qaroma.engine.placement import quantise_head
 from qaroma.errors import QaromaError
 from qaroma.export.delta import Factors, check_shapes, linear_shapes
 from qaroma.export.foreign import read_lora
-from qaroma.export.peft import GROWTH, read_growth
+from qaroma.export.peft import read_growth
 from qaroma.model.base import fingerprint, load_base, load_config, load_tokenizer
 from qaroma.model.builtin import SMOLLM2_HUB_ID
-from qaroma.runs import MetricsLog, RunDirectory
+from qaroma.runs import GROWTH, RunDirectory, read_records
 
 _STATE = "state.json"
 
@@ -68,7 +68,7 @@ class Source:
 
     def records(self) -> list[dict[str, Any]]:
         """The run's metrics log; empty outside a run."""
-        return MetricsLog(self.run.metrics).records() if self.run else []
+        return read_records(self.run) if self.run else []
 
 
 def open_source(path: str | Path, *, base: str | None = None) -> Source:
@@ -157,7 +157,7 @@ def _run_of(folder: Path) -> RunDirectory | None:
 
 def _nothing_there(folder: Path) -> str:
     if RunDirectory(folder).exists():
-        return f"{folder} has no adapter yet; finish it with: qaroma finetune --resume --output {folder.as_posix()}"
+        return f"{folder} has no adapter yet; finish it with: {RunDirectory(folder).resume_command}"
     return (
         f"{folder} is neither a run, nor a checkpoint in one, nor an adapter folder of qaroma; "
         "give a run directory such as runs/NAME"

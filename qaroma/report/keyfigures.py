@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from qaroma.report.reading import Run, Series
+from qaroma.report.reading import LOWER_IS_BETTER, Run, Series
 from qaroma.report.spectra import Spectra
 
 ENDINGS = {
@@ -14,7 +14,6 @@ ENDINGS = {
     "budget": "the step budget is spent",
     "patience": "validation no longer improved",
 }
-_LOWER_IS_BETTER = ("loss", "perplexity")
 _SETTINGS = {
     "Base model": ("model.name",),
     "Quantisation": ("model.quantization",),
@@ -89,7 +88,8 @@ def _cost(run: Run) -> dict[str, str]:
         mean, last = sum(trainable) / len(trainable), "at the end" if run.finished else "now"
         course = f"{trainable[0]:,.0f} at first, {mean:,.0f} on average, {trainable[-1]:,.0f} {last}"
         found["Trainable parameters"] = course if len(set(trainable)) > 1 else f"{mean:,.0f} throughout"
-    seconds = run.summary.get("seconds") or sum(run.series("seconds").values)
+    # A run that was interrupted has in its summary the seconds of its last command alone.
+    seconds = max(run.summary.get("seconds") or 0.0, sum(run.series("seconds").values))
     if seconds:
         minutes, rest = divmod(round(seconds), 60)
         hours, minutes = divmod(minutes, 60)
@@ -108,7 +108,7 @@ def best_validation(run: Run, metric: str) -> tuple[int, float] | None:
     points = [point for point in zip(series.steps, series.values, strict=True) if point[0] > 0]
     if not points:
         return None
-    better = min if metric in _LOWER_IS_BETTER else max
+    better = min if metric in LOWER_IS_BETTER else max
     return better(points, key=lambda point: point[1])
 
 

@@ -6,7 +6,6 @@ lacks is empty here, never an error.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +16,9 @@ from typing import Any
 import yaml
 
 from qaroma.errors import QaromaError
-from qaroma.runs import MetricsLog, RunDirectory
+from qaroma.runs import GROWTH, RunDirectory, read_json, read_records
 
-GROWTH = "growth.json"
+LOWER_IS_BETTER = ("loss", "perplexity")
 # The metric that a task is judged by where the run names none; any task has a loss.
 _MAIN_METRICS = ("accuracy", "pearson", "loss")
 _NO_METRICS = ("event", "step", "tokens", "examples")
@@ -150,13 +149,16 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
         name: What to call it; None is the directory's name.
 
     Raises:
-        QaromaError: no run there, or a configuration that is no YAML.
+        QaromaError: no run there, or a configuration or a log that cannot be read.
     """
     run = RunDirectory(path)
     if not run.metrics.is_file() and not run.exists():
         what = "is not there" if not run.path.exists() else f"is no run (no {run.config.name}, no {run.metrics.name})"
-        raise QaromaError(f"{path} {what}; give a run directory such as runs/NAME (ls runs shows the names)")
-    lines = MetricsLog(run.metrics).records()
+        raise QaromaError(f"{path} {what}; give a run directory such as runs/NAME (qaroma runs lists them)")
+    try:
+        lines = read_records(run)
+    except QaromaError as error:
+        raise QaromaError(f"{path} is damaged: {error}; give another run (qaroma runs lists them)") from error
     config = _read_config(run.config)
     steps = [line for line in lines if "event" not in line and "step" in line]
     growth = _events(lines, "growth")
@@ -168,7 +170,7 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
         config=config,
         summary=summary,
         metric=summary.get("metric") or read_json(run.adapter / GROWTH).get("metric"),
-        finished=bool(summary) or _ended(run, steps),
+        finished=run.finished(int(steps[-1]["step"]) if steps else 0),
         steps=steps,
         validations=_events(lines, "validation"),
         growth=growth,
@@ -197,23 +199,16 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     return [read_run(path, name) for path, name in zip(paths, names, strict=True)]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where the file is missing or, just now, half written."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _read_config(path: Path) -> dict[str, Any]:
     """Plain values: what a newer or an older version of qaroma wrote is readable too."""
     if not path.is_file():
         return {}
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise QaromaError(f"{path} is no YAML ({error}); restore it from the run's configuration") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise QaromaError(
+            f"{path} cannot be read as YAML ({error}); restore it from the run's configuration"
+        ) from error
     return found if isinstance(found, dict) else {}
 
 
@@ -225,12 +220,6 @@ def _series(lines: Iterable[Record], key: str) -> Series:
     found = [(int(line["step"]), float(line[key])) for line in lines if isinstance(line.get(key), (int, float))]
     finite = [(step, value) for step, value in found if math.isfinite(value)]
     return Series([step for step, _ in finite], [value for _, value in finite])
-
-
-def _ended(run: RunDirectory, steps: Sequence[Record]) -> bool:
-    """Whether a run without ``summary.json`` is over: its last adapter is of its last step."""
-    last = read_json(run.adapter_last / GROWTH).get("step")
-    return last is not None and bool(steps) and last == steps[-1]["step"]
 
 
 def _reconstructed(

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qaroma.report.names import locate
-from qaroma.report.reading import GROWTH, Run, read_json
+from qaroma.report.reading import Run
+from qaroma.runs import GROWTH, WEIGHTS, RunDirectory, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # Methods whose components are what growth.json says; those of the others are single ranks.
 _GROWING = ("aroma", "relora")
@@ -51,7 +51,8 @@ def read_spectra(run: Run) -> Spectra | None:
 
     Costs a small decomposition a module: seconds for a large model.
     """
-    folder = next((f for f in (run.path / "adapter", run.path / "adapter_last") if (f / WEIGHTS).is_file()), None)
+    place = RunDirectory(run.path)
+    folder = next((f for f in (place.adapter, place.adapter_last) if (f / WEIGHTS).is_file()), None)
     if folder is None:
         return None
     from safetensors import safe_open

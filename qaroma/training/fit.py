@@ -139,7 +139,7 @@ def _stop_on_bad_loss(session: Session, state: FitState, loss: float, examples: 
     raise QaromaError(
         f"the loss of step {state.step + 1} is {loss} (examples {where}, ...). "
         f"The state before it is saved in {path}; look at these rows, or go on with a smaller rate: "
-        f"qaroma finetune --resume --output {session.run.path} --learning-rate {rate / 2:.1e}"
+        f"{session.run.resume_command} --learning-rate {rate / 2:.1e}"
     )
 
 

@@ -83,4 +83,4 @@ def _safe(run: RunDirectory) -> str:
 def _on(run: RunDirectory) -> str:
     if not run.exists():
         return "type the same command again"
-    return f"go on with: qaroma finetune --resume --output {run.path.as_posix()}"
+    return f"go on with: {run.resume_command}"

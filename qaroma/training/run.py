@@ -21,6 +21,7 @@ from qaroma.errors import QaromaError
 from qaroma.model.builtin import resolve_model
 from qaroma.model.targets import unadaptable
 from qaroma.presets import Decision
+from qaroma.report.keyfigures import ENDINGS
 from qaroma.runs import RunDirectory, write_atomically
 from qaroma.summary import BeforeAfter, RunSummary, Score, print_summary
 from qaroma.training.fit import Ending, FitState, fit, restore_state
@@ -36,12 +37,6 @@ from qaroma.training.trackers import start_trackers
 # Settings that may differ when a run goes on; all others would make it another run.
 RESUMABLE = ("training.max_steps", "training.learning_rate", "training.evaluate_every", "training.patience",
              "training.device", "training.track", "checkpoint", "evaluation", "output")  # fmt: skip
-
-ENDINGS: Mapping[Ending, str] = {
-    "grown": "every module has the rank it needs",
-    "budget": "the step budget is spent",
-    "patience": "validation no longer improved",
-}
 
 
 def finetune(config: Config, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -89,8 +84,7 @@ def _train(data: PreparedData, run: RunDirectory, console: Console, *, resume: b
     finally:
         session.accelerator.end_training()
     if ending == "interrupted":
-        go_on = f"qaroma finetune --resume --output {run.path.as_posix()}"
-        console.print(f"saved at step {state.step}; go on with: {go_on}", soft_wrap=True)
+        console.print(f"saved at step {state.step}; go on with: {run.resume_command}", soft_wrap=True)
         raise KeyboardInterrupt
     _write_adapters(session, state)
     after = test.run_once(session.model, session.log, "after", state.step) if test else None
@@ -120,7 +114,7 @@ def _resumed_config(given: Config) -> Config:
     run = RunDirectory(given.output) if given.output else None
     if run is None or not run.exists():
         where = f"{run.path} holds no run" if run else "no --output given"
-        raise QaromaError(f"cannot resume: {where}; type --resume --output runs/NAME (ls runs shows the names)")
+        raise QaromaError(f"cannot resume: {where}; type --resume --output runs/NAME (qaroma runs lists them)")
     stored = load_config(run.config, {}, [])
     ours, theirs = _given(stored), _given(given)
     changed = {key: value for key, value in theirs.items() if value is not None and ours.get(key) != value}
@@ -250,7 +244,7 @@ def _summary(
         base=str(base.folder_or_id),
         base_gguf=base.gguf_file,
         steps=state.step,
-        seconds=figures["seconds"],
+        seconds=max(figures["seconds"], figures["training_seconds"]),  # a resumed run took longer than this command
         stopped=ENDINGS[figures["ended"]],
         ranks=session.method.ranks(),
         trainable_start=figures["trainable_parameters_start"],

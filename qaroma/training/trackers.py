@@ -9,6 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from qaroma.configfile import flattened
 from qaroma.errors import QaromaError
 
 _SERVICES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
@@ -20,13 +21,18 @@ def require_trackers(names: Sequence[str]) -> None:
     Raises:
         QaromaError: The packages that are missing, and how to get them.
     """
-    missing = [name for name in names if not any(map(importlib.util.find_spec, _SERVICES[name]))]
+    missing = [name for name in dict.fromkeys(names) if not any(map(importlib.util.find_spec, _SERVICES[name]))]
     if missing:
-        raise QaromaError(f"--track {missing[0]} needs a package that is not installed; type: pip install {missing[0]}")
+        raise QaromaError(
+            f"--track {' and '.join(missing)} needs a package that is not installed; type: pip install "
+            f"{' '.join(missing)}"
+        )
 
 
 def start_trackers(accelerator: Accelerator, names: Sequence[str], run: Path, settings: Mapping[str, Any]) -> None:
-    """Begin a log of this run with each service; TensorBoard's lies in ``RUN/tensorboard``.
+    """Begin a log of this run with each service.
+
+    TensorBoard's lies in ``RUN/tensorboard``, or in ``RUN/qaroma`` where W&B is told too.
 
     Args:
         accelerator: made with ``log_with`` these names.
@@ -36,8 +42,9 @@ def start_trackers(accelerator: Accelerator, names: Sequence[str], run: Path, se
     """
     if not names:
         return
+    shown = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in flattened(settings).items()}
     options = {"wandb": {"name": run.name, "dir": str(run)}} if "wandb" in names else {}
-    accelerator.init_trackers("tensorboard" if names == ["tensorboard"] else "qaroma", _flat(settings), options)
+    accelerator.init_trackers("tensorboard" if set(names) == {"tensorboard"} else "qaroma", shown, options)
 
 
 def track(accelerator: Accelerator, record: Mapping[str, Any], prefix: str = "") -> None:
@@ -46,14 +53,3 @@ def track(accelerator: Accelerator, record: Mapping[str, Any], prefix: str = "")
         f"{prefix}{key}": value for key, value in record.items() if isinstance(value, (int, float)) and key != "step"
     }
     accelerator.log(numbers, step=record["step"])
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value, as both services can show it."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, (int, float, str, bool)) else str(value)
-    return flat
