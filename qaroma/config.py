@@ -22,7 +22,8 @@ from pydantic import (
     PositiveInt,
 )
 
-FIXED_RANK = ("lora", "peft-lora", "adalora")  # methods that take their rank from the configuration
+PEFT_METHODS = ("peft-lora", "adalora")  # methods on PEFT's own layers
+FIXED_RANK = ("lora", *PEFT_METHODS)  # methods that take their rank from the configuration
 
 
 class Section(BaseModel):
@@ -89,7 +90,9 @@ class GrowthSection(Section):
     """AROMA's growth (METHOD: inner loop, outer loop). None follows the preset."""
 
     preset: Literal["auto", "paper"] = Field(
-        "auto", description="auto: settings follow the data's size; paper: the published LLaMA3-8B table."
+        "auto",
+        description="auto: settings follow the data's size; paper: the published table (LLaMA3-8B; RoBERTa-base for "
+        "tasks with labels).",
     )
     target_modules: str | list[str] | None = Field(
         None, description="all-linear, or names, name suffixes or one regular expression of linear layers."
@@ -102,7 +105,9 @@ class GrowthSection(Section):
         None, description="Inner criterion: relative change below which a component has converged."
     )
     eps_out: NonNegativeFloat | None = Field(
-        None, description="Outer criterion: a component smaller than this share of its weight ends its module's growth."
+        None,
+        description="Outer criterion: a component smaller than this share (of what outer_criterion says) ends its "
+        "module's growth.",
     )
     inner_criterion: Literal["norm", "product"] | None = Field(
         None, description="norm: change of ||BA|| (eq. 5); product: norm of the change of BA."
@@ -161,9 +166,9 @@ class TrainingSection(Section):
         "auto: the fastest that fits.",
     )
     evaluate_every: PositiveInt | None = Field(
-        None, description="Steps between validations; None is a tenth of the run."
+        None, description="Steps between validations; None is a tenth of the run, or more where validation takes long."
     )
-    patience: PositiveInt | None = Field(None, description="Stop after so many validations without a better loss.")
+    patience: PositiveInt | None = Field(None, description="Stop after so many validations without a better figure.")
     seed: NonNegativeInt = Field(0, description="Seed of everything random.")
     track: list[Literal["tensorboard", "wandb"]] = Field(
         default_factory=list, description="Also log to TensorBoard or Weights & Biases."
@@ -202,6 +207,11 @@ class CheckpointSection(Section):
 
 class Config(Section):
     """One fine-tuning run."""
+
+    @property
+    def component_rank(self) -> int:
+        """The rank that every module begins with: the method's own, or that of one component."""
+        return self.rank if self.method in FIXED_RANK else self.growth.inner_rank or 1
 
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)

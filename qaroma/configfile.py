@@ -90,6 +90,11 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def lies_in(key: str, names: Iterable[str]) -> bool:
+    """Whether a dotted key is one of these settings, or a setting of one of these sections."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
 def find_config(path: str | Path) -> Path:
     """The YAML file that ``path`` means: itself, or a shipped one by name or as ``configs/<name>.yaml``.
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qaroma.config import FIXED_RANK, Config, GrowthSection
+from qaroma.config import FIXED_RANK, PEFT_METHODS, Config, GrowthSection
 from qaroma.errors import QaromaError
 from qaroma.method.growth import GrowthSettings
 
@@ -86,6 +86,10 @@ def resolve(config: Config, facts: DataFacts) -> tuple[Config, list[Decision]]:
             setattr(section, name, value)
             decisions.append(Decision(key, value, reason))
 
+    if config.model.adapter is not None and config.method in PEFT_METHODS:
+        raise QaromaError(
+            f"got model.adapter with method {config.method}, which begins anew; type --method aroma or --method lora"
+        )
     _decide_length(resolved, facts, decide)
     if config.data.packing:
         facts = _packed(facts, resolved.data.max_length or MAX_LENGTH)
@@ -122,12 +126,9 @@ def growth_settings(growth: GrowthSection, method: str = "aroma") -> GrowthSetti
             f"type --set growth.max_rank={growth.inner_rank} or more, or a smaller growth.inner_rank"
         )
     names = GrowthSettings.__dataclass_fields__
-    criteria = method != "relora"
-    given = {name: value for name, value in growth.model_dump().items() if name in names}
-    if not criteria:
-        given = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in growth.model_dump().items() if name in names and value is not None}
     try:
-        return GrowthSettings(**given, criteria=criteria)
+        return GrowthSettings(**given, criteria=method != "relora")
     except ValueError as error:
         raise QaromaError(f"{error}; change growth.t_in or the warm-ups, or leave them to the preset") from error
 

@@ -393,3 +393,25 @@ def test_settings_that_do_not_go_together_are_refused_before_anything_runs(
     assert not list((tmp_path / "out").glob("*/config.yaml"))
     assert main([*command[:-2], str(tmp_path / "none"), "--table-only"]) == 2
     assert "not finished" in capsys.readouterr().err
+
+
+def test_a_method_that_is_not_compared_is_not_judged(tiny_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    """AROMA, the default, would refuse this warm-up; LoRA takes it, and nothing else is asked for."""
+    from qaroma.compare.run import _prepare
+
+    def make(sets: Sequence[str]) -> Config:
+        values = [f"model.name={tiny_folder}", f"data.train={data_file}", "growth.warmup=5", "training.max_steps=9"]
+        return load_config(None, {}, [*values, *sets])
+
+    for methods in ("lora:2", "aroma+warmup=1+restart_warmup=1"):
+        runs = plan_runs(make, methods, "0", str(tmp_path))
+        _prepare(make, runs, runs, QUIET)
+    runs = plan_runs(make, "aroma", "0", str(tmp_path))
+    with pytest.raises(QaromaError, match=r"^aroma: an inner loop of t_in = 2 steps must be longer"):
+        _prepare(make, runs, runs, QUIET)
+
+
+@pytest.mark.parametrize(("methods", "seeds"), [("lora:²", "0"), ("lora:8", "²")])
+def test_a_digit_that_is_no_number_is_no_number(methods: str, seeds: str) -> None:
+    with pytest.raises(QaromaError, match=r"expected (a whole number|whole numbers)"):
+        plan_runs(from_sets, methods, seeds, "out")

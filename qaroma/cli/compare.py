@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 
 import click
@@ -10,6 +9,7 @@ import click
 from qaroma.cli.options import CONFIG_OPTION, SET_OPTION, config_options, read_config, require_model_and_data
 from qaroma.cli.output import JSON_OPTION, figures_only
 from qaroma.config import Config
+from qaroma.runs import quoted
 
 _EPILOG = """\b
 Examples:
@@ -100,4 +100,4 @@ def _typed(context: click.Context) -> str:
         else:
             for one in value if isinstance(value, tuple) else (value,):
                 words += [parameter.opts[-1], str(one)]
-    return shlex.join(words)
+    return " ".join(map(quoted, words))

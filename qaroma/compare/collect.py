@@ -9,12 +9,12 @@ from typing import Any
 
 from qaroma.compare.specs import MethodSpec
 from qaroma.compare.statistics import deviation, mean, median
-from qaroma.config import FIXED_RANK
 from qaroma.export.peft import read_factors, read_growth
 from qaroma.method.spectrum import effective_rank
 from qaroma.report.reading import Run, read_run
 from qaroma.runs import RunDirectory
 
+LORAS = ("lora", "peft-lora")
 REFERENCE_RANK = 8  # of the LoRA that figures are divided by, where it takes part
 
 
@@ -104,7 +104,7 @@ class MethodFigures:
 
 def reference_of(methods: Sequence[MethodFigures]) -> MethodFigures | None:
     """The LoRA that figures are divided by: that of rank 8, or the first one; None where there is none."""
-    loras = [m for m in methods if m.spec.method in FIXED_RANK and m.spec.method != "adalora" and m.runs]
+    loras = [m for m in methods if m.spec.method in LORAS and m.runs]
     return next((m for m in loras if m.spec.rank == REFERENCE_RANK), loras[0] if loras else None)
 
 

@@ -17,10 +17,12 @@ from qaroma.compare.runner import Folder, carry_out
 from qaroma.compare.specs import MakeConfig, PlannedRun, plan_runs, report, shared_settings
 from qaroma.compare.table import markdown
 from qaroma.compare.verdict import verdict
+from qaroma.config import PEFT_METHODS, GrowthSection
 from qaroma.errors import QaromaError
+from qaroma.method.peft_lora import require_peft
 from qaroma.presets import DataFacts, resolve
 from qaroma.report.style import has_matplotlib
-from qaroma.runs import write_atomically
+from qaroma.runs import read_json, write_atomically
 from qaroma.training.interrupt import StopRequest
 from qaroma.training.prepare import prepare_data
 
@@ -84,8 +86,11 @@ def compare(
 def _prepare(make_config: MakeConfig, todo: Sequence[PlannedRun], runs: Sequence[PlannedRun], console: Console) -> None:
     """Read the data once: the step budget that all share, and whether every method's settings go together."""
     base = make_config([])
-    base.training.max_steps = todo[0].config.training.max_steps
-    data = prepare_data(base)
+    # Every method has settings of its own; of those that all share, these decide the step budget.
+    shared = base.model_copy(deep=True)
+    shared.growth = GrowthSection(preset=base.growth.preset, inner_rank=base.growth.inner_rank)
+    shared.training.max_steps = todo[0].config.training.max_steps
+    data = prepare_data(shared)
     steps = data.config.training.max_steps
     facts = DataFacts(len(data.train), [data.config.data.max_length or 1], None, len(data.validation))
     problems = []
@@ -93,6 +98,8 @@ def _prepare(make_config: MakeConfig, todo: Sequence[PlannedRun], runs: Sequence
         planned.config.training.max_steps = steps
     for label, planned in {planned.spec.label: planned for planned in todo}.items():
         try:
+            if planned.spec.method in PEFT_METHODS:
+                require_peft(planned.spec.method)
             resolve(planned.config, facts)
         except QaromaError as error:
             problems.append(f"{label}: {error}")
@@ -115,31 +122,35 @@ def _prepare(make_config: MakeConfig, todo: Sequence[PlannedRun], runs: Sequence
 def _carry_out(todo: Sequence[PlannedRun], place: Folder, command: str, console: Console) -> dict[str, str]:
     """Run one after the other; what failed, by name, with the reason."""
     failed = {}
-    with StopRequest() as stop:
-        for number, planned in enumerate(todo, start=1):
-            console.print(f"{number}/{len(todo)}  {planned.name}", highlight=False, markup=False)
-            _remember_hardware(place, planned)
-            try:
+    try:
+        with StopRequest() as stop:
+            for number, planned in enumerate(todo, start=1):
+                console.print(f"{number}/{len(todo)}  {planned.name}", highlight=False, markup=False)
+                _remember_hardware(place, planned)
                 reason = carry_out(planned, place, console, stop)
-            except KeyboardInterrupt:
-                console.print(f"stopped; go on with the same command: {command}", soft_wrap=True, markup=False)
-                raise
-            if reason is not None:
-                failed[planned.name] = reason
-                console.print(f"  failed: {reason}", style="red", highlight=False, markup=False)
-                continue
-            figures = read_figures(place.run(planned).path, planned.seed)
-            value = "no validation data" if figures.last is None else f"{figures.metric} {figures.last:.4g}"
-            console.print(f"  {figures.steps} steps, {figures.ended}, {value}", highlight=False, markup=False)
-            if stop.requested:
-                console.print(f"stopped; go on with the same command: {command}", soft_wrap=True, markup=False)
-                raise KeyboardInterrupt
+                if reason is not None:
+                    failed[planned.name] = reason
+                    console.print(f"  failed: {reason}", style="red", highlight=False, markup=False)
+                    continue
+                console.print(f"  {_outcome(read_json(place.run(planned).summary))}", highlight=False, markup=False)
+                if stop.requested:
+                    raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        console.print(f"stopped; go on with the same command: {command}", soft_wrap=True, markup=False)
+        raise
     return failed
+
+
+def _outcome(summary: dict[str, Any]) -> str:
+    value = "no validation data"
+    if summary["metric_last"] is not None:
+        value = f"{summary['metric']} {summary['metric_last']:.4g}"
+    return f"{summary['steps']} steps, {summary['ended']}, {value}"
 
 
 def _remember_hardware(place: Folder, planned: PlannedRun) -> None:
     place.path.mkdir(parents=True, exist_ok=True)
-    known = json.loads(place.hardware.read_text(encoding="utf-8")) if place.hardware.is_file() else {}
+    known = read_json(place.hardware)
     known[planned.name] = hardware(planned.config.training.device)
     write_atomically(place.hardware, json.dumps(known, indent=2))
 
@@ -152,7 +163,7 @@ def _write(runs: Sequence[PlannedRun], failed: dict[str, str], place: Folder, co
         figures = [read_figures(place.run(p).path, p.seed) for p in own if place.finished(p)]
         methods.append(MethodFigures(spec, figures, {p.seed: failed[p.name] for p in own if p.name in failed}))
     reference, claims = reference_of(methods), verdict(methods)
-    known = json.loads(place.hardware.read_text(encoding="utf-8")) if place.hardware.is_file() else {}
+    known = read_json(place.hardware)
     machines = list(dict.fromkeys(known[planned.name] for planned in runs if planned.name in known))
     results = {
         "command": command,

@@ -16,7 +16,7 @@ from rich.console import Console
 from qaroma.compare.collect import is_finished
 from qaroma.compare.specs import PlannedRun
 from qaroma.config import Config
-from qaroma.configfile import dump_config, flattened, load_config
+from qaroma.configfile import dump_config, flattened, lies_in, load_config
 from qaroma.runs import RunDirectory, write_atomically
 from qaroma.training.interrupt import StopRequest
 
@@ -73,7 +73,7 @@ class Folder:
             for key, value in _flat(planned.config).items()
             if before.get(key) != value
             and (exact or value is not None)  # a run that was begun by hand has its values filled in
-            and not any(key == name or key.startswith(f"{name}.") for name in _MAY_DIFFER)
+            and not lies_in(key, _MAY_DIFFER)
         ]
 
 

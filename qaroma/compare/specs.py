@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from qaroma.config import FIXED_RANK, Config
-from qaroma.configfile import config_fields
+from qaroma.configfile import config_fields, lies_in
 from qaroma.errors import QaromaError
 
 MakeConfig = Callable[[Sequence[str]], Config]  # from additional key=value texts
@@ -118,7 +118,7 @@ def parse_spec(text: str, default_rank: int) -> MethodSpec:
     fixed = method in FIXED_RANK
     if rank is not None and not fixed:
         problems.append(f"{method} finds its ranks; leave out :{rank}, or set a component's with {method}+inner_rank=2")
-    elif rank is not None and not (rank.isdigit() and int(rank) > 0):
+    elif rank is not None and not (rank.isdecimal() and int(rank) > 0):
         problems.append(f"got the rank {rank!r}; expected a whole number, as {method}:8")
     settings = [part for part in _SETTING.split(match["settings"] or "") if part]
     sets = []
@@ -128,8 +128,7 @@ def parse_spec(text: str, default_rank: int) -> MethodSpec:
             problems.append(f"got {setting!r}; expected +key=value, as +reset=none")
             continue
         key = f"growth.{key}" if f"growth.{key}" in config_fields() else key
-        shared = next((name for name in SHARED if key == name or key.startswith(f"{name}.")), None)
-        if shared is not None:
+        if lies_in(key, SHARED):
             problems.append(f"{key} is the same for all methods; type --set {key}={value}")
         elif key in ("method", "rank"):
             problems.append(f"{key} stands before the settings; type {method}:8")
@@ -164,7 +163,7 @@ def report(problems: Sequence[str]) -> QaromaError:
 
 def _seeds(text: str) -> tuple[list[int], list[str]]:
     parts = [part.strip() for part in text.split(",")]
-    wrong = [part for part in parts if not part.isdigit()]
+    wrong = [part for part in parts if not part.isdecimal()]
     if wrong:
         return [], [f"--seeds: got {wrong[0]!r}; expected whole numbers separated by commas, as 0,1,2"]
     numbers = [int(part) for part in parts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,15 +27,12 @@ class Difference:
 
 def mean(values: Sequence[float]) -> float:
     """The arithmetic mean of at least one value."""
-    return math.fsum(values) / len(values)
+    return statistics.fmean(values)
 
 
 def deviation(values: Sequence[float]) -> float | None:
     """The standard deviation of a sample (n - 1); None for fewer than two values."""
-    if len(values) < 2:
-        return None
-    middle = mean(values)
-    return math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (len(values) - 1))
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
@@ -62,8 +60,4 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Differ
 
 def median(values: Sequence[float]) -> float:
     """The middle value, or the mean of the middle two; 0 of none."""
-    ordered = sorted(values)
-    if not ordered:
-        return 0.0
-    half = len(ordered) // 2
-    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+    return statistics.median(values) if values else 0.0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qaroma.compare.collect import REFERENCE_RANK, MethodFigures
+from qaroma.compare.collect import LORAS, REFERENCE_RANK, MethodFigures
 from qaroma.compare.statistics import difference
 from qaroma.report.reading import LOWER_IS_BETTER
 
@@ -50,7 +50,7 @@ def verdict(methods: Sequence[MethodFigures]) -> list[Claim]:
     ours = [m for m in done if m.spec.method == "aroma"]
     if not ours:
         return [Claim(key, "aroma", None, "aroma was not run; add it to --methods") for key in "abc"]
-    loras = [m for m in done if m.spec.method in ("lora", "peft-lora") and m.spec.rank == REFERENCE_RANK]
+    loras = [m for m in done if m.spec.method in LORAS and m.spec.rank == REFERENCE_RANK]
     adaloras = [m for m in done if m.spec.method == "adalora" and m.spec.rank == REFERENCE_RANK]
     claims = []
     for method in ours:

@@ -38,13 +38,8 @@ def save_adapter(
     Returns:
         The folder.
     """
-    components = {
-        name: [*layer.components, *([layer.active_rank] if layer.active_rank else [])]
-        for name, layer in adapter.layers.items()
-    }
-    factors = {name: layer.factors() for name, layer in adapter.layers.items()}
     about = {"inner_rank": adapter.inner_rank, "alpha": adapter.alpha, **(growth or {})}
-    return save_factors(folder, factors, components, base=base, growth=about)
+    return save_factors(folder, adapter.factors(), adapter.components(), base=base, growth=about)
 
 
 def save_factors(

@@ -206,9 +206,9 @@ class Adapter:
             setattr(model.get_submodule(parent), child, layer.train(base.training))
             self.layers[name] = layer
 
-    def initial_A(self, layer: AdaptedLinear, rank: int | None = None) -> Tensor:
+    def initial_A(self, layer: AdaptedLinear) -> Tensor:
         """Kaiming-uniform(a = sqrt 5) values of shape (r, N), drawn on the CPU so that devices agree."""
-        return kaiming_A(rank or self.inner_rank, layer.in_features, self.generator)
+        return kaiming_A(self.inner_rank, layer.in_features, self.generator)
 
     def active_layers(self) -> Iterator[tuple[str, AdaptedLinear]]:
         return ((name, layer) for name, layer in self.layers.items() if layer.active_A is not None)
@@ -230,6 +230,17 @@ class Adapter:
     def ranks(self) -> dict[str, int]:
         """Rank of each layer, frozen and active components together."""
         return {name: layer.rank for name, layer in self.layers.items()}
+
+    def components(self) -> dict[str, list[int]]:
+        """Inner ranks of each layer's components, in order, the active one last."""
+        return {
+            name: [*layer.components, *([layer.active_rank] if layer.active_rank else [])]
+            for name, layer in self.layers.items()
+        }
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """A (R, N) and B (R, M) of each layer, the scale folded into B."""
+        return {name: layer.factors() for name, layer in self.layers.items()}
 
     def trainable_parameters(self) -> int:
         return sum(active.A.numel() + active.B.numel() for active in self._actives())

@@ -19,7 +19,7 @@ from qaroma.method.criteria import (
 from qaroma.method.dequantise import dense_weight
 from qaroma.method.growth import GrowthEvent, GrowthSettings, GrowthState, Measurement
 from qaroma.method.probe import GradientProbe
-from qaroma.method.schedule import cosine, jagged_cosine
+from qaroma.method.schedule import jagged_cosine, warm_cosine
 
 
 class GrowthController(AdapterMethod):
@@ -117,11 +117,6 @@ class GrowthController(AdapterMethod):
             for name in self.growth.active()
         }
 
-    def _head_factor(self) -> float:
-        s, step = self.settings, self.growth.step
-        climb = min((step + 1) / s.warmup, 1.0) if s.warmup else 1.0
-        return climb * cosine(step, total=self.total_steps, warmup=s.warmup, min_ratio=s.min_lr_ratio)
-
     def step(self) -> list[GrowthEvent]:
         """Clip, update, zero the gradients; check and grow where that is due.
 
@@ -137,7 +132,9 @@ class GrowthController(AdapterMethod):
             raise RuntimeError("new components wait for their direction: call probe() after a backward pass, twice")
         rates = self.learning_rates()
         self.learning_rate = max(rates.values(), default=0.0)
-        self.trainer.update(rates, self.head_peak * self._head_factor())
+        s = self.settings
+        of_head = warm_cosine(self.growth.step, total=self.total_steps, warmup=s.warmup, min_ratio=s.min_lr_ratio)
+        self.trainer.update(rates, self.head_peak * of_head)
         due = self.growth.tick()
         if not due or self.growth.step >= self.total_steps:  # a component begun now would never train
             return []

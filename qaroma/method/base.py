@@ -196,13 +196,10 @@ class AdapterMethod:
         return self.adapter.ranks()
 
     def components(self) -> dict[str, list[int]]:
-        return {
-            name: [*layer.components, *([layer.active_rank] if layer.active_rank else [])]
-            for name, layer in self.adapter.layers.items()
-        }
+        return self.adapter.components()
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        return {name: layer.factors() for name, layer in self.adapter.layers.items()}
+        return self.adapter.factors()
 
     def load_factors(self, factors: Mapping[str, tuple[Tensor, Tensor]], components: Mapping[str, list[int]]) -> None:
         for name, layer in self.adapter.layers.items():

@@ -50,7 +50,9 @@ def inject_lora(
     Raises:
         QaromaError: peft is not installed.
     """
-    peft = _peft("peft-lora")
+    require_peft("peft-lora")
+    import peft
+
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=_exactly(names))
     with torch.random.fork_rng():  # the base's own dropout draws as it does under every other method
         tuner = _in_fp32(peft.LoraModel(model, {ADAPTER: config}, ADAPTER))
@@ -88,7 +90,9 @@ def inject_adalora(
     Raises:
         QaromaError: peft is not installed.
     """
-    peft = _peft("adalora")
+    require_peft("adalora")
+    import peft
+
     config = peft.AdaLoraConfig(
         target_r=rank,
         init_r=max(rank + 1, round(INIT_RANK * rank)),
@@ -336,12 +340,16 @@ class AdaLora(PeftMethod):
             setattr(self.tuner.rankallocator, kind, saved)
 
 
-def _peft(method: str) -> Any:
+def require_peft(method: str) -> None:
+    """Tell before anything is loaded that peft is missing.
+
+    Raises:
+        QaromaError: how to get it.
+    """
     try:
-        import peft
+        import peft  # noqa: F401
     except ImportError as error:
         raise QaromaError(f"method {method} needs peft; type: pip install 'qaroma[bench]'") from error
-    return peft
 
 
 def _in_fp32(tuner: Any) -> Any:

@@ -5,7 +5,7 @@ Dimensions: B examples, L sequence length, C outputs, S examples of a whole data
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,6 +56,7 @@ METRICS = {"classification": ("accuracy", "f1", "matthews"), "regression": ("pea
 class _Labelled:
     """What both tasks do alike."""
 
+    higher_is_better = True
     labels_dtype: torch.dtype
 
     def __init__(self, pad_token_id: int = 0) -> None:
@@ -88,6 +89,19 @@ class _Labelled:
     def loss_of(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def figures(self, logits_SC: Tensor, labels_S: Tensor) -> dict[str, float]:
+        """What the task is judged by, over a whole set."""
+        raise NotImplementedError
+
+    def evaluate(self, model: nn.Module, batches: Iterable[LabelledBatch], device: torch.device) -> dict[str, Any]:
+        """Loss, figures and number of examples over the whole set."""
+        logits_SC, labels_S = self.predict(model, batches, device)
+        return {
+            "loss": self.loss_of(logits_SC, labels_S).item() / len(labels_S),
+            **self.figures(logits_SC, labels_S),
+            "examples": len(labels_S),
+        }
+
     def predict(
         self, model: nn.Module, batches: Iterable[LabelledBatch], device: torch.device
     ) -> tuple[Tensor, Tensor]:
@@ -110,7 +124,6 @@ class Classification(_Labelled):
     """
 
     name = "classification"
-    higher_is_better = True
     labels_dtype = torch.int64
 
     def __init__(self, classes: int, *, metric: str = "accuracy", pad_token_id: int = 0) -> None:
@@ -120,17 +133,10 @@ class Classification(_Labelled):
     def loss_of(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
         return F.cross_entropy(logits_BC, labels_B, reduction="sum")
 
-    def evaluate(self, model: nn.Module, batches: Iterable[LabelledBatch], device: torch.device) -> dict[str, Any]:
-        """Loss, accuracy, F1 and Matthews correlation over the whole set."""
-        logits_SC, labels_S = self.predict(model, batches, device)
+    def figures(self, logits_SC: Tensor, labels_S: Tensor) -> dict[str, float]:
+        """Accuracy, F1 and Matthews correlation."""
         counts = confusion(logits_SC.argmax(-1), labels_S, self.classes)
-        return {
-            "loss": self.loss_of(logits_SC, labels_S).item() / len(labels_S),
-            "accuracy": accuracy(counts),
-            "f1": f1(counts),
-            "matthews": matthews(counts),
-            "examples": len(labels_S),
-        }
+        return {"accuracy": accuracy(counts), "f1": f1(counts), "matthews": matthews(counts)}
 
 
 class Regression(_Labelled):
@@ -142,7 +148,6 @@ class Regression(_Labelled):
     """
 
     name = "regression"
-    higher_is_better = True
     labels_dtype = torch.float32
 
     def __init__(self, *, metric: str = "pearson", pad_token_id: int = 0) -> None:
@@ -152,15 +157,14 @@ class Regression(_Labelled):
     def loss_of(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
         return F.mse_loss(logits_BC[:, 0], labels_B, reduction="sum")
 
-    def evaluate(self, model: nn.Module, batches: Iterable[LabelledBatch], device: torch.device) -> dict[str, Any]:
-        """Mean squared error (``loss``), Pearson and Spearman correlation over the whole set."""
-        logits_SC, labels_S = self.predict(model, batches, device)
-        return {
-            "loss": self.loss_of(logits_SC, labels_S).item() / len(labels_S),
-            "pearson": pearson(logits_SC[:, 0], labels_S),
-            "spearman": spearman(logits_SC[:, 0], labels_S),
-            "examples": len(labels_S),
-        }
+    def figures(self, logits_SC: Tensor, labels_S: Tensor) -> dict[str, float]:
+        """Pearson and Spearman correlation; the loss beside them is the mean squared error."""
+        return {"pearson": pearson(logits_SC[:, 0], labels_S), "spearman": spearman(logits_SC[:, 0], labels_S)}
+
+
+def outputs_of(about: Mapping[str, Any]) -> int | None:
+    """Outputs of the head that a run trains, by what its adapter remembers; None for a language model."""
+    return len(about["labels"]) or 1 if "labels" in about else None
 
 
 def labelled_task(kind: str, labels: Sequence[str], metric: str, pad_token_id: int) -> Classification | Regression:
