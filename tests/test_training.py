@@ -273,3 +273,24 @@ def test_what_fits_at_no_level_is_a_clear_error(tmp_path: Path, monkeypatch: pyt
     config = Config.model_validate({"model": {"name": str(tmp_path)}, "data": {"max_length": 2048}})
     with pytest.raises(QaromaError, match=r"does not fit in 3\.0 GiB with micro-batches of 8192 tokens"):
         memory.choose_level(config, torch.device("cpu"))
+
+
+def test_the_figure_that_chose_the_best_adapter_stays(tiny_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    finetune(make_config(tiny_folder, data_file, run, training__max_steps=2), console=QUIET)
+    config = Config.model_validate({"output": str(run), "evaluation": {"metric": "f1"}})
+    with pytest.raises(QaromaError, match=r"evaluation\.metric was None, now f1"):
+        finetune(config, resume=True, console=QUIET)
+
+
+def test_a_run_that_stopped_at_its_first_step_logs_the_beginning_once(
+    tiny_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setattr(fit_module, "accumulate", lambda session, batches: float("nan"))
+    with pytest.raises(QaromaError, match="loss of step 1 is nan"):
+        finetune(make_config(tiny_folder, data_file, run, training__max_steps=2), console=QUIET)
+    monkeypatch.undo()
+    finetune(Config.model_validate({"output": str(run)}), resume=True, console=QUIET)
+    assert [v["step"] for v in records(run, "validation")].count(0) == 1
+    assert [r["step"] for r in records(run, "ranks")].count(0) == 1

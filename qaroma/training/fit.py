@@ -58,6 +58,7 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
     assert training.max_steps is not None
     assert training.evaluate_every is not None
     assert session.config.checkpoint.every is not None
+    ranks = method.ranks()
     if state.step == 0:
         state.trainable_start = method.trainable_parameters()
         _log_ranks(session, state, {})
@@ -68,10 +69,10 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
     ending: Ending = "budget"
     session.model.train()
     while state.step < training.max_steps and not method.finished:
-        before, record = method.ranks(), _train_step(session, state, view)
+        record = _train_step(session, state, view)
         events = method.step()
         _record_step(session, state, record, events, view)
-        _log_ranks(session, state, before)
+        ranks = _log_ranks(session, state, ranks)
         _probe(session, state, view)
         last = state.step == training.max_steps or method.finished
         validated = state.step % training.evaluate_every == 0 or last
@@ -92,9 +93,8 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
         if ending == "patience":
             break
     ending = "grown" if method.finished else ending
-    before = method.ranks()
     _log_new(session, method.finish())
-    _log_ranks(session, state, before)
+    _log_ranks(session, state, ranks)
     return ending
 
 
@@ -192,17 +192,18 @@ def _record_step(
 
 def _log_new(session: Session, events: Sequence[GrowthEvent]) -> None:
     """Log events unless a run that was killed right after them has logged them before."""
-    known = session.log.records()[-len(events) :] if events else []
+    known = [record for record in session.log.records() if record.get("event") == "growth"] if events else []
     for event in events:
         if event.to_json() not in known:
             session.log.write(event.to_json())
 
 
-def _log_ranks(session: Session, state: FitState, before: Mapping[str, int]) -> None:
-    """Log the ranks of all modules where one changed."""
+def _log_ranks(session: Session, state: FitState, before: Mapping[str, int]) -> dict[str, int]:
+    """Log the ranks of all modules where one changed; returns them."""
     ranks = session.method.ranks()
     if ranks != before:
         session.log.write({"event": "ranks", "step": state.step, "ranks": ranks})
+    return ranks
 
 
 def _validate(session: Session, state: FitState, view: ProgressView) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import psutil
 import torch
 
-from qaroma.config import FIXED_RANK, Config
+from qaroma.config import Config
 from qaroma.engine.levels import LEVELS, apply_level
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_config, resolve_dtype
@@ -103,7 +103,7 @@ def choose_level(config: Config, device: torch.device) -> int:
         level=0,
         seq_len=config.data.max_length,
         micro_batch=config.training.micro_batch,
-        inner_rank=(config.rank if config.method in FIXED_RANK else config.growth.inner_rank) or 1,
+        inner_rank=config.component_rank,
         targets=targets if isinstance(targets, str) else tuple(targets),
         quantized=config.model.quantization != "none",
         double_quantization=config.model.double_quantization,

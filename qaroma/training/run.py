@@ -15,7 +15,7 @@ from rich.console import Console
 from qaroma.answers import Answers, AnswerTest, read_conversations
 from qaroma.checkpoint import load_newest
 from qaroma.config import Config
-from qaroma.configfile import dump_config, load_config
+from qaroma.configfile import dump_config, lies_in, load_config
 from qaroma.engine.levels import LEVELS
 from qaroma.errors import QaromaError
 from qaroma.model.builtin import resolve_model
@@ -24,6 +24,7 @@ from qaroma.presets import Decision
 from qaroma.report.keyfigures import ENDINGS
 from qaroma.runs import RunDirectory, write_atomically
 from qaroma.summary import BeforeAfter, RunSummary, Score, print_summary
+from qaroma.tasks.labelled import outputs_of
 from qaroma.training.fit import Ending, FitState, fit, restore_state
 from qaroma.training.interrupt import StopRequest
 from qaroma.training.interruptions import interruptions_told
@@ -36,7 +37,8 @@ from qaroma.training.trackers import start_trackers
 
 # Settings that may differ when a run goes on; all others would make it another run.
 RESUMABLE = ("training.max_steps", "training.learning_rate", "training.evaluate_every", "training.patience",
-             "training.device", "training.track", "checkpoint", "evaluation", "output")  # fmt: skip
+             "training.device", "training.memory", "training.track", "checkpoint", "evaluation", "output")  # fmt: skip
+FIXED = ("evaluation.metric",)  # of those: the best adapter so far was chosen by it
 
 
 def finetune(config: Config, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -118,7 +120,11 @@ def _resumed_config(given: Config) -> Config:
     stored = load_config(run.config, {}, [])
     ours, theirs = _given(stored), _given(given)
     changed = {key: value for key, value in theirs.items() if value is not None and ours.get(key) != value}
-    refused = [f"{key} was {ours.get(key)}, now {value}" for key, value in changed.items() if not _resumable(key)]
+    refused = [
+        f"{key} was {ours.get(key)}, now {value}"
+        for key, value in changed.items()
+        if lies_in(key, FIXED) or not lies_in(key, RESUMABLE)
+    ]
     if refused:
         raise QaromaError(
             f"cannot resume {run.path} with other settings: {'; '.join(refused)}. "
@@ -128,10 +134,6 @@ def _resumed_config(given: Config) -> Config:
         _set(stored, key, value)
     stored.output = str(run.path)
     return stored
-
-
-def _resumable(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in RESUMABLE)
 
 
 def _given(section: BaseModel, prefix: str = "") -> dict[str, Any]:
@@ -173,7 +175,7 @@ def _restored(session: Session, console: Console) -> FitState:
     for warning in warnings:
         console.print(f"warning: {warning}", style="yellow", highlight=False)
     state = restore_state(session, checkpoint) if checkpoint else FitState()
-    session.log.cut_back(state.step if checkpoint else -1)
+    session.log.cut_back(state.step or -1)  # what is logged at step 0 is logged anew
     console.print(f"resuming {session.run.path.as_posix()} at step {state.step}", highlight=False)
     return state
 
@@ -236,7 +238,7 @@ def _summary(
     if after:
         scores.append(Score("exact match", before.exact_match if before else None, after.exact_match, percent=True))
     shown = session.config.evaluation.show
-    base = resolve_model(session.base_name)
+    base, outputs = resolve_model(session.base_name), outputs_of(session.remember)
     examples = _side_by_side(before, after)[:shown] if after else []
     return RunSummary(
         run=figures["run"],
@@ -252,8 +254,8 @@ def _summary(
         trainable_end=figures["trainable_parameters_end"],
         scores=scores,
         examples=examples,
-        evaluation_data=session.config.evaluation.data or session.config.data.validation,
-        outputs=None if "labels" not in session.remember else len(session.remember["labels"]) or 1,
+        evaluation_data=(session.config.evaluation.data if after else None) or session.config.data.validation,
+        outputs=outputs,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from qaroma.config import FIXED_RANK, Config
+from qaroma.config import Config
 from qaroma.engine.placement import head_quantization
 from qaroma.export.peft import read_factors, read_growth, read_head, save_factors
 from qaroma.method.base import Method
@@ -88,9 +88,8 @@ class Session:
     def _describe(self, step: int) -> dict[str, Any]:
         """What ``growth.json`` says beside the components."""
         model, growth = self.config.model, self.config.growth
-        fixed = self.config.method in FIXED_RANK
         return {
-            "inner_rank": self.config.rank if fixed else growth.inner_rank,
+            "inner_rank": self.config.component_rank,
             "alpha": growth.alpha,
             "method": self.method.name,
             "step": step,

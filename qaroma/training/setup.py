@@ -8,20 +8,21 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from qaroma.config import FIXED_RANK, Config
+from qaroma.config import PEFT_METHODS, Config
 from qaroma.engine.levels import LEVELS
 from qaroma.errors import QaromaError
 from qaroma.export.foreign import continue_from
+from qaroma.method.adapter import Adapter
 from qaroma.method.aroma import GrowthController
 from qaroma.method.base import Method
 from qaroma.method.lora import PlainLora
-from qaroma.method.peft_lora import AdaLora, PeftLora, PeftMethod, inject_adalora, inject_lora
-from qaroma.model.attach import attach
+from qaroma.method.peft_lora import AdaLora, PeftLora, PeftMethod, inject_adalora, inject_lora, require_peft
 from qaroma.model.base import fingerprint, load_base, resolve_dtype
 from qaroma.model.head import TrainedHead, head_names, is_inside
 from qaroma.model.targets import find_targets
 from qaroma.presets import growth_settings
 from qaroma.runs import MetricsLog, RunDirectory
+from qaroma.tasks.labelled import outputs_of
 from qaroma.training.batches import BatchPlan
 from qaroma.training.memory import choose_level, enter_level
 from qaroma.training.prepare import PreparedData
@@ -29,7 +30,7 @@ from qaroma.training.samples import Sampler
 from qaroma.training.session import Session
 from qaroma.training.trackers import require_trackers
 
-PEFT_METHODS: dict[str, type[PeftMethod]] = {"peft-lora": PeftLora, "adalora": AdaLora}
+_OF_PEFT: dict[str, type[PeftMethod]] = {"peft-lora": PeftLora, "adalora": AdaLora}
 
 
 def build_session(data: PreparedData, run: RunDirectory) -> Session:
@@ -40,6 +41,8 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
     """
     config = data.config
     assert config.model.name is not None
+    if config.method in PEFT_METHODS:
+        require_peft(config.method)
     torch.manual_seed(config.training.seed)
     accelerator = _accelerator(config, run)
     level = choose_level(config, accelerator.device)
@@ -108,7 +111,7 @@ def _load(data: PreparedData, level: int, device: torch.device) -> Any:
         attention=model.attention,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
-        num_labels=_outputs(data),
+        num_labels=outputs_of(data.remember),
         host_embeddings=LEVELS[level].host_embeddings,
     )
 
@@ -117,16 +120,8 @@ def _sampler(data: PreparedData) -> Sampler | None:
     chosen = data.config.evaluation
     if not chosen.prompts:
         return None
-    if data.template is None:
-        raise QaromaError(f"evaluation.prompts are for models that write text; leave them out of a {data.config.task}")
+    assert data.template is not None
     return Sampler(chosen.prompts, data.tokenizer, data.template, chosen.max_new_tokens)
-
-
-def _outputs(data: PreparedData) -> int | None:
-    """Outputs of the classifier; None for a causal language model."""
-    if data.template is not None:
-        return None
-    return len(data.remember["labels"]) or 1
 
 
 def build_method(config: Config, model: Any, head: Sequence[str] = ()) -> tuple[Method, TrainedHead | None]:
@@ -145,35 +140,33 @@ def build_method(config: Config, model: Any, head: Sequence[str] = ()) -> tuple[
         "max_grad_norm": training.max_grad_norm,
         "head_learning_rate": training.head_learning_rate,
     }
-    targets = [n for n in find_targets(model, growth.target_modules or "all-linear") if not is_inside(n, head)]
     fixed: dict[str, Any] = {"warmup": growth.warmup or 0, "min_lr_ratio": growth.min_lr_ratio or 0.0}
+    targets = [n for n in find_targets(model, growth.target_modules or "all-linear") if not is_inside(n, head)]
+    carrier = (_inject if config.method in PEFT_METHODS else _attach)(config, model, targets)
+    trained = TrainedHead(model, head) if head else None  # attaching froze it
+    common["head"] = trained.parameters() if trained else ()
     if config.method in PEFT_METHODS:
-        tuner = _inject(config, model, targets)
-        trained = TrainedHead(model, head) if head else None
-        common["head"] = trained.parameters() if trained else ()
-        return PEFT_METHODS[config.method](tuner, **fixed, **common), trained
-    rank = config.rank if config.method in FIXED_RANK else growth.inner_rank
-    options: dict[str, Any] = {"alpha": growth.alpha, "dropout": growth.dropout, "seed": training.seed}
-    adapter = attach(model, targets, inner_rank=rank or 1, **options)
+        return _OF_PEFT[config.method](carrier, **fixed, **common), trained
+    if config.method == "lora":
+        return PlainLora(carrier, **fixed, **common), trained
+    return GrowthController(carrier, growth_settings(growth, config.method), **common), trained
+
+
+def _attach(config: Config, model: Any, targets: Sequence[str]) -> Adapter:
+    """Our own adapter, with what another one brings where the run goes on from it."""
+    options: dict[str, Any] = {
+        "alpha": config.growth.alpha,
+        "dropout": config.growth.dropout,
+        "seed": config.training.seed,
+    }
+    adapter = Adapter(model, targets, inner_rank=config.component_rank, **options)
     if config.model.adapter is not None:
         continue_from(adapter, config.model.adapter)
-    trained = TrainedHead(model, head) if head else None
-    common["head"] = trained.parameters() if trained else ()
-    if config.method == "lora":
-        return PlainLora(adapter, **fixed, **common), trained
-    return GrowthController(adapter, growth_settings(growth, config.method), **common), trained
+    return adapter
 
 
 def _inject(config: Config, model: Any, targets: Sequence[str]) -> Any:
-    """PEFT's adapter for the methods that are PEFT's.
-
-    Raises:
-        QaromaError: peft is not installed, or the run is to go on from another adapter.
-    """
-    if config.model.adapter is not None:
-        raise QaromaError(
-            f"got model.adapter with method {config.method}, which begins anew; type --method aroma or --method lora"
-        )
+    """PEFT's adapter for the methods that are PEFT's."""
     options: dict[str, Any] = {
         "rank": config.rank,
         "alpha": config.growth.alpha,
