@@ -15,7 +15,7 @@ from qaroma.data.forms import Message
 from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
 from qaroma.export.delta import attach_delta, detach, linear_shapes
-from qaroma.export.engines import LlamaCpp
+from qaroma.export.engines import LlamaCpp, LlamaCppAnswer
 from qaroma.export.gguf_adapter import read_gguf_adapter, write_gguf_adapter
 from qaroma.export.gguf_model import rope_factors, write_gguf_model
 from qaroma.export.gguf_names import GgufNames
@@ -197,6 +197,34 @@ def test_llama_cpp_gives_transformers_answers(kind: str, tokenizer, tmp_path: Pa
     for test in (merged, adapted):
         assert test.passed, test.sentence()
         assert test.same_answers == len(PROMPTS)
+
+
+@pytest.mark.parametrize("wrong", ["nothing", "nan", "infinite", "other prompt"])
+def test_an_engine_that_answers_badly_does_not_pass(wrong: str, tokenizer) -> None:
+    live = live_answers(tiny("tied", tokenizer), tokenizer, Template.choose(tokenizer), PROMPTS, tokens=6)
+
+    class Engine:
+        """llama.cpp's answers as they should be, but for the last prompt's where ``spoiled``."""
+
+        def __init__(self, *, spoiled: bool) -> None:
+            self.waiting, self.spoiled = iter(live), spoiled
+
+        def answer(self, prompt: str, tokens: int, *, top: int) -> LlamaCppAnswer:
+            answered = next(self.waiting)
+            expected, spoiled = answered.ids[answered.start :], self.spoiled and answered is live[-1]
+            best = [row.topk(top) for row in answered.logits.log_softmax(-1)]
+            told = [dict(zip(one.indices.tolist(), one.values.tolist(), strict=True)) for one in best]
+            if spoiled and wrong == "nothing":
+                expected, told = [], []
+            elif spoiled and wrong in ("nan", "infinite"):
+                told[2] = dict.fromkeys(told[2], float(wrong[:3]))
+            more = spoiled and wrong == "other prompt"
+            return LlamaCppAnswer(answered.start + more, "", expected, told)
+
+    good = compare_llama_cpp(Engine(spoiled=False), live, tokenizer, tolerance=1e-3)
+    assert good.passed
+    assert (good.same_answers, good.largest) == (len(PROMPTS), pytest.approx(0, abs=1e-6))
+    assert not compare_llama_cpp(Engine(spoiled=True), live, tokenizer, tolerance=1e-3).passed
 
 
 def test_every_outtype_is_near_and_norms_stay_exact(tiny_model, tokenizer, tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def compare_logits(logits: Logits, live: Sequence[Answered], *, engine: str, tol
     for answered in live:
         found = logits(answered.ids[:-1], answered.start - 1)
         difference = float((found - answered.logits).abs().max())
-        largest = max(largest, difference if difference == difference else float("inf"))
+        largest = max(largest, _nan_as_infinite(difference))
         same += found.argmax(-1).tolist() == answered.ids[answered.start :]
     return SelfTest(engine, "logits", largest, tolerance, same, len(live))
 
@@ -196,7 +196,8 @@ def compare_llama_cpp(engine: LlamaCpp, live: Sequence[Answered], tokenizer: Any
     """Greedy answers and log-probabilities of llama.cpp, from text through its own tokenizer.
 
     Compared up to where an answer parts from the live one, whose log-probabilities then no longer apply.
-    A prompt that it cuts into another number of tokens counts as an infinite difference.
+    A prompt that it cuts into another number of tokens counts as an infinite difference, and so does one
+    that it has no answer to where the live model has.
     """
     bos = tokenizer.bos_token if added_bos(tokenizer) is not None else ""
     largest, same = 0.0, 0
@@ -209,13 +210,20 @@ def compare_llama_cpp(engine: LlamaCpp, live: Sequence[Answered], tokenizer: Any
         known = answered.logits.log_softmax(-1)
         positions = _told_positions(tokenizer, expected)
         for position, token, likeliest in zip(positions, told.tokens, told.log_probabilities, strict=False):
-            gaps = [abs(value - float(known[position, index])) for index, value in likeliest.items()]
+            gaps = [_nan_as_infinite(abs(value - float(known[position, index]))) for index, value in likeliest.items()]
             largest = max(largest, *gaps)
             if token != expected[position]:
                 break
         visible = [expected[position] for position in positions]
+        if visible[:-1] and not told.tokens:
+            largest = float("inf")
         same += told.tokens in (visible, visible[:-1])  # the token that ends an answer is left out
     return SelfTest("llama.cpp", "log-probabilities", largest, tolerance, same, len(live))
+
+
+def _nan_as_infinite(difference: float) -> float:
+    """A difference that can be compared: infinite where it is no number, which ``max`` would pass over."""
+    return difference if difference == difference else float("inf")
 
 
 def _told_positions(tokenizer: Any, answer: Sequence[int]) -> list[int]:
