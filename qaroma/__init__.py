@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qaroma.errors import QaromaError
-    from qaroma.export.peft import load_adapter, save_adapter
     from qaroma.method.adapter import Adapter
     from qaroma.method.aroma import GrowthController
+    from qaroma.method.attach import attach
     from qaroma.method.growth import GrowthEvent, GrowthSettings
     from qaroma.method.lora import PlainLora
-    from qaroma.model.attach import attach
     from qaroma.model.base import load_base, load_tokenizer
+    from qaroma.runs.adapter import load_adapter, save_adapter
 
 __version__ = "0.1.0"
 
@@ -31,11 +31,11 @@ _HOMES = {
     "GrowthSettings": "qaroma.method.growth",
     "PlainLora": "qaroma.method.lora",
     "QaromaError": "qaroma.errors",
-    "attach": "qaroma.model.attach",
-    "load_adapter": "qaroma.export.peft",
+    "attach": "qaroma.method.attach",
+    "load_adapter": "qaroma.runs.adapter",
     "load_base": "qaroma.model.base",
     "load_tokenizer": "qaroma.model.base",
-    "save_adapter": "qaroma.export.peft",
+    "save_adapter": "qaroma.runs.adapter",
 }
 
 __all__ = [

@@ -8,8 +8,8 @@ import torch
 
 from qaroma.data.templates import Template
 from qaroma.export.delta import Factors, attach_delta, detach, linear_shapes
-from qaroma.export.peft import save_adapter
 from qaroma.model.base import fingerprint, load_base, load_tokenizer
+from qaroma.runs.adapter import save_adapter
 
 
 def random_delta(shapes: dict[str, tuple[int, int]], *, size: float = 0.05, ranks=range(5)) -> dict[str, Factors]:

@@ -21,16 +21,16 @@ from qaroma.benchmarks.likelihood import Choice, encode_choice, score_choices
 from qaroma.benchmarks.progress import ScoreFile
 from qaroma.benchmarks.results import results_table, summarise, wilson
 from qaroma.cli import main
-from qaroma.configfile import load_config
+from qaroma.config.load import load_config
+from qaroma.config.presets import DataFacts, resolve
 from qaroma.data.encode import encode_rows
 from qaroma.data.forms import Message
 from qaroma.data.sources import Row
 from qaroma.data.templates import Template
 from qaroma.engine.loss import LMHead
 from qaroma.errors import QaromaError
-from qaroma.inference import TunedModel, open_base
-from qaroma.presets import DataFacts, resolve
-from qaroma.training.run import finetune
+from qaroma.inference.open import TunedModel, open_base
+from qaroma.training.finetune import finetune
 
 QUIET = Console(quiet=True)
 OUTPUTS = ["the correct answer is answer1", "the correct answer is answer2", "answer1", "answer1 and more of it", "no"]

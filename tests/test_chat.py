@@ -13,13 +13,13 @@ import pytest
 import torch
 from export_adapters import save_random_adapter
 
-from qaroma.chat import AnswerStream, Chat, Sampling, adapter_off, open_chat
 from qaroma.cli import main
 from qaroma.cli.chat import converse
 from qaroma.data.forms import Message
 from qaroma.errors import QaromaError
-from qaroma.evaluate import generate
-from qaroma.inference import TunedModel
+from qaroma.inference.chat import AnswerStream, Chat, Sampling, adapter_off, open_chat
+from qaroma.inference.generate import generate
+from qaroma.inference.open import TunedModel
 from qaroma.method.adapter import AdaptedLinear
 from qaroma.model.base import load_base
 

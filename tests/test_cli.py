@@ -20,8 +20,8 @@ import pytest
 from qaroma import __version__
 from qaroma.cli import COMMANDS as DECLARED
 from qaroma.cli import main, root
-from qaroma.config import Config
-from qaroma.configfile import config_fields
+from qaroma.config.load import config_fields
+from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,15 +72,15 @@ def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
         return call
 
-    run = types.ModuleType("qaroma.training.run")
+    run = types.ModuleType("qaroma.training.finetune")
     run.__dict__["finetune"] = recorder("finetune", lambda _: {"steps": 3, "loss": float("nan")})
-    inference = types.ModuleType("qaroma.inference")
+    inference = types.ModuleType("qaroma.inference.open")
     inference.__dict__["generate_from_run"] = recorder(
         "generate", lambda call: [f"<{p}>" for p in call["positional"][1]]
     )
     inference.__dict__["evaluate_run"] = recorder("evaluate", lambda _: {"loss": 1.5, "perplexity": float("inf")})
-    monkeypatch.setitem(sys.modules, "qaroma.training.run", run)
-    monkeypatch.setitem(sys.modules, "qaroma.inference", inference)
+    monkeypatch.setitem(sys.modules, "qaroma.training.finetune", run)
+    monkeypatch.setitem(sys.modules, "qaroma.inference.open", inference)
     return record
 
 
@@ -270,9 +270,9 @@ def test_what_a_command_raises_becomes_an_exit_code(
     def fail(*_: Any, **__: Any) -> None:
         raise raised
 
-    run = types.ModuleType("qaroma.training.run")
+    run = types.ModuleType("qaroma.training.finetune")
     run.__dict__["finetune"] = fail
-    monkeypatch.setitem(sys.modules, "qaroma.training.run", run)
+    monkeypatch.setitem(sys.modules, "qaroma.training.finetune", run)
     assert main(["finetune", "--model", "m", "--data", "d"]) == code
     out, err = capsys.readouterr()
     assert err.lstrip("\n") == message
@@ -280,7 +280,7 @@ def test_what_a_command_raises_becomes_an_exit_code(
 
 
 def test_a_fault_of_ours_keeps_its_traceback(called: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "qaroma.training.run", types.ModuleType("qaroma.training.run"))
+    monkeypatch.setitem(sys.modules, "qaroma.training.finetune", types.ModuleType("qaroma.training.finetune"))
     with pytest.raises(ImportError):
         main(["finetune", "--model", "m", "--data", "d"])
 

@@ -18,16 +18,16 @@ from rich.console import Console
 
 from qaroma.cli import main
 from qaroma.compare.collect import MethodFigures, RunFigures, read_figures, reference_of
-from qaroma.compare.runner import Folder, carry_out
+from qaroma.compare.processes import Folder, carry_out
 from qaroma.compare.specs import parse_spec, plan_runs, shared_settings
 from qaroma.compare.statistics import deviation, difference, mean, median
 from qaroma.compare.table import markdown
 from qaroma.compare.verdict import verdict
-from qaroma.config import Config
-from qaroma.configfile import dump_config, load_config
+from qaroma.config.load import dump_config, load_config
+from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
-from qaroma.export.peft import save_factors
-from qaroma.runs import RunDirectory
+from qaroma.runs.adapter import save_factors
+from qaroma.runs.directory import RunDirectory
 from qaroma.training.interrupt import StopRequest
 
 QUIET = Console(quiet=True)
@@ -397,7 +397,7 @@ def test_settings_that_do_not_go_together_are_refused_before_anything_runs(
 
 def test_a_method_that_is_not_compared_is_not_judged(tiny_folder: Path, data_file: Path, tmp_path: Path) -> None:
     """AROMA, the default, would refuse this warm-up; LoRA takes it, and nothing else is asked for."""
-    from qaroma.compare.run import _prepare
+    from qaroma.compare.compare import _prepare
 
     def make(sets: Sequence[str]) -> Config:
         values = [f"model.name={tiny_folder}", f"data.train={data_file}", "growth.warmup=5", "training.max_steps=9"]

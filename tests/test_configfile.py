@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from qaroma.config import Config
-from qaroma.configfile import config_fields, dump_config, find_config, load_config, parse_source, shipped_configs
+from qaroma.config.load import config_fields, dump_config, find_config, load_config, parse_source, shipped_configs
+from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
 
 

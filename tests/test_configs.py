@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from qaroma.cli import main
-from qaroma.configfile import load_config, shipped_configs, shipped_folder
-from qaroma.shipped import list_shipped
+from qaroma.config.load import load_config, shipped_configs, shipped_folder
+from qaroma.config.shipped import list_shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = shipped_configs()
@@ -56,7 +56,7 @@ def test_the_papers_six_matrices_of_an_encoder_layer_are_adapted_and_the_head_is
     import torch
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
-    from qaroma.model.targets import find_targets
+    from qaroma.method.targets import find_targets
 
     with torch.device("meta"):
         model = RobertaForSequenceClassification(RobertaConfig(num_hidden_layers=2))

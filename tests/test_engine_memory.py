@@ -15,8 +15,8 @@ from qaroma.engine.checkpointing import host_memory_booked
 from qaroma.engine.levels import LEVELS, apply_level
 from qaroma.engine.placement import HostEmbedding
 from qaroma.method.aroma import GrowthController
+from qaroma.method.attach import attach
 from qaroma.method.growth import GrowthSettings
-from qaroma.model.attach import attach
 from qaroma.model.base import load_base
 from qaroma.tasks.causal_lm import CausalLM
 

@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qaroma.data.forms import Message
 from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
-from qaroma.evaluate import ExactMatch, Loss, evaluate_loss, evaluating, exact_match, generate
+from qaroma.inference.generate import ExactMatch, exact_match, generate
+from qaroma.tasks.evaluation import Loss, evaluate_loss, evaluating
 
 QUESTIONS = ["Hi", "What is the capital of France?", "List three colours, please. " * 3, "?", "answer the question"]
 CONVERSATIONS = [[Message("user", text), Message("assistant", "x")] for text in QUESTIONS]

@@ -12,13 +12,13 @@ from export_adapters import save_random_adapter
 
 from qaroma.data.forms import Message
 from qaroma.errors import QaromaError
-from qaroma.evaluate import generate
-from qaroma.export.engines import LlamaCpp
 from qaroma.export.exporter import Options, export
 from qaroma.export.gguf_model import write_gguf_model
+from qaroma.export.readers import LlamaCpp
 from qaroma.export.source import load_live, open_source
 from qaroma.export.weights import dequantised_tensors
-from qaroma.inference import open_run
+from qaroma.inference.generate import generate
+from qaroma.inference.open import open_run
 
 PROMPTS = [
     "What is the capital of France?",

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from qaroma.errors import QaromaError
 from qaroma.export.compress import compress, compress_factors
 from qaroma.export.delta import Factors, attach_delta, check_shapes, delta_of, detach, linear_shapes
-from qaroma.export.foreign import read_lora
 from qaroma.export.padded import RANKS, padded_rank, write_padded
-from qaroma.export.peft import peft_config, write_lora
+from qaroma.runs.adapter import peft_config, write_lora
+from qaroma.runs.peft_lora import read_lora
 
 IDS = torch.arange(3, 40)[None]
 

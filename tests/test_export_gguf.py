@@ -15,12 +15,12 @@ from qaroma.data.forms import Message
 from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
 from qaroma.export.delta import attach_delta, detach, linear_shapes
-from qaroma.export.engines import LlamaCpp, LlamaCppAnswer
 from qaroma.export.gguf_adapter import read_gguf_adapter, write_gguf_adapter
 from qaroma.export.gguf_model import rope_factors, write_gguf_model
 from qaroma.export.gguf_names import GgufNames
 from qaroma.export.gguf_vocab import pre_tokenizer_name
 from qaroma.export.ollama import modelfile, template_pieces
+from qaroma.export.readers import LlamaCpp, LlamaCppAnswer
 from qaroma.export.selftest import compare_llama_cpp, live_answers
 from qaroma.export.weights import dequantised_tensors
 

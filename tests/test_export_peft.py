@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from qaroma.errors import QaromaError
-from qaroma.export.peft import load_adapter, save_adapter
 from qaroma.method.adapter import Adapter
-from qaroma.model.attach import attach
+from qaroma.method.attach import attach
 from qaroma.model.base import load_base
+from qaroma.runs.adapter import load_adapter, save_adapter
 
 INPUT = torch.arange(3, 40)[None]
 

@@ -21,11 +21,11 @@ from qaroma.errors import QaromaError
 from qaroma.export import formats as formats_module
 from qaroma.export import shards
 from qaroma.export.exporter import Options, export
-from qaroma.export.peft import read_growth, save_adapter
 from qaroma.export.selftest import SelfTest
 from qaroma.export.source import open_source
-from qaroma.inference import generate_from_run
-from qaroma.training.run import finetune
+from qaroma.inference.open import generate_from_run
+from qaroma.runs.adapter import read_growth, save_adapter
+from qaroma.training.finetune import finetune
 
 EXACT = Options(dtype="fp32", outtype="f32")
 FORMATS = ("peft", "padded", "gguf-adapter", "merged", "gguf")

@@ -12,11 +12,11 @@ from rich.console import Console
 from test_training import make_config, session_of
 
 from qaroma.cli import main
-from qaroma.config import Config
+from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
-from qaroma.export.peft import read_growth
 from qaroma.export.source import open_source
-from qaroma.training.run import finetune
+from qaroma.runs.adapter import read_growth
+from qaroma.training.finetune import finetune
 
 QUIET = Console(quiet=True)
 

@@ -12,8 +12,8 @@ from test_training import make_config
 
 from qaroma.cli import main
 from qaroma.errors import QaromaError
-from qaroma.inference import adapter_folder, evaluate_run, open_run
-from qaroma.training.run import finetune
+from qaroma.inference.open import adapter_folder, evaluate_run, open_run
+from qaroma.training.finetune import finetune
 
 
 @pytest.fixture(scope="module")

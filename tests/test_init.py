@@ -14,13 +14,13 @@ import torch
 import yaml
 
 from qaroma.cli import main
-from qaroma.config import Config
-from qaroma.configfile import load_config
+from qaroma.config.load import load_config
+from qaroma.config.presets import DataFacts, resolve
+from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
+from qaroma.plan.configure import Room, Start, fit_step, letters, make_start, room_for, start_yaml
 from qaroma.plan.search import Estimate, Planner
 from qaroma.plan.trace import StepSettings
-from qaroma.presets import DataFacts, resolve
-from qaroma.starter import Room, Start, fit_step, letters, make_start, room_for, start_yaml
 
 
 class StraightPlanner(Planner):

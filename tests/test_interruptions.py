@@ -11,15 +11,15 @@ import torch
 from safetensors import SafetensorError
 from test_training import make_config
 
-from qaroma import checkpoint as checkpoint_module
-from qaroma import runs as runs_module
 from qaroma.cli import main
-from qaroma.configfile import dump_config
-from qaroma.disk import disk_full
+from qaroma.config.load import dump_config
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_base
 from qaroma.model.failures import explain
-from qaroma.runs import RunDirectory
+from qaroma.runs import checkpoint as checkpoint_module
+from qaroma.runs import files as files_module
+from qaroma.runs.directory import RunDirectory
+from qaroma.runs.files import disk_full
 from qaroma.training import fit as fit_module
 from qaroma.training import setup as session_setup
 from qaroma.training.interruptions import explain_interruption, interruptions_told
@@ -72,9 +72,9 @@ def test_any_command_says_that_the_disk_is_full(
     def full() -> None:
         raise SafetensorError(NO_SPACE)
 
-    monkeypatch.setattr("qaroma.shipped.list_shipped", full)
+    monkeypatch.setattr("qaroma.config.shipped.list_shipped", full)
     assert "the disk is full" in refused(["configs", "ls"], capsys)
-    monkeypatch.setattr("qaroma.shipped.list_shipped", lambda: 1 / 0)
+    monkeypatch.setattr("qaroma.config.shipped.list_shipped", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["configs", "ls"])
 
@@ -108,10 +108,10 @@ def test_the_disk_fills_before_the_first_file_and_at_the_last(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs_module.os, "replace", full)
+        patch.setattr(files_module.os, "replace", full)
         assert "cannot write to" in refused(typed, capsys)
     assert not RunDirectory(tmp_path / "run").exists()
-    from qaroma.training import run as run_module
+    from qaroma.training import finetune as run_module
 
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "_write_adapters", full)

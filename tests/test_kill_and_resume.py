@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from test_training import make_config, records
 
-from qaroma.configfile import dump_config
-from qaroma.training.run import finetune
+from qaroma.config.load import dump_config
+from qaroma.training.finetune import finetune
 
 STEPS = 26
 # Kills fall on random steps, of which 6, 12, 18, 24 are growth events (t_in 6) and 5, 10, ... checkpoints.
@@ -41,7 +41,7 @@ def config_for(model: Path, data: Path, run: Path):
 def processes():
     """Forked from a server that has everything imported: a start costs milliseconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["qaroma.training.run", "qaroma.method.aroma", "transformers.models.llama"])
+    context.set_forkserver_preload(["qaroma.training.finetune", "qaroma.method.aroma", "transformers.models.llama"])
     return context
 
 

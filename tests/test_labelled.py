@@ -12,17 +12,17 @@ import torch
 from conftest import SHARED_DATA
 from rich.console import Console
 
-from qaroma.config import Config
+from qaroma.config.schema import Config
 from qaroma.data.glue import dev_file, glue_task
 from qaroma.data.labelled import encode_labelled
 from qaroma.data.sources import read_rows
 from qaroma.errors import QaromaError
-from qaroma.inference import evaluate_run, open_run
-from qaroma.runs import RunDirectory
+from qaroma.inference.open import evaluate_run, open_run
+from qaroma.runs.directory import RunDirectory
 from qaroma.tasks.labelled import Classification, Regression
 from qaroma.training import fit as fit_module
+from qaroma.training.finetune import finetune
 from qaroma.training.prepare import prepare_data
-from qaroma.training.run import finetune
 from qaroma.training.setup import build_session
 
 QUIET = Console(quiet=True)

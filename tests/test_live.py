@@ -10,11 +10,11 @@ import pytest
 from rich.console import Console
 from test_training import make_config, records
 
-from qaroma.config import Config
+from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
-from qaroma.training import page as page_module
+from qaroma.training import live_page as page_module
+from qaroma.training.finetune import finetune
 from qaroma.training.progress import ProgressView, curve
-from qaroma.training.run import finetune
 
 QUIET = Console(quiet=True)
 RECORD = {

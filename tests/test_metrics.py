@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 from sklearn import metrics as sk
 
-from qaroma import metrics
+from qaroma.tasks import metrics
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7])

@@ -8,8 +8,8 @@ from conftest import tiny_config
 from torch import nn
 
 from qaroma.errors import QaromaError
+from qaroma.method.targets import find_targets, unadaptable
 from qaroma.model.base import load_base
-from qaroma.model.targets import find_targets, unadaptable
 
 OF_A_LAYER = [
     "self_attn.q_proj",

@@ -14,16 +14,16 @@ from test_labelled import encoder_folder, pairs  # noqa: F401
 from test_labelled import make_config as labelled_config
 from test_training import make_config, records
 
-from qaroma.config import Config
+from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
-from qaroma.export.peft import load_adapter, read_growth
-from qaroma.inference import evaluate_run
+from qaroma.inference.open import evaluate_run
 from qaroma.method.adapter import Adapter
 from qaroma.method.peft_lora import ADAPTER, AdaLora, PeftLora, inject_adalora, inject_lora
-from qaroma.runs import RunDirectory
+from qaroma.runs.adapter import load_adapter, read_growth
+from qaroma.runs.directory import RunDirectory
 from qaroma.training import fit as fit_module
+from qaroma.training.finetune import finetune
 from qaroma.training.prepare import prepare_data
-from qaroma.training.run import finetune
 from qaroma.training.setup import build_session
 
 QUIET = Console(quiet=True)

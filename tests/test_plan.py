@@ -16,8 +16,8 @@ from qaroma.cli import main
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_base
 from qaroma.plan import trace, workspaces
+from qaroma.plan.base import materialise, skeleton, tensors_of, with_depth
 from qaroma.plan.counter import LiveStorages
-from qaroma.plan.phantom import materialise, skeleton, tensors_of, with_depth
 from qaroma.plan.report import parse_memory
 from qaroma.plan.search import GRAIN, LONGEST, RESERVE, Planner, _longest
 from qaroma.plan.shapes import SHAPES, model_config

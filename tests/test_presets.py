@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from qaroma.config import Config
+from qaroma.config.presets import DataFacts, growth_settings, resolve
+from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
-from qaroma.presets import DataFacts, growth_settings, resolve
 
 
 def decided(rows: int, lengths=(100,), limit: int | None = 4096, **settings) -> tuple[Config, dict[str, str]]:

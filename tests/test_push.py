@@ -19,9 +19,9 @@ from huggingface_hub import constants
 
 from qaroma.cli import main
 from qaroma.errors import QaromaError
-from qaroma.export.peft import load_adapter
-from qaroma.hub import loading_lines, public_base, public_path, push
+from qaroma.export.push import loading_lines, public_base, public_path, push
 from qaroma.model.base import load_base
+from qaroma.runs.adapter import load_adapter
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "hf_secretsecretsecretsecret"

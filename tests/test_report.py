@@ -25,7 +25,7 @@ from qaroma.report.panels import Line, Panel, choose_modules, growth_panels, run
 from qaroma.report.reading import Series, read_run, read_runs
 from qaroma.report.spectra import component_similarity, read_spectra, similar_modules
 from qaroma.report.write import write_report
-from qaroma.training.run import finetune
+from qaroma.training.finetune import finetune
 
 QUERY, VALUE, UP = (f"model.layers.{{}}.{kind}" for kind in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"))
 MODULES = [kind.format(layer) for layer in range(2) for kind in (QUERY, VALUE, UP)]

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from qaroma.checkpoint import Checkpoint, list_checkpoints, load_newest, save_checkpoint
 from qaroma.errors import QaromaError
-from qaroma.runs import MetricsLog, RunDirectory, directory_written_aside
+from qaroma.runs.checkpoint import Checkpoint, list_checkpoints, load_newest, save_checkpoint
+from qaroma.runs.directory import RunDirectory
+from qaroma.runs.files import directory_written_aside
+from qaroma.runs.log import MetricsLog
 from qaroma.training.batches import BatchPlan
 
 

@@ -16,9 +16,9 @@ from test_training import make_config
 
 from qaroma.cli import main
 from qaroma.errors import QaromaError
-from qaroma.listing import FRESH_SECONDS, list_runs, read_run
-from qaroma.sidebyside import compare_runs
-from qaroma.training.run import finetune
+from qaroma.report.run_table import FRESH_SECONDS, list_runs, read_run
+from qaroma.report.side_by_side import compare_runs
+from qaroma.training.finetune import finetune
 
 
 def write_run(

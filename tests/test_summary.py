@@ -9,7 +9,7 @@ import shlex
 import pytest
 from rich.console import Console, RenderableType
 
-from qaroma.summary import BeforeAfter, RunSummary, Score, next_commands, print_summary, rank_map
+from qaroma.report.summary import BeforeAfter, RunSummary, Score, next_commands, print_summary, rank_map
 
 LLAMA = {
     f"model.layers.{layer}.{module}": layer + column

@@ -9,12 +9,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from qaroma.config import Config
+from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
-from qaroma.runs import RunDirectory
+from qaroma.runs.directory import RunDirectory
 from qaroma.training import fit as fit_module
+from qaroma.training.finetune import finetune
 from qaroma.training.prepare import prepare_data
-from qaroma.training.run import finetune
 from qaroma.training.setup import build_session
 
 QUIET = Console(quiet=True)

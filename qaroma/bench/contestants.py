@@ -12,14 +12,14 @@ from torch import nn
 from qaroma.data.encode import Example
 from qaroma.engine.checkpointing import enable_checkpointing
 from qaroma.engine.levels import apply_level
+from qaroma.engine.placement import compute_device
 from qaroma.errors import QaromaError
-from qaroma.evaluate import compute_device
 from qaroma.method.aroma import GrowthController
+from qaroma.method.attach import attach
 from qaroma.method.growth import GrowthSettings
 from qaroma.method.lora import PlainLora
-from qaroma.model.attach import attach
 from qaroma.model.bnb import bnb
-from qaroma.plan.phantom import skeleton
+from qaroma.plan.base import skeleton
 from qaroma.tasks.causal_lm import CausalLM
 
 Step = Callable[[], None]

@@ -21,9 +21,10 @@ from qaroma.data.encode import Example
 from qaroma.data.forms import BadRow, Message
 from qaroma.data.templates import Template, tokenize, tokenize_continuation, without_answer
 from qaroma.engine.loss import LMHead
+from qaroma.engine.placement import compute_device
 from qaroma.errors import QaromaError
-from qaroma.evaluate import compute_device, evaluating
 from qaroma.tasks.causal_lm import CausalLM, hidden_states
+from qaroma.tasks.evaluation import evaluating
 
 LOGIT_BYTES = 128 * 2**20  # of fp32 logits alive at a time
 

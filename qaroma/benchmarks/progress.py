@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from qaroma.errors import QaromaError
-from qaroma.runs import MetricsLog, write_atomically
+from qaroma.runs.files import write_atomically
+from qaroma.runs.log import MetricsLog
 
 _WORDS = {
     "scorer": "scorer",

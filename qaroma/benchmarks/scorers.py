@@ -12,7 +12,7 @@ from qaroma.benchmarks.commonsense import Question, extract
 from qaroma.benchmarks.likelihood import Choice, encode_choice, score_choices
 from qaroma.data.templates import Template
 from qaroma.engine.loss import LMHead
-from qaroma.evaluate import generate
+from qaroma.inference.generate import generate
 
 SCORERS = ("generation", "likelihood")
 

@@ -15,8 +15,8 @@ import click
 
 from qaroma import __version__
 from qaroma.cli.lazy import LazyGroup
-from qaroma.disk import disk_full
 from qaroma.errors import QaromaError
+from qaroma.runs.files import disk_full
 
 COMMANDS = {
     "init": "Write a configuration for your data and your card.",

@@ -42,7 +42,7 @@ def command(
     Contestants run in turns in one process, on the very same frozen weights; every figure is the
     median of the turns, with the smallest and the largest.
     """
-    from qaroma.bench.run import BenchSize, bench
+    from qaroma.bench.bench import BenchSize, bench
 
     size = BenchSize(seq_len, micro_batch, steps, rounds, int(memory), frozen)
     with figures_only(json_output) as write:

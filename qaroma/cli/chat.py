@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import click
 
 from qaroma.cli.options import config_option
-from qaroma.cli.run_options import BASE_OPTION
+from qaroma.cli.run_arguments import BASE_OPTION
 from qaroma.errors import QaromaError
 
 if TYPE_CHECKING:
-    from qaroma.chat import Chat, Reply
+    from qaroma.inference.chat import Chat, Reply
 
 _EPILOG = """\b
 Examples:
@@ -61,7 +61,7 @@ def command(
     """
     if run is None and base is None:
         raise QaromaError("got no run; expected qaroma chat RUN, or qaroma chat --base MODEL to talk to a base")
-    from qaroma.chat import Chat, Sampling, open_chat
+    from qaroma.inference.chat import Chat, Sampling, open_chat
 
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:

@@ -8,8 +8,8 @@ import click
 
 from qaroma.cli.options import CONFIG_OPTION, SET_OPTION, config_options, read_config, require_model_and_data
 from qaroma.cli.output import JSON_OPTION, figures_only
-from qaroma.config import Config
-from qaroma.runs import quoted
+from qaroma.config.schema import Config
+from qaroma.runs.directory import quoted
 
 _EPILOG = """\b
 Examples:
@@ -70,7 +70,7 @@ def command(
 
     require_model_and_data(read_config(config, parameters, sets))
 
-    from qaroma.compare.run import compare
+    from qaroma.compare.compare import compare
 
     with figures_only(json_output) as write:
         results = compare(

@@ -23,8 +23,8 @@ def command(runs: tuple[str, ...], answers: int, json_output: bool) -> None:
 
     Nothing is computed again: everything is read from the run directories.
     """
-    from qaroma.listing import table_console
-    from qaroma.sidebyside import compare_runs, print_side_by_side
+    from qaroma.report.run_table import table_console
+    from qaroma.report.side_by_side import compare_runs, print_side_by_side
 
     with figures_only(json_output) as write:
         compared = compare_runs(runs)

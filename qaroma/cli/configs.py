@@ -31,7 +31,7 @@ def ls(json_output: bool) -> None:
     from dataclasses import asdict
 
     from qaroma.cli.output import figures_only
-    from qaroma.shipped import list_shipped
+    from qaroma.config.shipped import list_shipped
 
     found = list_shipped()
     if json_output:
@@ -50,7 +50,7 @@ def ls(json_output: bool) -> None:
 @click.option("--force", is_flag=True, help="Overwrite a file that is there.")
 def cp(name: str, destination: Path | None, force: bool) -> None:
     """Copy the configuration NAME to DESTINATION, a file or a folder; default: this folder."""
-    from qaroma.shipped import copy_shipped
+    from qaroma.config.shipped import copy_shipped
 
     written = copy_shipped(name, destination, force=force)
     click.echo(f"wrote {written.as_posix()}; type next: qaroma finetune --config {written.as_posix()}")

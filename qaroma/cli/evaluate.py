@@ -8,7 +8,7 @@ import click
 
 from qaroma.cli.options import config_option
 from qaroma.cli.output import JSON_OPTION, figures_only, write_figures
-from qaroma.configfile import parse_source
+from qaroma.config.load import parse_source
 from qaroma.errors import QaromaError
 
 _EPILOG = """\b
@@ -85,7 +85,7 @@ def command(
         )
     sources = [parse_source(text) for text in data]
 
-    from qaroma.inference import evaluate_run
+    from qaroma.inference.open import evaluate_run
 
     with figures_only(json_output) as write:
         figures = evaluate_run(
@@ -132,8 +132,8 @@ def _score_benchmark(
     from rich.console import Console
 
     from qaroma.benchmarks.commonsense import chosen_tasks
+    from qaroma.benchmarks.commonsense_run import run_commonsense
     from qaroma.benchmarks.results import results_table
-    from qaroma.benchmarks.run import run_commonsense
 
     tasks = chosen_tasks(parameters["tasks"])
     with figures_only(json_output) as write:

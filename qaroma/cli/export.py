@@ -11,7 +11,7 @@ import click
 
 from qaroma.cli.options import config_option
 from qaroma.cli.output import JSON_OPTION, figures_only
-from qaroma.cli.run_options import BASE_OPTION, RUN_ARGUMENT
+from qaroma.cli.run_arguments import BASE_OPTION, RUN_ARGUMENT
 
 if TYPE_CHECKING:
     from qaroma.data.encode import Example
@@ -91,7 +91,7 @@ def command(
 
 def _validation(run: str) -> Callable[[], Sequence[Example]] | None:
     """The validation examples of the run that a path is or lies in, read when they are wanted."""
-    from qaroma.runs import RunDirectory
+    from qaroma.runs.directory import RunDirectory
 
     path = Path(run).resolve()
     found = next((RunDirectory(p) for p in (path, *list(path.parents)[:2]) if RunDirectory(p).exists()), None)
@@ -99,7 +99,7 @@ def _validation(run: str) -> Callable[[], Sequence[Example]] | None:
         return None
 
     def read() -> Sequence[Example]:
-        from qaroma.configfile import load_config
+        from qaroma.config.load import load_config
         from qaroma.errors import QaromaError
         from qaroma.training.prepare import prepare_data
 

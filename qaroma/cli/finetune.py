@@ -59,7 +59,7 @@ def command(
     if not resume:  # a run that goes on has them in its own configuration
         require_model_and_data(settings)
 
-    from qaroma.training.run import finetune
+    from qaroma.training.finetune import finetune
 
     with figures_only(json_output) as write:
         figures = finetune(settings, resume=resume)

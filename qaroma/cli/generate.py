@@ -9,7 +9,7 @@ import click
 
 from qaroma.cli.options import config_option
 from qaroma.cli.output import JSON_OPTION, figures_only
-from qaroma.cli.run_options import BASE_OPTION, RUN_ARGUMENT
+from qaroma.cli.run_arguments import BASE_OPTION, RUN_ARGUMENT
 from qaroma.errors import QaromaError
 
 _EPILOG = """\b
@@ -41,7 +41,7 @@ def command(
     """
     asked = _prompts(prompts)
 
-    from qaroma.inference import generate_from_run
+    from qaroma.inference.open import generate_from_run
 
     with figures_only(json_output) as write:
         answers = generate_from_run(

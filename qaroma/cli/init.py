@@ -10,9 +10,9 @@ from pathlib import Path
 import click
 
 from qaroma.cli.options import config_option
-from qaroma.configfile import load_config, parse_source
+from qaroma.config.load import load_config, parse_source
 from qaroma.errors import QaromaError
-from qaroma.runs import quoted
+from qaroma.runs.directory import quoted
 
 _EPILOG = """\b
 Examples:
@@ -73,9 +73,9 @@ def _write(config: object, vram: str | None, target: Path, force: bool) -> None:
     """Decide, write, and say what was found and what to type next."""
     from rich.console import Console
 
-    from qaroma.config import Config
-    from qaroma.shipped import write_config
-    from qaroma.starter import data_words, make_start, room_for, start_yaml
+    from qaroma.config.schema import Config
+    from qaroma.config.shipped import write_config
+    from qaroma.plan.configure import data_words, make_start, room_for, start_yaml
 
     assert isinstance(config, Config)
     with Console(stderr=True).status("looking at the model") as status:

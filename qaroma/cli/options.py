@@ -14,8 +14,8 @@ import click
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from qaroma.config import Config
-from qaroma.configfile import config_fields, load_config
+from qaroma.config.load import config_fields, load_config
+from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

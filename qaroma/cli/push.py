@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from qaroma.cli.output import JSON_OPTION, figures_only
-from qaroma.cli.run_options import RUN_ARGUMENT
+from qaroma.cli.run_arguments import RUN_ARGUMENT
 
 _EPILOG = """\b
 Examples:
@@ -39,7 +39,7 @@ def command(
     private is never changed. Sent are the PEFT adapter, growth.json and the card: no checkpoints, no
     metrics, no paths of this machine. Log in first: hf auth login.
     """
-    from qaroma.hub import loading_lines, push
+    from qaroma.export.push import loading_lines, push
 
     with figures_only(json_output) as write:
         pushed = push(

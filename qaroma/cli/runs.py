@@ -22,7 +22,7 @@ def command(folder: str, json_output: bool) -> None:
     For each: model, data, method, whether it is finished or can go on, its best validation figure,
     the share of exact answers, and the mean rank that grew.
     """
-    from qaroma.listing import list_runs, print_runs, table_console
+    from qaroma.report.run_table import list_runs, print_runs, table_console
 
     with figures_only(json_output) as write:
         runs = list_runs(folder)

@@ -9,10 +9,10 @@ from typing import Any
 
 from qaroma.compare.specs import MethodSpec
 from qaroma.compare.statistics import deviation, mean, median
-from qaroma.export.peft import read_factors, read_growth
 from qaroma.method.spectrum import effective_rank
 from qaroma.report.reading import Run, read_run
-from qaroma.runs import RunDirectory
+from qaroma.runs.adapter import read_factors, read_growth
+from qaroma.runs.directory import RunDirectory
 
 LORAS = ("lora", "peft-lora")
 REFERENCE_RANK = 8  # of the LoRA that figures are divided by, where it takes part

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from qaroma.config import FIXED_RANK, Config
-from qaroma.configfile import config_fields, lies_in
+from qaroma.config.load import config_fields, lies_in
+from qaroma.config.schema import FIXED_RANK, Config
 from qaroma.errors import QaromaError
 
 MakeConfig = Callable[[Sequence[str]], Config]  # from additional key=value texts

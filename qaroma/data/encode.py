@@ -13,7 +13,6 @@ inside the example of a later turn where that example begins with its very token
 
 from __future__ import annotations
 
-import random
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qaroma.data.forms import BadRow, Message, Parsed, parse_rows, report_bad_rows
 from qaroma.data.sources import Row, RowSet
+from qaroma.data.split import held_out_keys, repeated
 from qaroma.data.templates import Template, added_bos, tokenize, tokenize_continuation
 from qaroma.errors import QaromaError
 
@@ -223,9 +223,7 @@ def split_validation(
         repeats them.
     """
     keys: list[Hashable] = [e.origin if e.conversation else tuple(e.input_ids) for e in encoded.examples]
-    groups = list(dict.fromkeys(keys))
-    count = min(at_most, int(share * len(groups)), len(groups) - 1)
-    chosen = set(random.Random(seed).sample(groups, max(count, 0)))
+    chosen = held_out_keys(keys, share=share, at_most=at_most, seed=seed)
     pairs = list(zip(keys, encoded.examples, strict=True))
     train = replace(encoded, examples=[example for key, example in pairs if key not in chosen])
     held_out: dict[Hashable, list[Example]] = defaultdict(list)
@@ -237,7 +235,7 @@ def split_validation(
 
 
 def weigh(encoded: Encoded, *, seed: int = 0) -> Encoded:
-    """Repeat each example as its weight says: 2 is twice, 0.5 a random half of the file, 1.5 both.
+    """Repeat each example as its weight says (:func:`qaroma.data.split.repeated`).
 
     Args:
         encoded: The examples.
@@ -246,21 +244,8 @@ def weigh(encoded: Encoded, *, seed: int = 0) -> Encoded:
     Returns:
         The examples of an epoch, all with weight 1, copies side by side.
     """
-    files: dict[tuple[str, float], list[int]] = defaultdict(list)
-    for index, example in enumerate(encoded.examples):
-        files[example.origin.rpartition(":")[0], example.weight].append(index)
-    copies = [0] * len(encoded.examples)
-    chooser = random.Random(seed)
-    for (_, weight), indices in files.items():
-        extra = set(chooser.sample(indices, round((weight - int(weight)) * len(indices))))
-        for index in indices:
-            copies[index] = int(weight) + (index in extra)
-    repeated = [
-        replace(example, weight=1.0)
-        for example, count in zip(encoded.examples, copies, strict=True)
-        for _ in range(count)
-    ]
-    return replace(encoded, examples=repeated)
+    epoch = repeated(encoded.examples, seed=seed)
+    return replace(encoded, examples=[replace(example, weight=1.0) for example in epoch])
 
 
 def _conversation_examples(

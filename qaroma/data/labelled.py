@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from qaroma.data.forms import BadRow, report_bad_rows
 from qaroma.data.sources import Row, RowSet
+from qaroma.data.split import held_out_keys, repeated
 from qaroma.errors import QaromaError
 
 Kind = Literal["classification", "regression"]
@@ -41,12 +41,14 @@ class LabelledExample:
         token_type_ids: Aligned with them where the base tells the texts of a pair apart; else None.
         label: Index of the class, or the figure.
         origin: ``file:line`` of its row.
+        weight: How often it appears in an epoch.
     """
 
     input_ids: list[int]
     token_type_ids: list[int] | None
     label: float
     origin: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -125,16 +127,24 @@ def takes_token_types(model_config: Any) -> bool:
 
 
 def split_labelled(data: LabelledSet, *, share: float, at_most: int, seed: int) -> tuple[LabelledSet, LabelledSet]:
-    """Set a random part of the examples aside for validation, the others in their order."""
-    count = min(at_most, int(share * len(data.examples)), len(data.examples) - 1)
-    chosen = set(random.Random(seed).sample(range(len(data.examples)), max(count, 0)))
-    parts: tuple[list[LabelledExample], list[LabelledExample]] = ([], [])
-    for index, example in enumerate(data.examples):
-        parts[index in chosen].append(example)
-    train, held_out = (
-        LabelledSet(part, data.fields, data.label_field, data.labels, data.bad, data.notes) for part in parts
-    )
-    return train, held_out
+    """Set a random part of the rows aside for validation, and give the rest its weights.
+
+    Copies are made after the split, and a file that is named twice gives its rows once to validate on: no row
+    is on both sides.
+
+    Args:
+        data: The examples.
+        share: Share of the rows set aside; 0 sets none aside.
+        at_most: Greatest number of rows set aside.
+        seed: Seed of the choice.
+
+    Returns:
+        Training and validation examples, each in their former order.
+    """
+    chosen = held_out_keys([e.origin for e in data.examples], share=share, at_most=at_most, seed=seed)
+    train = repeated([e for e in data.examples if e.origin not in chosen], seed=seed)
+    held_out = {e.origin: e for e in data.examples if e.origin in chosen}
+    return replace(data, examples=train), replace(data, examples=list(held_out.values()))
 
 
 def _require_good(rows: RowSet, bad: Sequence[str], may_skip: bool) -> None:
@@ -227,5 +237,5 @@ def _tokenise(
         encoded = tokenizer(*columns, **(limited if max_length is not None else {"verbose": False}))
         kinds = (encoded.get("token_type_ids") if token_types else None) or [None] * len(part)
         for (row, _, label), ids, types in zip(part, encoded["input_ids"], kinds, strict=True):
-            examples.append(LabelledExample(ids, types, label, row.place))
+            examples.append(LabelledExample(ids, types, label, row.place, row.weight))
     return examples

@@ -38,7 +38,7 @@ class Row:
         value: The record's fields, or the whole text of a .txt file.
         file: The file (or hub id) it came from, as the user named it.
         line: 1-based line of a .jsonl, .csv or .txt file, else the record's 1-based number.
-        weight: How often the row appears in an epoch, see :func:`qaroma.data.encode.weigh`.
+        weight: How often the row appears in an epoch, see :func:`qaroma.data.split.repeated`.
     """
 
     value: dict[str, Any] | str

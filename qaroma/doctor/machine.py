@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import Requirement
 
-from qaroma.configfile import shipped_folder
+from qaroma.config.load import shipped_folder
 from qaroma.doctor import checks
 from qaroma.doctor.checks import Card, Finding
 

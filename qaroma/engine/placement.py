@@ -97,3 +97,9 @@ def quantise_head(model: Any, quant_type: str = "nf4", *, double_quantization: b
     if head.bias is not None:
         packed.bias = head.bias
     model.set_output_embeddings(packed.eval())
+
+
+def compute_device(model: Any) -> torch.device:
+    """Where a causal model computes: its head's device, since its embeddings may lie in host memory."""
+    device: torch.device = model.get_output_embeddings().weight.device
+    return device

@@ -17,16 +17,16 @@ from qaroma import __version__
 from qaroma.data.encode import Example
 from qaroma.errors import QaromaError
 from qaroma.export import card
-from qaroma.export.bench import Bench
 from qaroma.export.chat_template import complete_jinja
 from qaroma.export.compress import Compression, compress
 from qaroma.export.delta import Factors
 from qaroma.export.formats import DTYPES, FORMATS, Format
+from qaroma.export.live import Bench
 from qaroma.export.rank_map import rank_map_svg
 from qaroma.export.selftest import SelfTest
 from qaroma.export.source import Source, open_source
 from qaroma.model.base import resolve_device
-from qaroma.runs import directory_written_aside
+from qaroma.runs.files import directory_written_aside
 
 MARKER = "export.json"
 FAILED = ".failed"

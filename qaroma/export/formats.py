@@ -10,16 +10,15 @@ from typing import Any
 import torch
 
 from qaroma.export import gguf_adapter, gguf_model
-from qaroma.export.bench import Bench
 from qaroma.export.delta import Factors
-from qaroma.export.engines import LlamaCpp, in_peft, installed, load_gguf_model, load_merged, on_hooks
-from qaroma.export.foreign import read_lora
 from qaroma.export.gguf_names import GgufNames
 from qaroma.export.gguf_vocab import pre_tokenizer_name
+from qaroma.export.live import Bench
 from qaroma.export.merged import write_generation_settings, write_merged
 from qaroma.export.ollama import modelfile
 from qaroma.export.padded import padded_rank, write_padded
 from qaroma.export.per_module import write_per_module
+from qaroma.export.readers import LlamaCpp, in_peft, installed, load_gguf_model, load_merged, on_hooks
 from qaroma.export.selftest import (
     LOG_PROBABILITY_TOLERANCE,
     LOGIT_TOLERANCE,
@@ -30,6 +29,7 @@ from qaroma.export.selftest import (
 )
 from qaroma.export.source import Source
 from qaroma.export.weights import checkpoint_tensors, gguf_tensors
+from qaroma.runs.peft_lora import read_lora
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qaroma.errors import QaromaError
 from qaroma.export.delta import Delta, Factors
-from qaroma.export.peft import peft_config, write_lora
+from qaroma.runs.adapter import peft_config, write_lora
 
 RANKS = (8, 16, 32, 64, 128, 256)
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from qaroma.export.delta import Delta
-from qaroma.export.peft import peft_config, write_lora
-from qaroma.runs import GROWTH
+from qaroma.runs.adapter import peft_config, write_lora
+from qaroma.runs.directory import GROWTH
 
 
 def write_per_module(

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from qaroma.data.forms import Message
 from qaroma.data.templates import Template, added_bos
-from qaroma.evaluate import compute_device, evaluating
+from qaroma.engine.placement import compute_device
 from qaroma.export.delta import Delta
-from qaroma.export.engines import LlamaCpp, Logits, model_logits
+from qaroma.export.readers import LlamaCpp, Logits, model_logits
 from qaroma.export.weights import StoredTensor
+from qaroma.tasks.evaluation import evaluating
 
 TOKENS = 32
 _TOP = 20

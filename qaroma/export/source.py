@@ -16,11 +16,12 @@ from qaroma.data.templates import Template
 from qaroma.engine.placement import quantise_head
 from qaroma.errors import QaromaError
 from qaroma.export.delta import Factors, check_shapes, linear_shapes
-from qaroma.export.foreign import read_lora
-from qaroma.export.peft import read_growth
 from qaroma.model.base import fingerprint, load_base, load_config, load_tokenizer
 from qaroma.model.builtin import SMOLLM2_HUB_ID
-from qaroma.runs import GROWTH, RunDirectory, read_records
+from qaroma.runs.adapter import read_growth
+from qaroma.runs.directory import GROWTH, RunDirectory
+from qaroma.runs.log import read_records
+from qaroma.runs.peft_lora import read_lora
 
 _STATE = "state.json"
 

@@ -16,7 +16,7 @@ Decision = Literal["commit", "done", "keep"]
 
 @dataclass(frozen=True, kw_only=True)
 class GrowthSettings:
-    """Every choice of the two loops, resolved (``qaroma.config.GrowthSection`` explains each).
+    """Every choice of the two loops, resolved (``qaroma.config.schema.GrowthSection`` explains each).
 
     ``criteria`` False is ReLoRA (Lialin et al., 2023): nothing is measured, and every component
     commits after exactly ``t_in`` steps.

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from qaroma.errors import QaromaError
+from qaroma.method.head import classifier_around, classifier_head, may_be_new, unsaid_about_the_head
 from qaroma.model.bnb import bnb
 from qaroma.model.builtin import ResolvedModel, resolve_model
 from qaroma.model.devices import device_map, without_hooks
 from qaroma.model.failures import explained
 from qaroma.model.gguf import load_gguf, load_gguf_tokenizer
-from qaroma.model.head import classifier_around, classifier_head, may_be_new, unsaid_about_the_head
 from qaroma.model.hostmemory import freed_memory_goes_back
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def load_base(
         revision: branch, tag or commit on the hub.
         trust_remote_code: run Python code that comes with the model.
         num_labels: None for a causal language model; else one for sequence classification with so many
-            outputs, whose new head (:func:`qaroma.model.head.head_names`) ``new_parameters`` names.
+            outputs, whose new head (:func:`qaroma.method.head.head_names`) ``new_parameters`` names.
         host_embeddings: leave a causal model's input embeddings in host memory, for memory levels that keep
             them there, so that they never take the device's. Not done where the head shares their table, nor
             with a GGUF file or a checkpoint that is stored in 4 bits.

@@ -16,8 +16,8 @@ from rich.table import Table
 from qaroma.engine.levels import LEVELS
 from qaroma.errors import QaromaError
 from qaroma.model.failures import explained
+from qaroma.plan.base import adapter_parameters, skeleton
 from qaroma.plan.counter import WORKSPACE
-from qaroma.plan.phantom import adapter_parameters, skeleton
 from qaroma.plan.search import LONGEST, RESERVE, Estimate, Planner
 from qaroma.plan.shapes import model_config
 from qaroma.plan.trace import StepSettings

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qaroma.engine.levels import LEVELS
+from qaroma.plan.base import with_depth
 from qaroma.plan.counter import WORKSPACE, Peak
-from qaroma.plan.phantom import with_depth
 from qaroma.plan.trace import StepSettings, Trace, trace_step
 from qaroma.plan.workspaces import FIXED
 

@@ -14,10 +14,10 @@ from qaroma.engine.checkpointing import host_memory_booked
 from qaroma.engine.levels import LEVELS, apply_level
 from qaroma.errors import QaromaError
 from qaroma.method.aroma import GrowthController
+from qaroma.method.attach import attach
 from qaroma.method.growth import GrowthSettings
-from qaroma.model.attach import attach
+from qaroma.plan.base import materialise, skeleton, tensors_of
 from qaroma.plan.counter import Contributor, LiveStorages, Peak
-from qaroma.plan.phantom import materialise, skeleton, tensors_of
 from qaroma.plan.weightless import weightless
 from qaroma.tasks.causal_lm import CausalLM, TokenBatch
 

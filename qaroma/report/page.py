@@ -21,7 +21,7 @@ from qaroma.report.panels import Panel, choose_modules, growth_panels, training_
 from qaroma.report.reading import Run, read_run
 from qaroma.report.spectra import Spectra, component_similarity, read_spectra, similar_modules
 from qaroma.report.style import has_matplotlib, inline_svg
-from qaroma.runs import write_atomically
+from qaroma.runs.files import write_atomically
 
 PAGE = "report.html"
 REFRESH_SECONDS = 20

@@ -16,7 +16,9 @@ from typing import Any
 import yaml
 
 from qaroma.errors import QaromaError
-from qaroma.runs import GROWTH, RunDirectory, read_json, read_records
+from qaroma.runs.directory import GROWTH, RunDirectory
+from qaroma.runs.files import read_json
+from qaroma.runs.log import read_records
 
 LOWER_IS_BETTER = ("loss", "perplexity")
 # The metric that a task is judged by where the run names none; any task has a loss.

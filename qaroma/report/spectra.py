@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from qaroma.report.names import locate
 from qaroma.report.reading import Run
-from qaroma.runs import GROWTH, WEIGHTS, RunDirectory, read_json
+from qaroma.runs.directory import GROWTH, WEIGHTS, RunDirectory
+from qaroma.runs.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,7 @@ from qaroma.report.panels import choose_modules, growth_panels, training_panels
 from qaroma.report.reading import Run, read_runs
 from qaroma.report.spectra import Spectra, component_similarity, read_spectra, similar_modules
 from qaroma.report.style import need_matplotlib, save
-from qaroma.runs import write_atomically
+from qaroma.runs.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from qaroma.data.encode import Example
 from qaroma.engine.loss import LMHead, linear_cross_entropy
-from qaroma.evaluate import evaluate_loss
 from qaroma.tasks.base import IGNORED
+from qaroma.tasks.evaluation import evaluate_loss
 
 
 @dataclass(frozen=True)

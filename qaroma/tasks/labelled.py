@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from qaroma.data.labelled import LabelledExample
 from qaroma.errors import QaromaError
-from qaroma.evaluate import evaluating
-from qaroma.metrics import accuracy, confusion, f1, matthews, pearson, spearman
+from qaroma.tasks.evaluation import evaluating
+from qaroma.tasks.metrics import accuracy, confusion, f1, matthews, pearson, spearman
 
 
 @dataclass(frozen=True)

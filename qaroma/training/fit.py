@@ -10,14 +10,14 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
-from qaroma.checkpoint import Checkpoint, save_checkpoint
 from qaroma.errors import QaromaError
 from qaroma.method.base import MethodState
 from qaroma.method.growth import GrowthEvent
+from qaroma.runs.checkpoint import Checkpoint, save_checkpoint
 from qaroma.tasks.base import Batch
 from qaroma.training.interrupt import StopRequest
+from qaroma.training.live_page import LivePage
 from qaroma.training.memory import memory_bytes, relieve
-from qaroma.training.page import LivePage
 from qaroma.training.progress import ProgressView
 from qaroma.training.session import Session
 from qaroma.training.trackers import track

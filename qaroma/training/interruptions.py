@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 import torch
 
-from qaroma.checkpoint import list_checkpoints
-from qaroma.disk import disk_full
 from qaroma.errors import QaromaError
-from qaroma.runs import RunDirectory
+from qaroma.runs.checkpoint import list_checkpoints
+from qaroma.runs.directory import RunDirectory
+from qaroma.runs.files import disk_full
 
 # A card that is full before torch has its context, or that one program holds alone, is no OutOfMemoryError.
 _CARD = re.compile(r"CUDA error: out of memory|CUDA out of memory|busy or unavailable|CUBLAS_STATUS_ALLOC_FAILED")

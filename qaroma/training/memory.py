@@ -7,7 +7,7 @@ from typing import Any
 import psutil
 import torch
 
-from qaroma.config import Config
+from qaroma.config.schema import Config
 from qaroma.engine.levels import LEVELS, apply_level
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_config, resolve_dtype

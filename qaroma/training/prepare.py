@@ -8,7 +8,8 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from qaroma.config import Config
+from qaroma.config.presets import DataFacts, Decision, resolve
+from qaroma.config.schema import Config
 from qaroma.data.encode import Encoded, Example, encode_rows, limit_length, split_validation
 from qaroma.data.glue import dev_file, glue_task, read_glue, read_train
 from qaroma.data.labelled import Kind, LabelledSet, encode_labelled, split_labelled, takes_token_types
@@ -17,7 +18,6 @@ from qaroma.data.sources import RowSet, read_rows
 from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_config, load_tokenizer
-from qaroma.presets import DataFacts, Decision, resolve
 from qaroma.tasks.base import Task
 from qaroma.tasks.causal_lm import CausalLM
 from qaroma.tasks.labelled import METRICS, labelled_task

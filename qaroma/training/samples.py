@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qaroma.data.forms import Message
 from qaroma.data.templates import Template
-from qaroma.evaluate import generate
+from qaroma.inference.generate import generate
 
 MAX_NEW_TOKENS = 128
 

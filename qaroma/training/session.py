@@ -10,13 +10,14 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from qaroma.config import Config
+from qaroma.config.schema import Config
 from qaroma.engine.placement import head_quantization
-from qaroma.export.peft import read_factors, read_growth, read_head, save_factors
 from qaroma.method.base import Method
+from qaroma.method.head import TrainedHead
 from qaroma.model.builtin import portable_name
-from qaroma.model.head import TrainedHead
-from qaroma.runs import MetricsLog, RunDirectory
+from qaroma.runs.adapter import read_factors, read_growth, read_head, save_factors
+from qaroma.runs.directory import RunDirectory
+from qaroma.runs.log import MetricsLog
 from qaroma.tasks.base import Batch, Task
 from qaroma.training.batches import BatchPlan
 from qaroma.training.samples import Sampler

@@ -8,20 +8,21 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from qaroma.config import PEFT_METHODS, Config
+from qaroma.config.presets import growth_settings
+from qaroma.config.schema import PEFT_METHODS, Config
 from qaroma.engine.levels import LEVELS
 from qaroma.errors import QaromaError
-from qaroma.export.foreign import continue_from
 from qaroma.method.adapter import Adapter
 from qaroma.method.aroma import GrowthController
 from qaroma.method.base import Method
+from qaroma.method.head import TrainedHead, head_names, is_inside
 from qaroma.method.lora import PlainLora
 from qaroma.method.peft_lora import AdaLora, PeftLora, PeftMethod, inject_adalora, inject_lora, require_peft
+from qaroma.method.targets import find_targets
 from qaroma.model.base import fingerprint, load_base, resolve_dtype
-from qaroma.model.head import TrainedHead, head_names, is_inside
-from qaroma.model.targets import find_targets
-from qaroma.presets import growth_settings
-from qaroma.runs import MetricsLog, RunDirectory
+from qaroma.runs.directory import RunDirectory
+from qaroma.runs.log import MetricsLog
+from qaroma.runs.peft_lora import continue_from
 from qaroma.tasks.labelled import outputs_of
 from qaroma.training.batches import BatchPlan
 from qaroma.training.memory import choose_level, enter_level

@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from qaroma.configfile import flattened
+from qaroma.config.load import flattened
 from qaroma.errors import QaromaError
 
 _SERVICES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}

@@ -19,7 +19,9 @@ import yaml
 
 from qaroma.errors import QaromaError
 from qaroma.report.reading import LOWER_IS_BETTER
-from qaroma.runs import GROWTH, RunDirectory, read_json, read_records
+from qaroma.runs.directory import GROWTH, RunDirectory
+from qaroma.runs.files import read_json
+from qaroma.runs.log import read_records
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,23 +12,24 @@ from typing import Any
 from pydantic import BaseModel
 from rich.console import Console
 
-from qaroma.answers import Answers, AnswerTest, read_conversations
-from qaroma.checkpoint import load_newest
-from qaroma.config import Config
-from qaroma.configfile import dump_config, lies_in, load_config
+from qaroma.config.load import dump_config, lies_in, load_config
+from qaroma.config.presets import Decision
+from qaroma.config.schema import Config
 from qaroma.engine.levels import LEVELS
 from qaroma.errors import QaromaError
+from qaroma.inference.answer_test import Answers, AnswerTest, read_conversations
+from qaroma.method.targets import unadaptable
 from qaroma.model.builtin import resolve_model
-from qaroma.model.targets import unadaptable
-from qaroma.presets import Decision
 from qaroma.report.keyfigures import ENDINGS
-from qaroma.runs import RunDirectory, write_atomically
-from qaroma.summary import BeforeAfter, RunSummary, Score, print_summary
+from qaroma.report.summary import BeforeAfter, RunSummary, Score, print_summary
+from qaroma.runs.checkpoint import load_newest
+from qaroma.runs.directory import RunDirectory
+from qaroma.runs.files import write_atomically
 from qaroma.tasks.labelled import outputs_of
 from qaroma.training.fit import Ending, FitState, fit, restore_state
 from qaroma.training.interrupt import StopRequest
 from qaroma.training.interruptions import interruptions_told
-from qaroma.training.page import LivePage
+from qaroma.training.live_page import LivePage
 from qaroma.training.prepare import PreparedData, prepare_data
 from qaroma.training.progress import ProgressView
 from qaroma.training.session import Session

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qaroma.report.names import layer_grid
-from qaroma.runs import quoted
+from qaroma.runs.directory import quoted
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

@@ -11,15 +11,16 @@ from typing import Any
 import psutil
 import torch
 
-from qaroma.answers import read_conversations
 from qaroma.data.encode import Example
+from qaroma.engine.placement import compute_device
 from qaroma.errors import QaromaError
-from qaroma.evaluate import compute_device, evaluate_loss
 from qaroma.export.delta import Factors, attach_delta, detach
 from qaroma.export.selftest import Answered, live_answers
 from qaroma.export.source import Source, load_live
 from qaroma.export.weights import StoredTensor, dequantised_tensors, original_tensors
+from qaroma.inference.answer_test import read_conversations
 from qaroma.tasks.causal_lm import CausalLM
+from qaroma.tasks.evaluation import evaluate_loss
 
 PROMPTS = 4
 VALIDATION_ROWS = 64

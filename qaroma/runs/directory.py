@@ -12,19 +12,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from qaroma.errors import QaromaError
+from qaroma.runs.files import read_json, write_atomically
 
-# What an adapter folder holds (qaroma.export.peft writes it); named here for those who load no torch.
+# What an adapter folder holds (qaroma.runs.adapter writes it); named here for those who load no torch.
 WEIGHTS, CONFIG, GROWTH = "adapter_model.safetensors", "adapter_config.json", "growth.json"
 
 # How the line of an optimiser step begins, and how much of a log's end holds at least one of them.
@@ -102,62 +98,6 @@ class RunDirectory:
         return run
 
 
-class MetricsLog:
-    """``metrics.jsonl``, one object a line, flushed line by line.
-
-    Args:
-        path: the file; lines are appended.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def records(self) -> list[dict[str, Any]]:
-        """All whole lines; a line that a kill cut short is left out."""
-        if not self.path.is_file():
-            return []
-        found = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return found
-
-    def cut_back(self, step: int) -> None:
-        """Forget what was logged after ``step``: a resumed run writes it again."""
-        kept = [r for r in self.records() if r.get("step", 0) <= step]
-        write_atomically(self.path, "".join(json.dumps(r) + "\n" for r in kept))
-
-
-def read_records(run: RunDirectory) -> list[dict[str, Any]]:
-    """The metrics log of a run that may be damaged.
-
-    Raises:
-        QaromaError: it cannot be read, or holds something else.
-    """
-    try:
-        records: list[Any] = MetricsLog(run.metrics).records()
-    except (OSError, UnicodeDecodeError) as error:
-        raise QaromaError(f"{run.metrics.name} cannot be read") from error
-    if not all(isinstance(record, dict) for record in records):
-        raise QaromaError(f"{run.metrics.name} holds lines that are no records")
-    return records
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where the file is missing or, just now, half written."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def quoted(text: str) -> str:
     """``text`` as one word of this system's shell; plain double quotes where they are safe everywhere."""
     if re.fullmatch(r"[\w./:@+-]+", text):
@@ -165,57 +105,3 @@ def quoted(text: str) -> str:
     if not re.search(r'["$`\\!%]', text):
         return f'"{text}"'
     return '"' + text.replace('"', '\\"') + '"' if os.name == "nt" else shlex.quote(text)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file aside, flush it to the disk, and put it in place in one move."""
-    aside = path.with_name(path.name + ".part")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def directory_written_aside(target: Path) -> Iterator[Path]:
-    """A directory that appears whole or not at all.
-
-    Yields an empty directory beside ``target``; when the block ends, its files are flushed and it
-    takes the target's place. When the block raises, it is removed and the target is as it was.
-    """
-    aside = target.with_name(target.name + ".part")
-    replaced = target.with_name(target.name + ".old")
-    shutil.rmtree(aside, ignore_errors=True)
-    if replaced.exists() and not target.exists():  # a kill between the two moves below
-        replaced.rename(target)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        for file in aside.iterdir():
-            flush(file)
-        flush(aside)
-        if target.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            target.rename(replaced)
-        aside.rename(target)
-        flush(target.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def flush(path: Path) -> None:
-    """fsync a file, or a directory where the system can."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

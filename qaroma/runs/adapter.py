@@ -17,8 +17,9 @@ from torch import Tensor
 
 from qaroma.errors import QaromaError
 from qaroma.method.adapter import Adapter
-from qaroma.model.head import TrainedHead
-from qaroma.runs import CONFIG, GROWTH, WEIGHTS, directory_written_aside
+from qaroma.method.head import TrainedHead
+from qaroma.runs.directory import CONFIG, GROWTH, WEIGHTS
+from qaroma.runs.files import directory_written_aside
 
 VERSION = 1
 _PREFIX = "base_model.model."

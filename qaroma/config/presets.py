@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qaroma.config import FIXED_RANK, PEFT_METHODS, Config, GrowthSection
+from qaroma.config.schema import FIXED_RANK, PEFT_METHODS, Config, GrowthSection
 from qaroma.errors import QaromaError
 from qaroma.method.growth import GrowthSettings
 

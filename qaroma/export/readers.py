@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qaroma.evaluate import compute_device
+from qaroma.engine.placement import compute_device
 from qaroma.export.delta import Delta
 
 # (token ids, first position wanted) -> logits (positions, vocabulary), fp32 on the CPU.

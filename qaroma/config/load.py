@@ -2,7 +2,7 @@
 
 Every problem of all three is reported at once, each with its place, what was got and what was
 expected; an unknown key comes with the nearest known one. The settings themselves are declared in
-:mod:`qaroma.config` alone.
+:mod:`qaroma.config.schema` alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from qaroma.config import Config
+from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
 
 _PACKAGE = Path(__file__).resolve().parent

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qaroma.method.targets import find_targets
 from qaroma.model.bnb import bnb
-from qaroma.model.targets import find_targets
 
 BLOCK = 64  # weights that share one quantisation constant (QLoRA, section 3)
 NESTED_BLOCK = 256  # such constants that share one of their own

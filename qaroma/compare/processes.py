@@ -15,9 +15,10 @@ from rich.console import Console
 
 from qaroma.compare.collect import is_finished
 from qaroma.compare.specs import PlannedRun
-from qaroma.config import Config
-from qaroma.configfile import dump_config, flattened, lies_in, load_config
-from qaroma.runs import RunDirectory, write_atomically
+from qaroma.config.load import dump_config, flattened, lies_in, load_config
+from qaroma.config.schema import Config
+from qaroma.runs.directory import RunDirectory
+from qaroma.runs.files import write_atomically
 from qaroma.training.interrupt import StopRequest
 
 # Where a run lies and what it trains on may change between two calls; what is trained may not.

@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qaroma.answers import AnswerTest, read_conversations
 from qaroma.data.encode import encode_rows
 from qaroma.data.forms import Message
 from qaroma.data.labelled import encode_labelled, takes_token_types
@@ -17,10 +16,11 @@ from qaroma.data.sources import RowSet, read_rows
 from qaroma.data.templates import Template
 from qaroma.engine.placement import quantise_head
 from qaroma.errors import QaromaError
-from qaroma.evaluate import generate
-from qaroma.export.peft import load_adapter, read_growth
+from qaroma.inference.answer_test import AnswerTest, read_conversations
+from qaroma.inference.generate import generate
 from qaroma.model.base import fingerprint, load_base, load_tokenizer, resolve_device, resolve_dtype
-from qaroma.runs import GROWTH, RunDirectory
+from qaroma.runs.adapter import load_adapter, read_growth
+from qaroma.runs.directory import GROWTH, RunDirectory
 from qaroma.tasks.base import Task
 from qaroma.tasks.causal_lm import CausalLM
 from qaroma.tasks.labelled import labelled_task

@@ -1,7 +1,7 @@
 """What ``qaroma init`` decides: a configuration for one's own data and card, every choice explained.
 
 The data is read and tokenised as training would, a step is planned for the card, and the rest
-follows from :mod:`qaroma.presets`. No weight is loaded.
+follows from :mod:`qaroma.config.presets`. No weight is loaded.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import psutil
 import torch
 import yaml
 
-from qaroma.config import Config, DataSource
-from qaroma.configfile import config_fields
+from qaroma.config.load import config_fields
+from qaroma.config.presets import DataFacts, Decision, resolve
+from qaroma.config.schema import Config, DataSource
 from qaroma.data.encode import Encoded, encode_rows, limit_length, split_validation
 from qaroma.data.sources import read_rows
 from qaroma.data.templates import Template
@@ -30,7 +31,6 @@ from qaroma.plan.report import parse_memory
 from qaroma.plan.search import RESERVE, Estimate, Planner
 from qaroma.plan.shapes import model_config
 from qaroma.plan.trace import StepSettings
-from qaroma.presets import DataFacts, Decision, resolve
 
 EFFECTIVE_BATCH = 16
 MICRO_BATCHES = (1, 2, 4, 8)

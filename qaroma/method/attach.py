@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from qaroma.method.adapter import Adapter
-from qaroma.model.targets import find_targets
+from qaroma.method.targets import find_targets
 
 
 def attach(

@@ -4,7 +4,7 @@ A run is configured by one YAML file and by flags that override it. The classes 
 list of what can be set: the loader refuses what they do not name, `--help` prints their
 descriptions, and the run directory keeps the resolved result. A value of ``None`` means "decided
 from the data, the model or the device", and what was decided is printed with its reason
-(see :mod:`qaroma.presets`).
+(see :mod:`qaroma.config.presets`).
 """
 
 from __future__ import annotations

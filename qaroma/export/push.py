@@ -19,13 +19,13 @@ from qaroma import __version__
 from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
 from qaroma.export import card
-from qaroma.export.peft import read_growth
+from qaroma.export.hub_failures import TOKENS_PAGE, explained
 from qaroma.export.rank_map import rank_map_svg
 from qaroma.export.source import Source
-from qaroma.hubfailures import TOKENS_PAGE, explained
-from qaroma.inference import adapter_folder, task_of
+from qaroma.inference.open import adapter_folder, task_of
 from qaroma.model.builtin import portable_name
-from qaroma.runs import CONFIG, GROWTH, WEIGHTS, RunDirectory
+from qaroma.runs.adapter import read_growth
+from qaroma.runs.directory import CONFIG, GROWTH, WEIGHTS, RunDirectory
 
 GGUF = "adapter.gguf"
 _CAUSAL, _CLASSIFIER = "AutoModelForCausalLM", "AutoModelForSequenceClassification"

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qaroma.data.forms import Message
 from qaroma.data.templates import Template
+from qaroma.engine.placement import compute_device
 from qaroma.errors import QaromaError
-
-Batch = TypeVar("Batch")
+from qaroma.tasks.evaluation import evaluating
 
 
 @dataclass(frozen=True)
@@ -30,50 +28,6 @@ class ExactMatch:
     def share(self) -> float:
         """The share of right answers, from 0 to 1."""
         return self.correct / self.total
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A summed cross-entropy, in nats, and the number of tokens it is the sum of."""
-
-    sum: float
-    count: int
-
-    @property
-    def mean(self) -> float:
-        """Loss per trained token."""
-        return self.sum / self.count
-
-    @property
-    def perplexity(self) -> float:
-        """exp(mean), infinite where that overflows."""
-        try:
-            return math.exp(self.mean)
-        except OverflowError:
-            return math.inf
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module is in the mode it was in before.
-
-    Args:
-        model: The model; modules of one model may be in different modes.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def compute_device(model: Any) -> torch.device:
-    """Where a causal model computes: its head's device, since its embeddings may lie in host memory."""
-    device: torch.device = model.get_output_embeddings().weight.device
-    return device
 
 
 def generate(
@@ -154,36 +108,6 @@ def exact_match(answers: Sequence[str], conversations: Sequence[Sequence[Message
         raise QaromaError("got no answers to compare; expected at least one row with a question and an answer.")
     pairs = zip(answers, conversations, strict=True)
     return ExactMatch(sum(got.strip() == expected_answer(turns).strip() for got, turns in pairs), len(answers))
-
-
-def evaluate_loss(
-    loss_fn: Callable[[Batch], tuple[Tensor, int | Tensor]], batches: Iterable[Batch], model: nn.Module
-) -> Loss:
-    """The loss over batches, each token counted once whatever batch it is in.
-
-    Args:
-        loss_fn: Gives the summed loss of a batch (a scalar) and its number of trained tokens.
-        batches: What ``loss_fn`` takes.
-        model: Put into evaluation mode meanwhile.
-
-    Returns:
-        Sum and count.
-
-    Raises:
-        QaromaError: The batches hold no trained token.
-    """
-    # The sums stay where they are made until the end: one device synchronisation in all.
-    sums: list[Tensor] = []
-    counts: list[int | Tensor] = []
-    with evaluating(model):
-        for batch in batches:
-            total, count = loss_fn(batch)
-            sums.append(total.detach())
-            counts.append(count)
-    trained = sum(int(count) for count in counts)
-    if trained == 0:
-        raise QaromaError("the evaluation data has no trained token; expected rows with answers.")
-    return Loss(float(torch.stack(sums).double().sum().item()), trained)
 
 
 @contextmanager

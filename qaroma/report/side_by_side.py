@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qaroma.configfile import flattened
+from qaroma.config.load import flattened
 from qaroma.errors import QaromaError
-from qaroma.listing import RunRecord, list_runs, read_run, shown
+from qaroma.report.run_table import RunRecord, list_runs, read_run, shown
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -16,10 +16,11 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from qaroma.data.forms import Message
+from qaroma.engine.placement import compute_device
 from qaroma.errors import QaromaError
-from qaroma.evaluate import compute_device, evaluating
-from qaroma.inference import TunedModel, open_base, open_run
+from qaroma.inference.open import TunedModel, open_base, open_run
 from qaroma.method.adapter import AdaptedLinear
+from qaroma.tasks.evaluation import evaluating
 
 _INCOMPLETE = "\ufffd"  # how a tokenizer decodes the first bytes of a character of several
 # Room that is kept for an answer when a conversation grows into the end of the context.

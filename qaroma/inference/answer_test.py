@@ -12,8 +12,8 @@ from qaroma.data.forms import Message, parse_rows, report_bad_rows
 from qaroma.data.sources import read_rows
 from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
-from qaroma.evaluate import exact_match, expected_answer, generate
-from qaroma.runs import MetricsLog
+from qaroma.inference.generate import exact_match, expected_answer, generate
+from qaroma.runs.log import MetricsLog
 
 SPARE_TOKENS = 8  # an answer may be so much longer than the longest expected one
 BATCH_TOKENS = 12_288  # of prompts and answers together: bounds the cache of keys and values

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from qaroma.errors import QaromaError
-from qaroma.model.head import head_names
+from qaroma.method.head import head_names
 
 _ALL = "--set growth.target_modules=all-linear"
 

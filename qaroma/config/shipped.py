@@ -12,9 +12,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from qaroma.configfile import shipped_configs, shipped_folder
+from qaroma.config.load import shipped_configs, shipped_folder
 from qaroma.errors import QaromaError
-from qaroma.runs import write_atomically
+from qaroma.runs.files import write_atomically
 
 _KINDS = re.compile(r"(MEASURED|PLANNED|NOT RUN)\b")
 

@@ -13,16 +13,16 @@ from rich.console import Console
 from qaroma.compare.collect import MethodFigures, read_figures, read_logs, reference_of
 from qaroma.compare.machine import hardware
 from qaroma.compare.plot import draw
-from qaroma.compare.runner import Folder, carry_out
+from qaroma.compare.processes import Folder, carry_out
 from qaroma.compare.specs import MakeConfig, PlannedRun, plan_runs, report, shared_settings
 from qaroma.compare.table import markdown
 from qaroma.compare.verdict import verdict
-from qaroma.config import PEFT_METHODS, GrowthSection
+from qaroma.config.presets import DataFacts, resolve
+from qaroma.config.schema import PEFT_METHODS, GrowthSection
 from qaroma.errors import QaromaError
 from qaroma.method.peft_lora import require_peft
-from qaroma.presets import DataFacts, resolve
 from qaroma.report.style import has_matplotlib
-from qaroma.runs import read_json, write_atomically
+from qaroma.runs.files import read_json, write_atomically
 from qaroma.training.interrupt import StopRequest
 from qaroma.training.prepare import prepare_data
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qaroma.errors import QaromaError
-from qaroma.runs import directory_written_aside
+from qaroma.runs.files import directory_written_aside
 
 VERSION = 1
 

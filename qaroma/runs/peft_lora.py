@@ -14,10 +14,10 @@ from torch import Tensor
 
 from qaroma.errors import QaromaError
 from qaroma.export.delta import Factors, check_shapes, linear_shapes
-from qaroma.export.peft import read_growth
 from qaroma.method.adapter import Adapter
 from qaroma.model.base import fingerprint
-from qaroma.runs import CONFIG, GROWTH, WEIGHTS
+from qaroma.runs.adapter import read_growth
+from qaroma.runs.directory import CONFIG, GROWTH, WEIGHTS
 
 _PREFIX = "base_model.model."
 _NAME = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(\.[^.]+)?\.weight")

@@ -1,0 +1,62 @@
+"""Which examples are set aside for validation, and how often the others appear in an epoch."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Protocol, TypeVar
+
+
+class Weighted(Protocol):
+    """An example of any task that knows its row and how often it appears in an epoch."""
+
+    @property
+    def origin(self) -> str:
+        """``file:line`` of its row."""
+
+    @property
+    def weight(self) -> float:
+        """How often it appears in an epoch."""
+
+
+_Example = TypeVar("_Example", bound=Weighted)
+
+
+def held_out_keys(keys: Iterable[Hashable], *, share: float, at_most: int, seed: int) -> set[Hashable]:
+    """Choose what is set aside for validation; something always remains to train on.
+
+    Args:
+        keys: Of the examples, in their order; those with the same key stay together.
+        share: Share of the different keys; 0 chooses none.
+        at_most: Greatest number of them.
+        seed: Seed of the choice.
+
+    Returns:
+        The keys chosen.
+    """
+    groups = list(dict.fromkeys(keys))
+    count = min(at_most, int(share * len(groups)), len(groups) - 1)
+    return set(random.Random(seed).sample(groups, max(count, 0)))
+
+
+def repeated(examples: Sequence[_Example], *, seed: int) -> list[_Example]:
+    """Repeat each example as its weight says: 2 is twice, 0.5 a random half of the file, 1.5 both.
+
+    Args:
+        examples: In any order; those of one file and weight are drawn from together.
+        seed: Seed of the choice of the fractional part.
+
+    Returns:
+        The examples of an epoch, copies side by side.
+    """
+    files: dict[tuple[str, float], list[int]] = defaultdict(list)
+    for index, example in enumerate(examples):
+        files[example.origin.rpartition(":")[0], example.weight].append(index)
+    copies = [0] * len(examples)
+    chooser = random.Random(seed)
+    for (_, weight), indices in files.items():
+        extra = set(chooser.sample(indices, round((weight - int(weight)) * len(indices))))
+        for index in indices:
+            copies[index] = int(weight) + (index in extra)
+    return [example for example, count in zip(examples, copies, strict=True) for _ in range(count)]

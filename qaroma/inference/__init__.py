@@ -1,0 +1,1 @@
+"""Using what a run left: answers and scores."""
