@@ -24,9 +24,9 @@ def grown(model, ranks: dict[str, int] | None = None) -> Adapter:
         rank = index % 5 if ranks is None else ranks[name]
         for component in range(rank):
             if component == 0:
-                layer.start_component(adapter.initial_A(layer))
+                layer.start_component(adapter.initial_A(layer, adapter.inner_rank))
             else:
-                layer.restart_component(adapter.initial_A(layer))
+                layer.restart_component(adapter.initial_A(layer, adapter.inner_rank))
             with torch.no_grad():
                 layer.active_B.normal_(std=0.5)
             layer.place_active()

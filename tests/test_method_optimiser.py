@@ -16,9 +16,9 @@ def groups(sizes: dict[str, tuple[int, ...]]) -> dict[str, list[nn.Parameter]]:
 def test_equals_torch_adamw_group_by_group() -> None:
     ours = groups({"a": (3, 5), "b": (7,)})
     theirs = {name: [nn.Parameter(p.detach().clone()) for p in ps] for name, ps in ours.items()}
-    rates = {"a": 1e-2, "b": 3e-3}
+    rates = {"a": [1e-2], "b": [3e-3]}
     flat = FlatAdamW(ours, weight_decay=0.1)
-    reference = torch.optim.AdamW([{"params": theirs[n], "lr": rates[n]} for n in theirs], weight_decay=0.1)
+    reference = torch.optim.AdamW([{"params": theirs[n], "lr": rates[n][0]} for n in theirs], weight_decay=0.1)
     for _ in range(20):
         for name in ours:
             for p, q in zip(ours[name], theirs[name], strict=True):
@@ -58,7 +58,7 @@ def test_reset_does_what_its_mode_says(mode: str) -> None:
     flat = FlatAdamW(groups({"new": (20_000,), "old": (50,)}))
     for _ in range(3):
         flat.gradients.normal_()
-        flat.step({"new": 1e-3, "old": 1e-3})
+        flat.step({"new": [1e-3], "old": [1e-3]})
     first, second = flat.first_moment.clone(), flat.second_moment.clone()
     flat.reset(["new"], mode, torch.Generator().manual_seed(0))
     kept = flat.second_moment[:20_000] != 0
@@ -68,7 +68,7 @@ def test_reset_does_what_its_mode_says(mode: str) -> None:
     assert torch.equal(flat.first_moment[:20_000] != 0, kept)  # both moments of an element go together
     assert torch.equal(flat.first_moment[20_000:], first[20_000:])
     assert torch.equal(flat.second_moment[20_000:], second[20_000:])
-    assert flat.steps == {"new": 0 if mode == "full" else 3, "old": 3}
+    assert flat.steps == {"new": [0 if mode == "full" else 3], "old": [3]}
 
 
 @pytest.mark.parametrize(("mode", "size"), [("prune", 3.16), ("full", 1.0)])
@@ -78,11 +78,11 @@ def test_first_update_after_a_reset(mode: str, size: float) -> None:
         flat = FlatAdamW(groups({"a": (1000,)}), max_update=bound)
         for _ in range(5000 if mode == "prune" else 10):
             flat.gradients.fill_(1.0)
-            flat.step({"a": 0.0})
+            flat.step({"a": [0.0]})
         flat.reset(["a"], mode, torch.Generator().manual_seed(1))
         before = flat.values.clone()
         flat.gradients.fill_(1.0)
-        flat.step({"a": 1e-3})
+        flat.step({"a": [1e-3]})
         moved = (before - flat.values).median().item() / 1e-3
         assert moved == pytest.approx(min(size, bound or size), rel=0.02)
 
@@ -91,7 +91,7 @@ def test_dropped_groups_leave_nothing_behind() -> None:
     parameters = groups({"a": (3,), "b": (5, 2), "c": (4,)})
     flat = FlatAdamW(parameters)
     flat.gradients.normal_()
-    flat.step({"a": 1e-3, "b": 1e-3, "c": 1e-3})
+    flat.step({"a": [1e-3], "b": [1e-3], "c": [1e-3]})
     moments = flat.first_moment.clone()
     flat.drop(["b"])
     assert list(flat.groups) == list(flat.steps) == ["a", "c"]
@@ -113,7 +113,7 @@ def test_bf16_parameters_lose_updates_at_lr_1e_4_and_ours_do_not() -> None:
         pure.grad = torch.ones_like(pure)
         reference.step()
         flat.gradients.fill_(1.0)
-        flat.step({"a": 1e-4})
+        flat.step({"a": [1e-4]})
     moved_pure = (start.bfloat16().float() - pure.detach().float()).mean()
     moved_ours = (start - ours.detach()).mean()
     assert moved_ours.item() == pytest.approx(1e-2, rel=1e-3)  # 100 steps of 1e-4

@@ -1,4 +1,4 @@
-"""Low-rank adapters that grow: frozen components, one active component, and the layers that hold them.
+"""Low-rank adapters that grow: frozen components, those that train, and the layers that hold them.
 
 Dimensions: N in_features, M out_features, R rank, r inner rank. W = W0 + B^T A with B (R, M), A (R, N).
 """
@@ -6,7 +6,7 @@ Dimensions: N in_features, M out_features, R rank, r inner rank. W = W0 + B^T A 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,18 +20,19 @@ BLOCK = 16
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear layer with low-rank components, of which at most the last one trains.
+    """A frozen linear layer with low-rank components, of which the newest ones train.
 
     The compute factors ``A`` (capacity, N) and ``B`` (capacity, M) are in the base's compute dtype,
-    with the scale alpha / r folded into B. The active component is *updated* in fp32
-    (``active_A``, ``active_B``) and copied, rounded, into its rows by :meth:`Adapter.refresh`;
-    committing it is therefore only a matter of counting: no number moves.
+    with the scale alpha / r folded into B; frozen components come first. Active components are *updated*
+    in fp32 (``active_A``, ``active_B``, their rows one component after the other) and copied, rounded,
+    into their rows by :meth:`Adapter.refresh`; freezing one is therefore only a matter of counting: no
+    number moves.
 
     Args:
         base: ``nn.Linear`` or ``Linear4bit``; kept as it is and never trained.
         scale: alpha / inner rank.
         dtype: compute dtype of the factors.
-        dropout: probability, applied before A, on the active component only.
+        dropout: probability, applied before A, on the active components only.
     """
 
     A: Tensor
@@ -51,6 +52,7 @@ class AdaptedLinear(nn.Module):
         self.register_parameter("active_A", None)
         self.register_parameter("active_B", None)
         self.components: list[int] = []  # inner ranks of the frozen components, in order
+        self.active_components: list[int] = []  # of those that train
 
     @property
     def weight(self) -> Tensor:
@@ -67,7 +69,7 @@ class AdaptedLinear(nn.Module):
 
     @property
     def active_rank(self) -> int:
-        return 0 if self.active_A is None else self.active_A.shape[0]
+        return sum(self.active_components)
 
     @property
     def rank(self) -> int:
@@ -97,41 +99,71 @@ class AdaptedLinear(nn.Module):
         return self.A[: self.frozen_rank], self.B[: self.frozen_rank]
 
     def active_factors(self) -> tuple[Tensor, Tensor]:
-        """(r, N) and (r, M) of the active component as the forward pass uses it."""
+        """(K, N) and (K, M) of all active components, K their rank, as the forward pass uses them."""
         return self.A[self.frozen_rank : self.rank], self.B[self.frozen_rank : self.rank]
+
+    def newest_factors(self) -> tuple[Tensor, Tensor]:
+        """(r, N) and (r, M) of the component that began last."""
+        start = self.rank - self.active_components[-1]
+        return self.A[start : self.rank], self.B[start : self.rank]
+
+    def earlier_factors(self) -> tuple[Tensor, Tensor]:
+        """Those of all components before the newest one, frozen or not."""
+        start = self.rank - self.active_components[-1]
+        return self.A[:start], self.B[:start]
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(R, N) and (R, M) of every component, the active one included."""
         return self.A[: self.rank], self.B[: self.rank]
 
-    def start_component(self, A_init: Tensor) -> None:
-        """Begin a component: A as given (r, N), B zero, so that the output does not change."""
+    def start_component(self, A_init: Tensor, components: Sequence[int] | None = None) -> None:
+        """Begin to train: A as given (r, N), B zero, so that the output does not change.
+
+        Args:
+            A_init: rows of the new component, or of several.
+            components: their inner ranks; None is one component of all rows.
+        """
         device = self.A.device
         self.active_A = nn.Parameter(A_init.to(device=device, dtype=torch.float32))
         self.active_B = nn.Parameter(torch.zeros(A_init.shape[0], self.out_features, device=device))
+        self.active_components = list(components or [A_init.shape[0]])
         self.reserve(self.rank)
         self.place_active()
 
     def restart_component(self, A_init: Tensor) -> None:
-        """Commit the active component and begin the next one in the same fp32 storage."""
+        """Freeze the only active component and begin the next one in the same fp32 storage."""
         active = self.active
         assert active is not None
-        self.components.append(self.active_rank)
+        self.components += self.active_components
+        self.active_components = [len(A_init)]
         self.reserve(self.rank)
         with torch.no_grad():
             active.A.copy_(A_init)
             active.B.zero_()
         self.place_active()
 
+    def extended(self, rows: int, *, frozen: int) -> None:
+        """Count a component that the optimiser has added to the fp32 factors, and those it has taken away.
+
+        Args:
+            rows: inner rank of the new component, which stands last.
+            frozen: how many of the oldest active components train no more.
+        """
+        self.components += self.active_components[:frozen]
+        self.active_components = [*self.active_components[frozen:], rows]
+        self.reserve(self.rank)
+        self.place_active()
+
     def end(self, *, keep: bool) -> None:
-        """Stop training this layer; its active component is kept as a frozen one, or discarded."""
-        start, rank = self.frozen_rank, self.active_rank
+        """Stop training this layer; its newest component is kept as a frozen one like the others, or discarded."""
+        start, rank = self.rank - self.active_components[-1], self.rank
+        kept = self.active_components if keep else self.active_components[:-1]
         self.active_A = self.active_B = None
-        if keep:
-            self.components.append(rank)
-        else:
-            self.A[start : start + rank] = 0
-            self.B[start : start + rank] = 0
+        self.active_components = []
+        self.components += kept
+        if not keep:
+            self.A[start:rank] = 0
+            self.B[start:rank] = 0
         self.reserve(self.rank)
 
     def load_factors(self, A_RN: Tensor, B_RM: Tensor, components: list[int]) -> None:
@@ -153,7 +185,7 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def place_active(self) -> None:
-        """Copy the fp32 component, rounded and scaled, into its rows of the compute factors."""
+        """Copy the fp32 components, rounded and scaled, into their rows of the compute factors."""
         active = self.active
         assert active is not None
         A_rows, B_rows = self.active_factors()
@@ -206,9 +238,9 @@ class Adapter:
             setattr(model.get_submodule(parent), child, layer.train(base.training))
             self.layers[name] = layer
 
-    def initial_A(self, layer: AdaptedLinear) -> Tensor:
-        """Kaiming-uniform(a = sqrt 5) values of shape (r, N), drawn on the CPU so that devices agree."""
-        return kaiming_A(self.inner_rank, layer.in_features, self.generator)
+    def initial_A(self, layer: AdaptedLinear, rank: int) -> Tensor:
+        """Kaiming-uniform(a = sqrt 5) values of shape (rank, N), drawn on the CPU so that devices agree."""
+        return kaiming_A(rank, layer.in_features, self.generator)
 
     def active_layers(self) -> Iterator[tuple[str, AdaptedLinear]]:
         return ((name, layer) for name, layer in self.layers.items() if layer.active_A is not None)
@@ -232,11 +264,8 @@ class Adapter:
         return {name: layer.rank for name, layer in self.layers.items()}
 
     def components(self) -> dict[str, list[int]]:
-        """Inner ranks of each layer's components, in order, the active one last."""
-        return {
-            name: [*layer.components, *([layer.active_rank] if layer.active_rank else [])]
-            for name, layer in self.layers.items()
-        }
+        """Inner ranks of each layer's components, in order, the active ones last."""
+        return {name: [*layer.components, *layer.active_components] for name, layer in self.layers.items()}
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """A (R, N) and B (R, M) of each layer, the scale folded into B."""

@@ -19,7 +19,7 @@ from qaroma.method.criteria import (
 from qaroma.method.dequantise import dense_weight
 from qaroma.method.growth import GrowthEvent, GrowthSettings, GrowthState, Measurement
 from qaroma.method.probe import GradientProbe
-from qaroma.method.schedule import jagged_cosine, warm_cosine
+from qaroma.method.schedule import cosine, jagged_cosine, warm_cosine
 
 
 class GrowthController(AdapterMethod):
@@ -100,22 +100,27 @@ class GrowthController(AdapterMethod):
         self._probe.advance()
         self.zero_grad()
 
-    def learning_rates(self) -> dict[str, float]:
-        """Learning rate of each active module's next update."""
+    def learning_rates(self) -> dict[str, list[float]]:
+        """Learning rate of each active component's next update, by module, oldest first."""
         s = self.settings
-        return {
-            name: self.peak
-            * jagged_cosine(
+        settled = self.peak * cosine(
+            self.growth.step, total=self.total_steps, warmup=s.warmup, min_ratio=s.min_lr_ratio
+        )
+        rates = {}
+        for name in self.growth.active():
+            module = self.growth.modules[name]
+            newest = self.peak * jagged_cosine(
                 self.growth.step,
-                self.growth.modules[name].age,
-                first=self.growth.modules[name].component == 1,
+                module.age,
+                first=module.component == 1,
                 total=self.total_steps,
                 warmup=s.warmup,
                 restart_warmup=s.restart_warmup,
                 min_ratio=s.min_lr_ratio,
             )
-            for name in self.growth.active()
-        }
+            # An older component has had its warm-up: an inner loop is longer than that.
+            rates[name] = [settled] * (len(self.adapter.layers[name].active_components) - 1) + [newest]
+        return rates
 
     def step(self) -> list[GrowthEvent]:
         """Clip, update, zero the gradients; check and grow where that is due.
@@ -131,7 +136,7 @@ class GrowthController(AdapterMethod):
         if self.probing:
             raise RuntimeError("new components wait for their direction: call probe() after a backward pass, twice")
         rates = self.learning_rates()
-        self.learning_rate = max(rates.values(), default=0.0)
+        self.learning_rate = max((rate for of_module in rates.values() for rate in of_module), default=0.0)
         s = self.settings
         of_head = warm_cosine(self.growth.step, total=self.total_steps, warmup=s.warmup, min_ratio=s.min_lr_ratio)
         self.trainer.update(rates, self.head_peak * of_head)
@@ -172,32 +177,39 @@ class GrowthController(AdapterMethod):
         squares = []
         for name in names:
             layer = self.adapter.layers[name]
-            A, B = layer.active_factors()
+            A, B = layer.newest_factors()
             change = torch.full((), torch.nan, dtype=torch.float64, device=A.device)
             if self.settings.inner_criterion == "product":
                 if name in self._previous:
                     change = change_norm_sq(A, B, *self._previous[name])
                 self._previous[name] = (A.clone(), B.clone())
-            beside = (
-                self._weight_norm_sq[self._rows[name]] if self._weighs else product_norm_sq(*layer.frozen_factors())
-            )
-            squares += [product_norm_sq(A, B), beside, change]
+            squares += [product_norm_sq(A, B), self._beside(name), change]
         values = torch.stack(squares).sqrt().view(-1, 3).tolist()
         return {
             name: Measurement(norm, beside, None if change != change else change)
             for name, (norm, beside, change) in zip(names, values, strict=True)
         }
 
+    def _beside(self, name: str) -> Tensor:
+        """The square of what the outer criterion compares a module's newest component with."""
+        layer = self.adapter.layers[name]
+        if not self._weighs:
+            return product_norm_sq(*layer.earlier_factors())
+        frozen = self._weight_norm_sq[self._rows[name]]
+        start = layer.frozen_rank
+        A, B = (factor[start:] for factor in layer.earlier_factors())
+        return frozen + self._norm_sq_gain(name, A, B) if len(A) else frozen
+
     @torch.no_grad()
     def _carry_out(self, events: list[GrowthEvent]) -> None:
         """Merge, reinit and reset where a component was committed; give back where a module is done."""
         committed = [e.module for e in events if e.decision == "commit"]
-        for name in committed:
-            layer = self.adapter.layers[name]
-            if self._weighs:
-                self._weight_norm_sq[self._rows[name]] += self._norm_sq_gain(name)
-            layer.restart_component(self.adapter.initial_A(layer))
-        self.trainer.optimiser.reset(committed, self.settings.reset, self.adapter.generator)
+        if self._weighs:
+            for name in committed:
+                self._weight_norm_sq[self._rows[name]] += self._freezing_gain(name)
+        self.trainer.begin(
+            dict.fromkeys(committed, self.adapter.inner_rank), window=self.settings.window, reset=self.settings.reset
+        )
         for event in events:
             self._previous.pop(event.module, None)
         self.trainer.end({e.module: e.decision == "keep" for e in events if e.decision != "commit"})
@@ -207,10 +219,22 @@ class GrowthController(AdapterMethod):
         if self.settings.init == "gradient":
             self._probe.begin(names)
 
-    def _norm_sq_gain(self, name: str) -> Tensor:
-        """``||W_p||^2 - ||W_{p-1}||^2``; W0 goes through the quantised weight, the rest stays factors."""
+    def _freezing_gain(self, name: str) -> Tensor | float:
+        """What the components that freeze as the next one begins add to a module's ``||W||^2``."""
+        layer, window = self.adapter.layers[name], self.settings.window
+        count = 0 if window is None else max(0, len(layer.active_components) + 1 - window)
+        rows = sum(layer.active_components[:count])
+        A, B = (factor[:rows] for factor in layer.active_factors())
+        return self._norm_sq_gain(name, A, B) if rows else 0.0
+
+    def _norm_sq_gain(self, name: str, A: Tensor, B: Tensor) -> Tensor:
+        """``||W + B A||^2 - ||W||^2`` with W the base and its frozen components; W0 goes through the quantised weight.
+
+        Args:
+            name: of the module.
+            A, B: (K, N) and (K, M) factors of components that are not frozen, the scale folded into B.
+        """
         layer = self.adapter.layers[name]
-        A, B = layer.active_factors()
         cross = dense_inner_product(dense_weight(layer.base, layer.A.dtype), A, B)
         return 2 * (cross + inner_product(A, B, *layer.frozen_factors())) + product_norm_sq(A, B)
 

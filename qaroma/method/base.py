@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from qaroma.method.adapter import Adapter
@@ -122,24 +123,57 @@ class FactorTrainer:
         self.adapter, self.head, self.max_grad_norm = adapter, list(head), max_grad_norm
         self._options = {"weight_decay": weight_decay, "max_update": max_update}
         for layer in adapter.layers.values():
-            layer.start_component(adapter.initial_A(layer))
+            layer.start_component(adapter.initial_A(layer, adapter.inner_rank))
         self._build_optimiser()
 
     def _build_optimiser(self) -> None:
         groups = {name: list(layer.parameters(recurse=False)) for name, layer in self.adapter.active_layers()}
+        parts = {name: layer.active_components for name, layer in self.adapter.active_layers()}
         if self.head:
             groups[HEAD] = self.head
-        self.optimiser = FlatAdamW(groups, **self._options)  # type: ignore[arg-type]
+        self.optimiser = FlatAdamW(groups, parts=parts, **self._options)  # type: ignore[arg-type]
 
-    def update(self, learning_rates: Mapping[str, float], head_learning_rate: float = 0.0) -> None:
-        """Clip the gradients, update the fp32 factors, refresh the compute copies, zero the gradients."""
+    def update(self, learning_rates: Mapping[str, Sequence[float]], head_learning_rate: float = 0.0) -> None:
+        """Clip the gradients, update the fp32 factors, refresh the compute copies, zero the gradients.
+
+        Args:
+            learning_rates: of each active component of each active module, oldest first.
+            head_learning_rate: of the head.
+        """
         self.optimiser.clip(self.max_grad_norm)
-        self.optimiser.step({**learning_rates, HEAD: head_learning_rate})
+        self.optimiser.step({**learning_rates, HEAD: [head_learning_rate]})
         self.optimiser.zero_grad()
         self.adapter.refresh()
 
+    def begin(self, ranks: Mapping[str, int], *, window: int | None, reset: str) -> None:
+        """Begin the next component of some layers; the oldest one freezes where more than a window's would train.
+
+        Args:
+            ranks: name of a layer that trains -> inner rank of its new component.
+            window: how many of a layer's newest components train; None is all of them.
+            reset: what becomes of the moments where the new component takes the place of the only one that
+                trained (:meth:`FlatAdamW.reset`); beside others it begins without moments.
+        """
+        if not ranks:
+            return
+        layers = {name: self.adapter.layers[name] for name in ranks}
+        fresh = {name: self.adapter.initial_A(layer, ranks[name]) for name, layer in layers.items()}
+        if window == 1:
+            for name, layer in layers.items():
+                layer.restart_component(fresh[name])
+            self.optimiser.reset(list(ranks), reset, self.adapter.generator)
+            return
+        gone = {
+            name: 0 if window is None else max(0, len(layer.active_components) + 1 - window)
+            for name, layer in layers.items()
+        }
+        rows = {name: (A, torch.zeros(len(A), layers[name].out_features)) for name, A in fresh.items()}
+        self.optimiser.grow(rows, gone=gone)
+        for name, layer in layers.items():
+            layer.extended(len(fresh[name]), frozen=gone[name])
+
     def end(self, names: Mapping[str, bool]) -> None:
-        """Stop training these layers; the value says whether the active component is kept."""
+        """Stop training these layers; the value says whether the newest component is kept, like those before it."""
         if not names:
             return
         self.optimiser.drop(list(names))
@@ -155,23 +189,28 @@ class FactorTrainer:
             if layer.components:
                 tensors[f"frozen.{name}.A"], tensors[f"frozen.{name}.B"] = layer.frozen_factors()
         steps = dict(self.optimiser.steps)
-        return MethodState(tensors, {"components": components, "head_steps": steps.pop(HEAD, 0), "steps": steps})
+        head_steps = steps.pop(HEAD, [0])
+        active = {name: layer.active_components for name, layer in self.adapter.active_layers()}
+        return MethodState(
+            tensors, {"components": components, "active": active, "head_steps": head_steps, "steps": steps}
+        )
 
     def load_state(self, state: MethodState) -> None:
-        active = state.values["steps"]
+        active = state.values["active"]
         for name, layer in self.adapter.layers.items():
             layer.active_A = layer.active_B = None
+            layer.active_components = []
             components = state.values["components"][name]
             if components:
                 layer.load_factors(state.tensors[f"frozen.{name}.A"], state.tensors[f"frozen.{name}.B"], components)
             else:
                 layer.load_factors(layer.A[:0], layer.B[:0], [])
             if name in active:
-                layer.start_component(layer.A.new_zeros(self.adapter.inner_rank, layer.in_features))
+                layer.start_component(layer.A.new_zeros(sum(active[name]), layer.in_features), active[name])
         self._build_optimiser()
         prefix = "optimiser."
         tensors = {k.removeprefix(prefix): t for k, t in state.tensors.items() if k.startswith(prefix)}
-        self.optimiser.load_state(tensors, {**active, HEAD: state.values["head_steps"]})
+        self.optimiser.load_state(tensors, {**state.values["steps"], HEAD: state.values["head_steps"]})
         self.adapter.refresh()
         self.adapter.generator.set_state(state.tensors["generator"])
 

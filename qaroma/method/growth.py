@@ -18,6 +18,7 @@ Decision = Literal["commit", "done", "keep"]
 class GrowthSettings:
     """Every choice of the two loops, resolved (``qaroma.config.schema.GrowthSection`` explains each).
 
+    ``window`` is how many of a module's newest components train: 1 is the paper's, None is all of them.
     ``criteria`` False is ReLoRA (Lialin et al., 2023): nothing is measured, and every component
     commits after exactly ``t_in`` steps.
 
@@ -38,12 +39,15 @@ class GrowthSettings:
     reset: Literal["prune", "full", "none"] = "prune"
     check_first: bool = True
     max_rank: int | None = None
+    window: int | None = 1
     warmup: int = 100
     restart_warmup: int = 50
     min_lr_ratio: float = 0.1
     max_update: float | None = None
 
     def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"at least one component trains, got a window of {self.window}")
         if self.t_in < 1 or self.check_every < 1:
             raise ValueError(f"t_in and check_every must be at least 1, got {self.t_in} and {self.check_every}")
         if max(self.warmup, self.restart_warmup) >= self.t_in:
@@ -187,10 +191,14 @@ class GrowthState:
         return module.converged or module.age >= self.settings.t_in
 
     def _decide(self, name: str, module: ModuleState) -> GrowthEvent:
-        """Eq. 6: a component that is small beside its weight, or its update, ends its module's growth."""
+        """Eq. 6: a component that is small beside its weight, or its update, ends its module's growth.
+
+        Beside others that train with it a component is not discarded: they have learnt to rely on it.
+        """
         checked = self.settings.check_first or module.component > 1
         if checked and module.outer is not None and module.outer < self.settings.eps_out:
-            return self._end(name, module, "done" if self.settings.on_converged == "discard" else "keep")
+            discarded = self.settings.on_converged == "discard" and self.settings.window == 1
+            return self._end(name, module, "done" if discarded else "keep")
         return self._proceed(name, module)
 
     def _proceed(self, name: str, module: ModuleState) -> GrowthEvent:

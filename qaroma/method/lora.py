@@ -54,7 +54,7 @@ class PlainLora(AdapterMethod):
         """Clip, update, zero the gradients. LoRA grows nothing."""
         factor = warm_cosine(self.steps_done, total=self.total_steps, warmup=self.warmup, min_ratio=self.min_lr_ratio)
         self.learning_rate = self.peak * factor
-        self.trainer.update(dict.fromkeys(self.adapter.layers, self.learning_rate), self.head_peak * factor)
+        self.trainer.update({name: [self.learning_rate] for name in self.adapter.layers}, self.head_peak * factor)
         self.steps_done += 1
         return []
 

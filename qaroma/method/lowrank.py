@@ -1,6 +1,6 @@
 """The one adapted projection: a frozen (4-bit or dense) weight plus low-rank factors.
 
-Dimensions: T tokens, N in_features, M out_features, R rank (capacity), r inner rank.
+Dimensions: T tokens, N in_features, M out_features, R rank (capacity), K rank that trains.
 Both factors are stored rank-major, A_RN and B_RM, so that a component is a block of contiguous rows.
 """
 
@@ -16,10 +16,11 @@ from qaroma.method.dequantise import dense_weight
 
 
 class Active(NamedTuple):
-    """The component that trains, as the projection needs to see it.
+    """The components that train, as the projection needs to see them.
 
-    ``A`` (r, N) and ``B`` (r, M) are the fp32 parameters that receive the gradient; their rounded
-    copies stand in rows ``start`` .. ``start + r`` of the compute factors, B's times ``scale``.
+    ``A`` (K, N) and ``B`` (K, M) are the fp32 parameters that receive the gradient, K the rank of all
+    these components together; their rounded copies stand in rows ``start`` .. ``start + K`` of the
+    compute factors, B's times ``scale``.
     """
 
     A: nn.Parameter
@@ -44,7 +45,7 @@ def lowrank_linear(x: Tensor, base: nn.Module | None, A_RN: Tensor, B_RM: Tensor
         base: linear layer that is never trained; None leaves its term out.
         A_RN: (R, N) compute factor.
         B_RM: (R, M) compute factor, the scale folded in.
-        active: where the gradient of the training component goes; None trains nothing.
+        active: where the gradient of the components that train goes; None trains nothing.
 
     Returns:
         (..., M) in the compute dtype.

@@ -1,8 +1,8 @@
-"""AdamW over one flat fp32 buffer that holds every active component.
+"""AdamW over one flat fp32 buffer that holds every component that trains.
 
 The parameters of all groups (one group per module) lie one after the other in ``values``, their
 gradients and moments likewise, so that an update is a handful of kernels however many modules
-train. Learning rate and step count are per group.
+train. A group's rows belong to its components, its parts; learning rate and step count are per part.
 """
 
 from __future__ import annotations
@@ -13,26 +13,35 @@ import torch
 from torch import Tensor, nn
 
 PRUNED_SHARE = 0.999  # of the moments, at a reset "prune" (paper, section 3.3)
+_BUFFERS = ("values", "gradients", "first_moment", "second_moment")
 
 
 class FlatAdamW:
-    """AdamW (Loshchilov & Hutter, 2019) with a learning rate and a step count per group.
+    """AdamW (Loshchilov & Hutter, 2019) with a learning rate and a step count for every part of every group.
 
-    Equivalent, group by group, to ``torch.optim.AdamW`` as long as ``max_update`` is None.
+    Equivalent, part by part, to ``torch.optim.AdamW`` as long as ``max_update`` is None.
     The parameters given become views into :attr:`values`, their ``.grad`` views into
     :attr:`gradients`.
 
     Args:
         groups: name -> fp32 parameters, in the order they take in the buffer.
+        parts: name -> numbers of rows that belong together, oldest first; every parameter of the group has
+            as many rows as they sum to. A group that is not named is one part, its parameters of any shape.
         betas, eps, weight_decay: as in AdamW.
         max_update: bound on one element's ``|m_hat / (sqrt(v_hat) + eps)|``. After a reset that prunes
             moments but keeps the step count, that ratio reaches 3; None leaves it so.
     """
 
+    values: Tensor
+    gradients: Tensor
+    first_moment: Tensor
+    second_moment: Tensor
+
     def __init__(
         self,
         groups: Mapping[str, Sequence[nn.Parameter]],
         *,
+        parts: Mapping[str, Sequence[int]] | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -40,25 +49,34 @@ class FlatAdamW:
     ) -> None:
         self.betas, self.eps, self.weight_decay, self.max_update = betas, eps, weight_decay, max_update
         self.groups: dict[str, list[nn.Parameter]] = {name: list(ps) for name, ps in groups.items()}
-        self.steps: dict[str, int] = dict.fromkeys(self.groups, 0)
+        self.parts: dict[str, list[int]] = {name: list(rows) for name, rows in (parts or {}).items()}
+        self.steps: dict[str, list[int]] = {name: [0] * len(self.parts.get(name, (1,))) for name in self.groups}
         self.values = _flattened([p.data for ps in self.groups.values() for p in ps])
         self.gradients, self.first_moment, self.second_moment = (torch.zeros_like(self.values) for _ in range(3))
-        self._point_parameters()
+        self._point_parameters({p: p.shape for ps in self.groups.values() for p in ps})
 
-    def _point_parameters(self) -> None:
-        """Make every parameter and its gradient a view into the flat buffers."""
+    def _point_parameters(self, shapes: Mapping[nn.Parameter, torch.Size]) -> None:
+        """Make every parameter and its gradient a view of such a shape into the flat buffers."""
         self.slices: dict[str, slice] = {}
-        offset = 0
+        sizes: list[int] = []  # of the runs of elements that share a learning rate
+        owners: list[int] = []  # which part of all groups each of them belongs to
+        offset = first_part = 0
         for name, parameters in self.groups.items():
             start = offset
+            rows = self.parts.get(name)
             for p in parameters:
-                part = slice(offset, offset + p.numel())
-                p.data = self.values[part].view(p.shape)
-                p.grad = self.gradients[part].view(p.shape)
-                offset += p.numel()
+                shape = shapes[p]
+                part = slice(offset, offset + shape.numel())
+                p.data = self.values[part].view(shape)
+                p.grad = self.gradients[part].view(shape)
+                offset += shape.numel()
+                sizes += [shape.numel()] if rows is None else [count * shape[1:].numel() for count in rows]
+                owners += range(first_part, first_part + len(self.steps[name]))
+            first_part += len(self.steps[name])
             self.slices[name] = slice(start, offset)
-        sizes = [s.stop - s.start for s in self.slices.values()]
-        self._sizes = torch.tensor(sizes, dtype=torch.long, device=self.values.device)
+        device = self.values.device
+        self._sizes = torch.tensor(sizes, dtype=torch.long, device=device)
+        self._owners = torch.tensor(owners, dtype=torch.long, device=device)
 
     def zero_grad(self) -> None:
         self.gradients.zero_()
@@ -74,17 +92,17 @@ class FlatAdamW:
         return norm
 
     @torch.no_grad()
-    def step(self, learning_rates: Mapping[str, float]) -> None:
-        """One update of every group, each with its own learning rate."""
+    def step(self, learning_rates: Mapping[str, Sequence[float]]) -> None:
+        """One update of every group, each of its parts with a learning rate of its own."""
         beta1, beta2 = self.betas
         rows = []
-        for name in self.groups:
-            self.steps[name] += 1
-            t = self.steps[name]
-            rows.append((learning_rates[name], 1 - beta1**t, 1 - beta2**t))
-        per_group = torch.tensor(rows, dtype=torch.float32).view(-1, 3).to(self.values.device, non_blocking=True)
+        for name, steps in self.steps.items():
+            self.steps[name] = steps = [t + 1 for t in steps]
+            rows += [(rate, 1 - beta1**t, 1 - beta2**t) for rate, t in zip(learning_rates[name], steps, strict=True)]
+        per_part = torch.tensor(rows, dtype=torch.float32).view(-1, 3).to(self.values.device, non_blocking=True)
         lr, correction1, correction2 = (
-            torch.repeat_interleave(column, self._sizes, output_size=self.values.numel()) for column in per_group.T
+            torch.repeat_interleave(column, self._sizes, output_size=self.values.numel())
+            for column in per_part[self._owners].T
         )
         self.first_moment.lerp_(self.gradients, 1 - beta1)
         self.second_moment.mul_(beta2).addcmul_(self.gradients, self.gradients, value=1 - beta2)
@@ -113,12 +131,43 @@ class FlatAdamW:
             if mode == "full":
                 self.first_moment[part] = 0
                 self.second_moment[part] = 0
-                self.steps[name] = 0
+                self.steps[name] = [0] * len(self.steps[name])
                 continue
             kept = torch.rand(part.stop - part.start, generator=generator) >= PRUNED_SHARE
             kept = kept.to(self.values.device)
             self.first_moment[part] *= kept
             self.second_moment[part] *= kept
+
+    @torch.no_grad()
+    def grow(self, rows: Mapping[str, Sequence[Tensor]], *, gone: Mapping[str, int]) -> None:
+        """Give groups another part, and give back the memory of the oldest ones.
+
+        What stays keeps its values, gradients, moments and step counts; the new part begins without any.
+
+        Args:
+            rows: name -> new rows of each of the group's parameters.
+            gone: name -> how many of its oldest parts train no more.
+        """
+        shapes: dict[nn.Parameter, torch.Size] = {}
+        grown: dict[str, list[Tensor]] = {buffer: [] for buffer in _BUFFERS}
+        for name, parameters in self.groups.items():
+            dropped = sum(self.parts.get(name, ())[: gone.get(name, 0)])
+            offset = self.slices[name].start
+            for index, p in enumerate(parameters):
+                new = rows[name][index].to(self.values) if name in rows else None
+                for buffer, pieces in grown.items():
+                    kept = getattr(self, buffer)[offset : offset + p.numel()].view(p.shape)[dropped:]
+                    pieces.append(kept.reshape(-1))
+                    if new is not None:
+                        pieces.append((new if buffer == "values" else torch.zeros_like(new)).reshape(-1))
+                offset += p.numel()
+                shapes[p] = torch.Size((p.shape[0] - dropped + (0 if new is None else len(new)), *p.shape[1:]))
+            if name in rows:
+                self.parts[name] = [*self.parts[name][gone.get(name, 0) :], len(rows[name][0])]
+                self.steps[name] = [*self.steps[name][gone.get(name, 0) :], 0]
+        for buffer, pieces in grown.items():
+            setattr(self, buffer, torch.cat(pieces))
+        self._point_parameters(shapes)
 
     def drop(self, names: Sequence[str]) -> None:
         """Give back the memory of these groups; their parameters are no longer trained."""
@@ -127,22 +176,23 @@ class FlatAdamW:
             for p in self.groups[name]:
                 p.grad = None
         kept = [self.slices[name] for name in self.groups if name not in gone]
-        for attribute in ("values", "gradients", "first_moment", "second_moment"):
+        for attribute in _BUFFERS:
             buffer: Tensor = getattr(self, attribute)
             setattr(self, attribute, torch.cat([buffer[part] for part in kept]) if kept else buffer.new_zeros(0))
         self.groups = {name: ps for name, ps in self.groups.items() if name not in gone}
+        self.parts = {name: rows for name, rows in self.parts.items() if name not in gone}
         self.steps = {name: t for name, t in self.steps.items() if name not in gone}
-        self._point_parameters()
+        self._point_parameters({p: p.shape for ps in self.groups.values() for p in ps})
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The flat buffers that a checkpoint must hold (gradients are zero between steps)."""
         return {"values": self.values, "first_moment": self.first_moment, "second_moment": self.second_moment}
 
-    def load_state(self, tensors: Mapping[str, Tensor], steps: Mapping[str, int]) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor], steps: Mapping[str, Sequence[int]]) -> None:
         """Restore what :meth:`state_tensors` and :attr:`steps` held, for the same groups."""
         for name, buffer in self.state_tensors().items():
             buffer.copy_(tensors[name])
-        self.steps = {name: int(steps[name]) for name in self.groups}
+        self.steps = {name: [int(t) for t in steps[name]] for name in self.groups}
         self.zero_grad()
 
 

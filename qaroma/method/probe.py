@@ -13,10 +13,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qaroma.method.adapter import Adapter
-from qaroma.method.lowrank import Active
 
 # The mean norm of a row of Kaiming-uniform(a = sqrt 5) values: what training expects of A.
 ROW_NORM = 1 / math.sqrt(3)
@@ -53,22 +52,22 @@ class GradientProbe:
         """Use the gradients of one pass; the caller zeroes them afterwards."""
         second = bool(self._drawn)
         for name in self.names:
-            active = self._active(name)
-            assert active.A.grad is not None
-            assert active.B.grad is not None
+            A, B = self._newest(name)
+            wanted = (self._parameters(name)[0] if second else self._parameters(name)[1]).grad
+            assert wanted is not None
             # What is not finite says nothing here; the loss of the next step will stop the run and say why.
-            gradient = torch.nan_to_num(active.A.grad if second else active.B.grad, posinf=0.0, neginf=0.0)
+            gradient = torch.nan_to_num(wanted[-len(A) :], posinf=0.0, neginf=0.0)
             if second:
                 drawn = self._drawn.pop(name)
                 directions = leading_directions(gradient, drawn).mul_(ROW_NORM)
                 # A layer that no gradient reached keeps its random A; decided on the device, without a copy.
-                active.A.copy_(torch.where(gradient.any(), directions, drawn))
-                active.B.zero_()
+                A.copy_(torch.where(gradient.any(), directions, drawn))
+                B.zero_()
             else:
-                self._drawn[name] = active.A.clone()
-                fill = torch.randn(active.B.shape, generator=self.adapter.generator).to(active.B)
-                active.B.copy_(leading_directions(gradient, fill))
-                active.A.zero_()
+                self._drawn[name] = A.clone()
+                fill = torch.randn(B.shape, generator=self.adapter.generator).to(B)
+                B.copy_(leading_directions(gradient, fill))
+                A.zero_()
         if second:
             self.names = []
         self.adapter.refresh()
@@ -77,17 +76,23 @@ class GradientProbe:
     def rewind(self) -> None:
         """Go back to before the first pass, so that a checkpoint holds components that are merely new."""
         for name, drawn in self._drawn.items():
-            active = self._active(name)
-            active.A.copy_(drawn)
-            active.B.zero_()
+            A, B = self._newest(name)
+            A.copy_(drawn)
+            B.zero_()
         if self._drawn:
             self._drawn = {}
             self.adapter.refresh()
 
-    def _active(self, name: str) -> Active:
+    def _parameters(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         active = self.adapter.layers[name].active
         assert active is not None
-        return active
+        return active.A, active.B
+
+    def _newest(self, name: str) -> tuple[Tensor, Tensor]:
+        """The fp32 rows of the component that began last; those before it, if they train, stand above them."""
+        A, B = self._parameters(name)
+        rows = self.adapter.layers[name].active_components[-1]
+        return A.detach()[-rows:], B.detach()[-rows:]
 
 
 def leading_directions(gradient_rN: Tensor, fill_rN: Tensor) -> Tensor:
