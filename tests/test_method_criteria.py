@@ -7,6 +7,7 @@ import torch
 from test_method_lowrank import nf4_linear
 from torch import Tensor, nn
 
+from qaroma.errors import QaromaError
 from qaroma.method.adapter import Adapter
 from qaroma.method.aroma import GrowthController
 from qaroma.method.criteria import change_norm_sq, dense_inner_product, dense_norm_sq, product_norm_sq
@@ -115,3 +116,24 @@ def test_components_that_an_adapter_brought_count_towards_max_rank() -> None:
         controller.step()
     assert controller.finished
     assert adapter.ranks() == {"0": 5}
+
+
+def two_layers() -> GrowthController:
+    adapter = Adapter(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8)), ["0", "1"])
+    settings = GrowthSettings(t_in=4, warmup=1, restart_warmup=1)
+    return GrowthController(adapter, settings, learning_rate=1e-2, total_steps=20)
+
+
+def test_a_running_norm_that_rounding_left_below_zero_is_zero() -> None:
+    method = two_layers()
+    method._weight_norm_sq.fill_(-1e-12)
+    assert method._measure(["0"])["0"].beside == 0.0
+
+
+def test_components_that_are_not_finite_stop_the_run_with_a_sentence() -> None:
+    method = two_layers()
+    method.adapter.layers["0"].A[0, 0] = float("nan")
+    with pytest.raises(
+        QaromaError, match="the components of 0 are no longer finite numbers .* smaller --learning-rate"
+    ):
+        method._measure(["0"])

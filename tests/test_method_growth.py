@@ -148,3 +148,11 @@ def test_jagged_cosine_by_hand() -> None:
     again = [jagged_cosine(60 + age, age, first=False, **shape) for age in range(10)]
     assert again[:5] == pytest.approx([first[60 + age] * (age + 1) / 5 for age in range(5)])
     assert again[5:] == first[65:70]
+
+
+def test_fixed_loops_last_t_in_steps_however_still_the_norm_stands() -> None:
+    state = GrowthState.start(["a"], settings(inner_criterion="fixed", t_in=40), 1)
+    events = run(state, lambda name, module: 5.0, steps=120)
+    assert [(e.step, e.inner, e.outer, e.decision) for e in events] == [
+        (step, None, pytest.approx(0.05), "commit") for step in (40, 80, 120)
+    ]

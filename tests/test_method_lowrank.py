@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qaroma.errors import QaromaError
 from qaroma.method.adapter import BLOCK, AdaptedLinear, Adapter
 from qaroma.method.dequantise import dense_rows, dense_weight
 from qaroma.method.lowrank import Active, lowrank_linear
@@ -149,3 +150,10 @@ def test_rows_of_a_4_bit_weight_equal_the_whole(double: bool) -> None:
             assert torch.equal(dense_rows(layer, start, stop, torch.float32), whole[start:stop])
     plain = nn.Linear(64, 10)
     assert torch.equal(dense_rows(plain, 3, 7, torch.float32), plain.weight[3:7])
+
+
+def test_a_layer_that_two_parents_share_is_refused() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"one": nn.Sequential(shared), "two": nn.Sequential(shared)})
+    with pytest.raises(QaromaError, match=r"one\.0 and two\.0 are one layer .* growth\.target_modules"):
+        Adapter(model, ["one.0"])

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qaroma.errors import QaromaError
 from qaroma.method.lowrank import Active, lowrank_linear
 
 # Factors lie in zero-filled blocks of so many rows: growing inside a block changes no shape, so the
@@ -214,6 +215,9 @@ class Adapter:
         dropout: see :class:`AdaptedLinear`.
         dtype: compute dtype of the factors; None is each layer's own.
         seed: of the Kaiming-uniform initial values.
+
+    Raises:
+        QaromaError: a layer that the model holds under several names.
     """
 
     def __init__(
@@ -231,8 +235,14 @@ class Adapter:
         self.generator = torch.Generator().manual_seed(seed)
         self.layers: dict[str, AdaptedLinear] = {}
         model.requires_grad_(False)
+        places = _places(model)
         for name in names:
             base = model.get_submodule(name)
+            if len(places[base]) > 1:
+                raise QaromaError(
+                    f"{' and '.join(places[base])} are one layer under several names, which an adapter cannot "
+                    "keep apart; leave it out with --set growth.target_modules=[...]"
+                )
             layer = AdaptedLinear(base, scale=alpha / inner_rank, dtype=dtype or _compute_dtype(base), dropout=dropout)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.train(base.training))
@@ -273,6 +283,14 @@ class Adapter:
 
     def trainable_parameters(self) -> int:
         return sum(active.A.numel() + active.B.numel() for active in self._actives())
+
+
+def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every name under which each module is found; more than one where parents share it."""
+    places: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(module, []).append(name)
+    return places
 
 
 def kaiming_A(rank: int, in_features: int, generator: torch.Generator) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from qaroma.errors import QaromaError
 from qaroma.method.adapter import Adapter
 from qaroma.method.base import AdapterMethod, FactorTrainer, MethodState
 from qaroma.method.criteria import (
@@ -184,7 +186,14 @@ class GrowthController(AdapterMethod):
                     change = change_norm_sq(A, B, *self._previous[name])
                 self._previous[name] = (A.clone(), B.clone())
             squares += [product_norm_sq(A, B), self._beside(name), change]
-        values = torch.stack(squares).sqrt().view(-1, 3).tolist()
+        # Rounding can leave the running square of a weight that its update cancels just below zero.
+        values = torch.stack(squares).clamp_min(0.0).sqrt().view(-1, 3).tolist()
+        for name, (norm, beside, _) in zip(names, values, strict=True):
+            if not math.isfinite(norm + beside):
+                raise QaromaError(
+                    f"the components of {name} are no longer finite numbers (size {norm}, beside {beside}); "
+                    "go on from the checkpoint before with a smaller --learning-rate"
+                )
         return {
             name: Measurement(norm, beside, None if change != change else change)
             for name, (norm, beside, change) in zip(names, values, strict=True)

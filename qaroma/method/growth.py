@@ -18,6 +18,7 @@ Decision = Literal["commit", "done", "keep"]
 class GrowthSettings:
     """Every choice of the two loops, resolved (``qaroma.config.schema.GrowthSection`` explains each).
 
+    ``inner_criterion`` ``fixed`` lets every inner loop last ``t_in`` steps, as all of the reference's did.
     ``window`` is how many of a module's newest components train: 1 is the paper's, None is all of them.
     ``criteria`` False is ReLoRA (Lialin et al., 2023): nothing is measured, and every component
     commits after exactly ``t_in`` steps.
@@ -30,7 +31,7 @@ class GrowthSettings:
     check_every: int = 10
     eps_in: float = 0.1
     eps_out: float = 1e-3
-    inner_criterion: Literal["norm", "product"] = "norm"
+    inner_criterion: Literal["norm", "product", "fixed"] = "norm"
     outer_criterion: Literal["weight", "update"] = "weight"
     criteria: bool = True
     init: Literal["kaiming", "gradient"] = "kaiming"
@@ -130,6 +131,10 @@ class GrowthState:
         """Whether every module is done."""
         return all(m.done for m in self.modules.values())
 
+    @property
+    def _checks_inner(self) -> bool:
+        return self.settings.criteria and self.settings.inner_criterion != "fixed"
+
     def active(self) -> list[str]:
         return [name for name, m in self.modules.items() if not m.done]
 
@@ -137,7 +142,7 @@ class GrowthState:
         """Count one optimiser step; returns the modules whose check is due now.
 
         A check is due every ``check_every`` steps of a component after its warm-up, and at ``t_in``;
-        without criteria at ``t_in`` alone.
+        without an inner criterion at ``t_in`` alone.
         """
         self.step += 1
         due = []
@@ -145,7 +150,7 @@ class GrowthState:
             module = self.modules[name]
             module.age += 1
             warm = module.age > (self.settings.warmup if module.component == 1 else self.settings.restart_warmup)
-            between = self.settings.criteria and warm and module.age % self.settings.check_every == 0
+            between = self._checks_inner and warm and module.age % self.settings.check_every == 0
             if between or module.age >= self.settings.t_in:
                 due.append(name)
         return due
@@ -178,7 +183,7 @@ class GrowthState:
         before, module.reference = module.reference, measured.norm
         # Beside nothing every size is without measure, but no size at all is small.
         module.outer = _ratio(measured.norm, measured.beside) if measured.beside or not measured.norm else None
-        if before is None:
+        if before is None or not self._checks_inner:
             return
         if self.settings.inner_criterion == "product":
             assert measured.change is not None
