@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 _YAML_SUFFIXES = (".yaml", ".yml")
 _WEIGHT = re.compile(r"(?P<path>.+):(?P<weight>[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?)")
 _EXPECTED = {
