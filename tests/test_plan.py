@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qaroma.cli import main
 from qaroma.errors import QaromaError
@@ -48,6 +49,18 @@ PUBLISHED_PARAMETERS = {
     "phi-3-mini": 3_821_079_552,
     "smollm2-135m": 134_515_008,
 }
+
+
+class Names(TorchDispatchMode):
+    """The operations that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +104,7 @@ def test_each_phase_and_category_has_its_own_peak_and_the_host_none_of_it() -> N
     with LiveStorages() as counter:
         counter.phase("one", "first")
         a = torch.zeros(KIB)
-        copy = a.clone()
-        counter.book_on_host(copy)
+        copy = counter.copy_to_host(a)
         b = torch.zeros(KIB)
         del b
         counter.phase("two", "second")
@@ -115,6 +127,22 @@ def test_weightless_tensors_take_no_memory_and_attention_on_them_is_fused() -> N
         assert (y.shape, q.grad.shape) == (q.shape, q.shape)
         assert y.is_meta
     assert counter.device.peak.bytes < 5 * 2**30  # the scores alone would be 8 TiB
+
+
+def test_attention_on_meta_is_torchs_own_again_after_a_trace() -> None:
+    def operations() -> list[str]:
+        with torch.device("meta"), Names() as names:
+            q = torch.empty(1, 2, 8, 16, requires_grad=True)
+            F.scaled_dot_product_attention(q, q, q)
+        return names.seen
+
+    before = operations()
+    for _ in range(2):
+        with weightless():
+            inside = operations()
+    assert "_scaled_dot_product_flash_attention_for_cpu" in inside
+    assert "_scaled_dot_product_flash_attention_for_cpu" not in before
+    assert operations() == before
 
 
 @pytest.mark.parametrize("level", LEVELS)

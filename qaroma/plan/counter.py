@@ -86,7 +86,7 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         snapshot_at: after this operation, keep what is alive in :attr:`contributors`.
 
     Attributes:
-        device, host: the two memories; everything is on the device but what :meth:`book_on_host` was given.
+        device, host: the two memories; everything is on the device but what :meth:`copy_to_host` made.
         events: operations so far.
         category: what new storages are booked under.
     """
@@ -132,10 +132,13 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
             entry = self._see(tensor, "adopted")
             self._move(entry, category, entry.memory)
 
-    def book_on_host(self, tensor: Tensor) -> None:
-        """Count this tensor, made by the last operation, in the host's memory instead."""
-        entry = self._see(tensor, "adopted")
+    def copy_to_host(self, tensor: Tensor, stream: Any = None) -> Tensor:
+        """In place of :func:`qaroma.engine.checkpointing.to_host` where there is no GPU: a copy on the tensor's own
+        device that counts in the host's memory."""
+        copy = tensor.clone()
+        entry = self._see(copy, "adopted")
         self._move(entry, entry.category, self.host)
+        return copy
 
     def alive(self) -> tuple[Contributor, ...]:
         """What lies on the device now, the largest first; storages that are alike are one line."""

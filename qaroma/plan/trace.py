@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from qaroma.engine.checkpointing import host_memory_booked
 from qaroma.engine.levels import LEVELS, apply_level
 from qaroma.errors import QaromaError
 from qaroma.method.aroma import GrowthController
@@ -118,11 +117,10 @@ def count_step(model: Any, settings: StepSettings, counter: LiveStorages) -> int
     Returns:
         Bytes that are on the device between steps.
     """
-    with host_memory_booked(counter.book_on_host):
-        method = _set_up(model, settings, counter)
-        resident = counter.device.now
-        with _booked_by_place(model, counter):
-            _step(model, method, settings, counter)
+    method = _set_up(model, settings, counter)
+    resident = counter.device.now
+    with _booked_by_place(model, counter):
+        _step(model, method, settings, counter)
     return resident
 
 
@@ -131,7 +129,7 @@ def _set_up(model: Any, settings: StepSettings, counter: LiveStorages) -> Growth
     counter.adopt(tensors_of(model.get_output_embeddings()), "head")
     counter.adopt(tensors_of(model.get_input_embeddings()), "embeddings")  # where a table is both, it stands here
     counter.category = "embeddings"
-    apply_level(model, settings.level)
+    apply_level(model, settings.level, copy_out=counter.copy_to_host)
     counter.phase("setup", "adapter")
     targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
     adapter = attach(model, targets, inner_rank=settings.inner_rank)
