@@ -24,7 +24,7 @@ from qaroma.model.builtin import ResolvedModel, resolve_model
 from qaroma.model.devices import device_map, without_hooks
 from qaroma.model.failures import explained
 from qaroma.model.gguf import load_gguf, load_gguf_tokenizer
-from qaroma.model.hostmemory import freed_memory_goes_back
+from qaroma.model.hostmemory import FreedMemoryGoesBack
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -221,7 +221,7 @@ def load_base(
         bnb_config = _bnb_config(quantization, double_quantization, dtype)
         bnb_config.llm_int8_skip_modules = _left_dense(config, quantize_head, classifier=num_labels is not None)
     apart = host_embeddings and num_labels is None and stored is None and place.gguf_file is None
-    with explained(str(model), gguf=place.gguf_file is not None), freed_memory_goes_back():
+    with explained(str(model), gguf=place.gguf_file is not None), FreedMemoryGoesBack():
         implementation = _implementation(attention)
         devices = device_map(config, target, host_embeddings=apart, trust_remote_code=bool(trust_remote_code))
         if bnb_config is not None:
