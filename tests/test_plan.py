@@ -17,13 +17,13 @@ from qaroma.cli import main
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_base
 from qaroma.plan import trace, workspaces
-from qaroma.plan.base import materialise, skeleton, tensors_of, with_depth
 from qaroma.plan.counter import LiveStorages
 from qaroma.plan.report import parse_memory
 from qaroma.plan.search import GRAIN, LONGEST, RESERVE, Planner, _longest
 from qaroma.plan.shapes import SHAPES, model_config
-from qaroma.plan.trace import StepSettings, count_step, peak_contributors, trace_step
+from qaroma.plan.trace import StepSettings, count_step, trace_step
 from qaroma.plan.weightless import weightless
+from qaroma.plan.weightless_model import materialise, tensors_of, weightless_model, with_depth
 from qaroma.tasks.causal_lm import hidden_states
 
 MIB, GIB = 2**20, 2**30
@@ -173,14 +173,6 @@ def test_shallow_traces_tell_the_bytes_of_a_deep_model(level: int) -> None:
     assert sum(exact.breakdown.values()) == exact.peak == max(exact.phases.values())
 
 
-def test_contributors_are_what_is_alive_at_the_peak() -> None:
-    config, settings = tiny_config(), StepSettings(1, seq_len=256)
-    lines = peak_contributors(config, settings)
-    assert sum(line.bytes for line in lines) == trace_step(config, settings).peak.bytes
-    assert lines == tuple(sorted(lines, key=lambda line: -line.bytes))
-    assert {"base", "adapter", "optimiser"} < {line.category for line in lines}
-
-
 def test_what_a_kernel_takes_inside_counts_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     config, settings = tiny_config(), StepSettings(1, seq_len=2048)
     without = trace_step(config, settings)
@@ -200,7 +192,7 @@ def test_layer_types_are_cut_with_the_layers() -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_built_in_shapes_have_the_published_number_of_parameters(name: str) -> None:
-    model = skeleton(model_config(name.upper()), packed=False)
+    model = weightless_model(model_config(name.upper()), packed=False)
     assert sum(p.numel() for p in model.parameters()) == PUBLISHED_PARAMETERS[name]
 
 
@@ -209,7 +201,7 @@ def test_llama3_8b_at_rest_is_the_arithmetic_of_nf4() -> None:
     config = model_config("llama3-8b")
     with weightless(), LiveStorages() as counter:
         counter.phase("load", "base")
-        model = skeleton(config)
+        model = weightless_model(config)
         materialise(model)
         linear = [layer for layer in model.modules() if type(layer).__name__ == "Linear4bit"]
         counter.adopt((t for layer in linear for t in tensors_of(layer)), "linear")

@@ -15,6 +15,7 @@ from qaroma.engine.levels import LEVELS
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_base, resolve_device, resolve_dtype
 from qaroma.plan.shapes import SHAPES, model_config
+from qaroma.plan.weightless_model import tensors_of
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,13 @@ def bench(
             raise QaromaError(f"got --against {against}; expected peft")
         other = twin(base)
         steps["peft"] = peft_step(other, rows, checkpointing=LEVELS[size.level].checkpointing)
-        resident["peft"] = tensors_of(other)
+        resident["peft"] = list(tensors_of(other))
     flops = step_flops(
         base, tokens=size.length * size.micro_batch, length=size.length, checkpointed=LEVELS[size.level].checkpointing
     )
     step, method = qaroma_step(base, rows, level=size.level, frozen=size.frozen)
     steps = {"qaroma": step, **steps}
-    resident["qaroma"] = tensors_of(base) + list(method.trainer.optimiser.state_tensors().values())
+    resident["qaroma"] = [*tensors_of(base), *method.trainer.optimiser.state_tensors().values()]
     seconds = seconds_per_step(steps, count=size.steps, rounds=size.rounds, device=target)
     gc.collect()
     tokens = size.length * size.micro_batch
@@ -82,18 +83,6 @@ def bench(
         figures["speed_ratio"] = asdict(Spread.of(ratios))
         figures["memory_ratio"] = figures["qaroma"]["peak_bytes"] / figures["peft"]["peak_bytes"]
     return figures
-
-
-def tensors_of(model: Any) -> list[Tensor]:
-    """Every tensor that a model holds, the constants of its 4-bit weights included."""
-    found: list[Tensor] = []
-    for tensor in (*model.parameters(), *model.buffers()):
-        found.append(tensor)
-        state = getattr(tensor, "quant_state", None)
-        while state is not None:
-            found += [state.absmax, state.code]
-            state = state.state2
-    return found
 
 
 def _base(model: str, device: torch.device, dtype: torch.dtype) -> Any:

@@ -125,8 +125,6 @@ class LlamaCpp:
         model: the GGUF file.
         adapter: a GGUF adapter, or None.
         context: longest prompt and answer together, in tokens.
-        threads: of the CPU; None is as many as torch uses.
-        exact: an fp32 key-value cache; the default of fp16 alone moves SmolLM2's logits by 0.02.
     """
 
     def __init__(
@@ -135,24 +133,22 @@ class LlamaCpp:
         adapter: Path | None = None,
         *,
         context: int = 1024,
-        threads: int | None = None,
-        exact: bool = True,
     ) -> None:
-        engine = importlib.import_module("xllamacpp")
-        params = engine.CommonParams()
+        library = importlib.import_module("xllamacpp")
+        params = library.CommonParams()
         params.model.path = str(model)
         params.n_ctx = max(256, math.ceil(context / 256) * 256)
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads or torch.get_num_threads()
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
         params.n_gpu_layers = 0
         params.warmup = False
         params.verbosity = 0
         params.special = True  # text with its special tokens: an answer's end is compared too
-        if exact:
-            params.cache_type_k = params.cache_type_v = engine.ggml_type.GGML_TYPE_F32
-            params.flash_attn_type = engine.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        # An fp32 key-value cache: the default of fp16 alone moves SmolLM2's logits by 0.02.
+        params.cache_type_k = params.cache_type_v = library.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if adapter is not None:
-            params.lora_adapters = [engine.CommonAdapterLoraInfo(str(adapter), 1.0)]
-        self._server = engine.Server(params)
+            params.lora_adapters = [library.CommonAdapterLoraInfo(str(adapter), 1.0)]
+        self._server = library.Server(params)
 
     def answer(self, prompt: Sequence[int] | str, tokens: int, *, top: int = 20) -> LlamaCppAnswer:
         """Greedy tokens and, for each, the log-probabilities of the ``top`` likeliest.

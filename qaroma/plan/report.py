@@ -16,11 +16,11 @@ from rich.table import Table
 from qaroma.engine.levels import LEVELS
 from qaroma.errors import QaromaError
 from qaroma.model.failures import explained
-from qaroma.plan.base import adapter_parameters, skeleton
 from qaroma.plan.counter import WORKSPACE
 from qaroma.plan.search import LONGEST, RESERVE, Estimate, Planner
 from qaroma.plan.shapes import model_config
 from qaroma.plan.trace import StepSettings
+from qaroma.plan.weightless_model import adapter_parameters, weightless_model
 from qaroma.plan.workspaces import workspaces_measured
 
 CHECKPOINTS = 3  # on disk at a time: two are kept while a third is written
@@ -132,7 +132,7 @@ def make_plan(
         raise QaromaError(f"Got a card of {_size(vram)}; expected more than the {_size(RESERVE)} that are kept free")
     config = model_config(model, trust_remote_code=trust_remote_code)
     with explained(model):
-        base = skeleton(config, packed=False)
+        base = weightless_model(config, packed=False)
     planner = Planner(config)
     limit = None if vram is None else vram - RESERVE
     asked = range(len(LEVELS)) if memory == "auto" else (int(memory),)

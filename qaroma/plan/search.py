@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qaroma.engine.levels import LEVELS
-from qaroma.plan.base import with_depth
 from qaroma.plan.counter import WORKSPACE, Peak
 from qaroma.plan.trace import StepSettings, Trace, trace_step
+from qaroma.plan.weightless_model import with_depth
 from qaroma.plan.workspaces import FIXED
 
 RESERVE = int(0.65 * 2**30)  # of a card's memory: CUDA's context and what fragmentation costs
@@ -151,7 +151,7 @@ class Planner:
 def _peak_line(few: Peak, more: Peak, line: Callable[[int, int], int]) -> Peak:
     names = {**few.categories, **more.categories}
     categories = {name: line(few.categories.get(name, 0), more.categories.get(name, 0)) for name in names}
-    return Peak(line(few.bytes, more.bytes), categories, 0)
+    return Peak(line(few.bytes, more.bytes), categories)
 
 
 def _longest(phases: Callable[[int], dict[str, int]], limit: int) -> int:

@@ -15,9 +15,9 @@ from qaroma.errors import QaromaError
 from qaroma.method.aroma import GrowthController
 from qaroma.method.attach import attach
 from qaroma.method.growth import GrowthSettings
-from qaroma.plan.base import materialise, skeleton, tensors_of
-from qaroma.plan.counter import Contributor, LiveStorages, Peak
+from qaroma.plan.counter import LiveStorages, Peak
 from qaroma.plan.weightless import weightless
+from qaroma.plan.weightless_model import materialise, tensors_of, weightless_model
 from qaroma.tasks.causal_lm import CausalLM, TokenBatch
 
 
@@ -54,34 +54,31 @@ class Trace:
         peaks: the most on the device in each phase: ``setup`` (adapter and optimiser are made),
             ``forward``, ``loss``, ``backward``, ``update``. Loading the base is no part of it.
         host: the most in host memory.
-        contributors: what was alive at the highest peak, storage by storage, where that was asked for.
     """
 
     resident: int
     peaks: dict[str, Peak]
     host: int
-    contributors: tuple[Contributor, ...] = ()
 
     @property
     def peak(self) -> Peak:
         return max(self.peaks.values(), key=lambda peak: peak.bytes)
 
 
-def trace_step(config: Any, settings: StepSettings, *, snapshot_at: int | None = None) -> Trace:
+def trace_step(config: Any, settings: StepSettings) -> Trace:
     """Run one training step on weightless tensors and count.
 
     Args:
         config: transformers' configuration of a causal language model.
         settings: of the step.
-        snapshot_at: operation after which to keep :attr:`Trace.contributors`.
 
     Raises:
         QaromaError: a model whose step depends on values, which weightless tensors do not have.
     """
     s = settings
     head = LEVELS[s.level].packed_head
-    model = skeleton(config, dtype=s.dtype, packed=s.quantized, double=s.double_quantization, packed_head=head)
-    with weightless(), LiveStorages(snapshot_at=snapshot_at) as counter:
+    model = weightless_model(config, dtype=s.dtype, packed=s.quantized, double=s.double_quantization, packed_head=head)
+    with weightless(), LiveStorages() as counter:
         counter.phase("load", "base")
         materialise(model)
         try:
@@ -92,17 +89,7 @@ def trace_step(config: Any, settings: StepSettings, *, snapshot_at: int | None =
                 f"({str(error).splitlines()[0]}). Type, to measure instead: qaroma finetune --max-steps 3"
             ) from error
     peaks = {phase: peak for phase, peak in counter.device.peaks.items() if phase != "load"}
-    return Trace(resident, peaks, counter.host.peak.bytes, counter.contributors)
-
-
-def peak_contributors(config: Any, settings: StepSettings) -> tuple[Contributor, ...]:
-    """What is alive at the peak of a step, the largest first: it is traced twice, once to find the peak.
-
-    Args:
-        config, settings: see :func:`trace_step`.
-    """
-    found = trace_step(config, settings)
-    return trace_step(config, settings, snapshot_at=found.peak.event).contributors
+    return Trace(resident, peaks, counter.host.peak.bytes)
 
 
 def count_step(model: Any, settings: StepSettings, counter: LiveStorages) -> int:

@@ -8,8 +8,6 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-IGNORED = -100  # label of a token that the loss does not count
-
 _Self = TypeVar("_Self", bound="Batch")
 
 

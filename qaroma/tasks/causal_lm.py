@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qaroma.data.encode import Example
+from qaroma.data.encode import IGNORED, Example
 from qaroma.engine.loss import LMHead, linear_cross_entropy
-from qaroma.tasks.base import IGNORED
 from qaroma.tasks.evaluation import evaluate_loss
 
 
