@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ from qaroma.export.rank_map import rank_map_svg
 from qaroma.export.selftest import SelfTest
 from qaroma.export.source import Source, open_source
 from qaroma.model.base import resolve_device
-from qaroma.runs.files import directory_written_aside
+from qaroma.runs.files import directory_written_aside, disk_full
 
 MARKER = "export.json"
 FAILED = ".failed"
@@ -216,7 +215,7 @@ def _explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        full = disk_full(error)
         if not full and not isinstance(error, OSError):
             raise
         reason = "the disk is full" if full else (getattr(error, "strerror", None) or str(error))

@@ -25,9 +25,9 @@ from qaroma.report.summary import BeforeAfter, RunSummary, Score, print_summary
 from qaroma.runs.checkpoint import load_newest
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.files import write_atomically
+from qaroma.runs.stop import StopRequest
 from qaroma.tasks.labelled import outputs_of
 from qaroma.training.fit import Ending, FitState, fit, restore_state
-from qaroma.training.interrupt import StopRequest
 from qaroma.training.interruptions import interruptions_told
 from qaroma.training.live_page import LivePage
 from qaroma.training.prepare import PreparedData, prepare_data
