@@ -42,7 +42,7 @@ def tokenizer():
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    text = (Path(__file__).parent.parent / "qaroma" / "method" / "growth.py").read_text(encoding="utf-8")
+    text = (Path(__file__).parent / "tokenizer_text.txt").read_text(encoding="utf-8")  # any, as long as it stays
     raw.train_from_iterator(text.splitlines(), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
