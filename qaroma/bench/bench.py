@@ -30,16 +30,14 @@ class BenchSize:
     frozen: int = 0
 
 
-def bench(
-    model: str, size: BenchSize, *, against: str | None = None, device: str = "auto", dtype: str = "auto"
-) -> dict[str, Any]:
+def bench(model: str, size: BenchSize, *, against: str | None = None, device: str = "auto") -> dict[str, Any]:
     """Time qaroma's training step, alone or in turns with PEFT's QLoRA (r 8).
 
     Args:
         model: a built-in shape with random weights, or a folder, hub id or GGUF file.
         size: of the step and of the measurement.
         against: ``peft``, or None.
-        device, dtype: as in a run.
+        device: as in a run.
 
     Returns:
         Figures: ``tokens_per_second`` and ``peak_bytes`` of each, their ratios, and the share of the
@@ -49,7 +47,8 @@ def bench(
         QaromaError: an unknown model, or peft asked for and not installed.
     """
     target = resolve_device(device)
-    base = _base(model, target, resolve_dtype(dtype, target))
+    dtype = resolve_dtype("auto", target)
+    base = _base(model, target, dtype)
     rows = examples(base.config.get_text_config().vocab_size, rows=size.micro_batch, length=size.length)
     steps: dict[str, Step] = {}
     resident: dict[str, list[Tensor]] = {}
@@ -75,7 +74,7 @@ def bench(
             "tokens_per_second": asdict(Spread.of([tokens / s for s in seconds[name]])),
             "peak_bytes": peak_bytes(step, target, resident[name]),
         }
-    rate = matrix_rate(target, resolve_dtype(dtype, target))
+    rate = matrix_rate(target, dtype)
     figures["matrix_flops_per_second"] = rate
     figures["share_of_matrix_rate"] = flops / Spread.of(seconds["qaroma"]).median / rate
     if against is not None:
