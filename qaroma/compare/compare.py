@@ -17,10 +17,10 @@ from qaroma.compare.processes import Folder, carry_out
 from qaroma.compare.specs import MakeConfig, PlannedRun, plan_runs, report, shared_settings
 from qaroma.compare.table import markdown
 from qaroma.compare.verdict import verdict
+from qaroma.config.methods import METHODS
 from qaroma.config.presets import DataFacts, resolve
-from qaroma.config.schema import PEFT_METHODS, GrowthSection
+from qaroma.config.schema import GrowthSection
 from qaroma.errors import QaromaError
-from qaroma.method.peft_lora import require_peft
 from qaroma.report.style import has_matplotlib
 from qaroma.runs.files import read_json, write_atomically
 from qaroma.training.interrupt import StopRequest
@@ -98,8 +98,7 @@ def _prepare(make_config: MakeConfig, todo: Sequence[PlannedRun], runs: Sequence
         planned.config.training.max_steps = steps
     for label, planned in {planned.spec.label: planned for planned in todo}.items():
         try:
-            if planned.spec.method in PEFT_METHODS:
-                require_peft(planned.spec.method)
+            METHODS[planned.spec.method].require()
             resolve(planned.config, facts)
         except QaromaError as error:
             problems.append(f"{label}: {error}")
