@@ -27,7 +27,7 @@ RUN = RunSummary(
     trainable_start=1_234_567,
     trainable_mean=98_765.4,
     trainable_end=0,
-    scores=(Score("exact match", 0.0, 0.97, percent=True), Score("validation loss", None, 0.01234)),
+    scores=(Score("exact match", 0.0, 0.97, metric="exact_match"), Score("validation loss", None, 0.01234)),
     examples=(
         BeforeAfter("Play [bold]Bach[/bold].", '{"a": [1]}', "Sure!\nI will.", '{"a": [1]}'),
         BeforeAfter("Dim it.", "{}", "No.", "{x}"),

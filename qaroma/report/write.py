@@ -12,10 +12,11 @@ from qaroma.errors import QaromaError
 from qaroma.report import figures
 from qaroma.report.page import PAGE, build_page, similarity_title
 from qaroma.report.panels import choose_modules, growth_panels, training_panels
-from qaroma.report.reading import Run, read_runs
 from qaroma.report.spectra import Spectra, component_similarity, read_spectra, similar_modules
 from qaroma.report.style import need_matplotlib, save
 from qaroma.runs.files import write_atomically
+from qaroma.runs.finding import open_runs
+from qaroma.runs.reading import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,7 +62,7 @@ def write_report(
     drawn = [fmt for fmt in formats if fmt != "html"]
     if drawn:
         need_matplotlib()
-    runs = read_runs(paths)
+    runs = open_runs(paths)
     _check_metric(runs, metric)
     chosen = _matching(runs, modules) if modules else choose_modules(runs[0])
     spectra = [read_spectra(run) for run in runs]
@@ -70,7 +71,7 @@ def write_report(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if drawn:
-            found = _figures(runs, spectra, chosen, metric or runs[0].main_metric(), bool(modules), report.missing)
+            found = _figures(runs, spectra, chosen, metric or runs[0].metric, bool(modules), report.missing)
             for name, figure in found.items():
                 for fmt in drawn:
                     report.files.append(folder / f"{name}.{fmt}")
