@@ -76,8 +76,7 @@ def key_figures(run: Run, spectra: Spectra | None = None) -> dict[str, str]:
         found["Exact match"] = ", ".join(exact)
     found.update(_ranks(run, figures))
     if spectra and spectra.ratio is not None:
-        mean = sum(spectra.effective.values()) / len(spectra.effective)
-        found["Effective rank"] = f"{mean:.2f} on average, {100 * spectra.ratio:.1f} % of the rank"
+        found["Effective rank"] = f"{spectra.mean_effective:.2f} on average, {100 * spectra.ratio:.1f} % of the rank"
     found.update(_cost(run, figures))
     return found
 

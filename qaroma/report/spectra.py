@@ -38,6 +38,16 @@ class Spectra:
     components: dict[str, list[int]]
 
     @property
+    def mean_rank(self) -> float:
+        """Over the modules."""
+        return sum(self.ranks.values()) / len(self.ranks)
+
+    @property
+    def mean_effective(self) -> float:
+        """The effective rank, over the modules."""
+        return sum(self.effective.values()) / len(self.effective)
+
+    @property
     def ratio(self) -> float | None:
         """Effective rank / rank over all modules; None where every rank is 0."""
         total = sum(self.ranks.values())

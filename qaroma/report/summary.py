@@ -15,6 +15,7 @@ from qaroma.config.metrics import metric_facts
 from qaroma.config.words import duration, shortened
 from qaroma.report.names import layer_grid
 from qaroma.runs.directory import quoted
+from qaroma.runs.figures import Figures
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -62,12 +63,9 @@ class RunSummary:
         adapter: Folder of the adapter.
         base: What ``from_pretrained`` takes for the base: a folder or a hub id.
         steps: Optimiser steps done.
-        seconds: Of the whole run.
         stopped: Why the run ended, as a clause.
         ranks: Rank of each target module of the best adapter, by its full name, zeros included.
-        trainable_start: Trainable parameters at the first step.
-        trainable_mean: Their mean over the steps.
-        trainable_end: Trainable parameters at the end.
+        figures: Of the finished run.
         scores: Figures before and after.
         examples: Answers before and after.
         evaluation_data: What the scores were measured on, as ``--data`` takes it.
@@ -79,12 +77,9 @@ class RunSummary:
     adapter: str
     base: str
     steps: int
-    seconds: float
     stopped: str
     ranks: Mapping[str, int]
-    trainable_start: int
-    trainable_mean: float
-    trainable_end: int
+    figures: Figures
     scores: Sequence[Score] = field(default_factory=tuple)
     examples: Sequence[BeforeAfter] = field(default_factory=tuple)
     evaluation_data: str | None = None
@@ -203,14 +198,14 @@ def _figures(run: RunSummary) -> Table:
     table.add_row("", "")
     for score in run.scores:
         table.add_row(score.name, Text(_score(score), style="bold"))
-    if run.ranks:
-        values = list(run.ranks.values())
-        table.add_row(
-            "rank", f"smallest {min(values)}, mean {_mean(values)}, largest {max(values)}, of the best adapter"
-        )
-    mean, end = f"{run.trainable_mean:,.0f}", f"{run.trainable_end:,}"
-    table.add_row("trainable parameters", f"{run.trainable_start:,} at the start, {mean} on average, {end} at the end")
-    table.add_row("run", Text(f"{run.steps} steps, {duration(run.seconds)}; {run.stopped}"))
+    figures = run.figures
+    if figures.rank_min is not None:
+        spread = f"smallest {figures.rank_min}, mean {figures.rank_mean:.1f}, largest {figures.rank_max}"
+        table.add_row("rank", f"{spread}, of the best adapter")
+    if figures.trainable_start is not None:
+        course = f"{figures.trainable_start:,} at the start, {figures.trainable_mean or 0:,.0f} on average"
+        table.add_row("trainable parameters", f"{course}, {figures.trainable_end or 0:,} at the end")
+    table.add_row("run", Text(f"{run.steps} steps, {duration(figures.seconds or 0.0)}; {run.stopped}"))
     table.add_row("adapter", Text(Path(run.adapter).as_posix()))
     return table
 

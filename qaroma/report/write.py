@@ -120,8 +120,7 @@ def _ratios(runs: Sequence[Run], spectra: Sequence[Spectra | None]) -> dict[str,
     found = {}
     for run, s in zip(runs, spectra, strict=True):
         if s is not None and s.ratio is not None:
-            count = len(s.ranks)
-            found[run.name] = (sum(s.ranks.values()) / count, sum(s.effective.values()) / count, s.ratio)
+            found[run.name] = (s.mean_rank, s.mean_effective, s.ratio)
     return found
 
 

@@ -39,21 +39,21 @@ class Figures:
         growth_events: number of components that were committed, kept or given up.
     """
 
-    validation: tuple[Validation, ...]
-    exact_match_before: float | None
-    exact_match: float | None
-    rank_min: int | None
-    rank_mean: float | None
-    rank_max: int | None
-    trainable_start: int | None
-    trainable_mean: float | None
-    trainable_end: int | None
-    trainable_most: int | None
-    step_seconds: float | None
-    training_seconds: float | None
-    seconds: float | None
-    memory_bytes: int | None
-    growth_events: int
+    validation: tuple[Validation, ...] = ()
+    exact_match_before: float | None = None
+    exact_match: float | None = None
+    rank_min: int | None = None
+    rank_mean: float | None = None
+    rank_max: int | None = None
+    trainable_start: int | None = None
+    trainable_mean: float | None = None
+    trainable_end: int | None = None
+    trainable_most: int | None = None
+    step_seconds: float | None = None
+    training_seconds: float | None = None
+    seconds: float | None = None
+    memory_bytes: int | None = None
+    growth_events: int = 0
 
     def of(self, metric: str) -> Validation | None:
         """One metric's figures; None where no validation measured it."""

@@ -96,7 +96,7 @@ def _train(data: PreparedData, run: RunDirectory, console: Console, *, resume: b
     figures = _figures(session, state, ending, time.perf_counter() - start)
     write_atomically(run.summary, json.dumps(figures, indent=2))
     page.update()
-    print_summary(_summary(session, state, figures, before, after), console)
+    print_summary(_summary(session, figures, before, after), console)
     return figures
 
 
@@ -231,9 +231,9 @@ def _figures(session: Session, state: FitState, ending: Ending, elapsed: float) 
     }
 
 
-def _summary(
-    session: Session, state: FitState, figures: Mapping[str, Any], before: Answers | None, after: Answers | None
-) -> RunSummary:
+def _summary(session: Session, figures: Mapping[str, Any], before: Answers | None, after: Answers | None) -> RunSummary:
+    """What is printed of a run whose ``summary.json`` is written."""
+    run = read_run(session.run.path)
     scores = []
     if figures["validation_loss_before"] is not None:
         scores.append(Score("validation loss", figures["validation_loss_before"], figures["validation_loss"]))
@@ -251,13 +251,10 @@ def _summary(
         adapter=figures["adapter"],
         base=str(base.folder_or_id),
         base_gguf=base.gguf_file,
-        steps=state.step,
-        seconds=figures["seconds"],
+        steps=run.step,
         stopped=ENDINGS[figures["ended"]],
-        ranks=session.method.ranks(),
-        trainable_start=figures["trainable_parameters_start"],
-        trainable_mean=figures["trainable_parameters_mean"],
-        trainable_end=figures["trainable_parameters_end"],
+        ranks=run.adapter_ranks(),
+        figures=figures_of(run),
         scores=scores,
         examples=examples,
         evaluation_data=(session.config.evaluation.data if after else None) or session.config.data.validation,
