@@ -404,7 +404,7 @@ def test_drawing_leaves_matplotlibs_settings_and_pyplot_alone(tmp_path: Path) ->
 
 
 def test_a_panel_of_many_lines_names_them_all() -> None:
-    from qaroma.report.figures import panels_figure
+    from qaroma.report.drawings import panels_figure
 
     lines = [Line(f"run {place}", Series([0, 5], [1.0, place]), place, place % 4) for place in range(12)]
     figure = panels_figure([Panel("a", "A", lines[:1], 5), Panel("b", "B", lines, 5)])

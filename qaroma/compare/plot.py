@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qaroma.compare.statistics import mean
-from qaroma.report.figures import panels_figure
+from qaroma.report.drawings import panels_figure
 from qaroma.report.panels import Line, Panel
 from qaroma.report.style import DASHES, PALETTE, save
 from qaroma.runs.figures import figures_of

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from qaroma import __version__
 from qaroma.config.words import shortened
-from qaroma.report import figures
+from qaroma.report import drawings
 from qaroma.report.keyfigures import description, evenly, key_figures, settings, state, validation_table
 from qaroma.report.names import layer_grid
 from qaroma.report.panels import Panel, choose_modules, growth_panels, training_panels
@@ -135,7 +135,7 @@ def _sections(
     for place, (run, found) in enumerate(zip(runs, spectra, strict=True)):
         maps = _rank_maps(run, found)
         drawn = [
-            inline_svg(figures.maps_figure({title: values}), f"map-{place}-{i}", f"{title} by layer and module")
+            inline_svg(drawings.maps_figure({title: values}), f"map-{place}-{i}", f"{title} by layer and module")
             for i, (title, values) in enumerate(maps.items())
         ]
         sections.append(_section("Ranks" + _of(run, runs), drawn))
@@ -154,7 +154,7 @@ def _section(title: str, svgs: Sequence[str], note: str = "", wide: bool = False
 
 
 def _panels(panels: Sequence[Panel]) -> list[str]:
-    return [inline_svg(figures.panel_figure(p), f"panel-{p.key}", f"{p.title} against the step") for p in panels]
+    return [inline_svg(drawings.panel_figure(p), f"panel-{p.key}", f"{p.title} against the step") for p in panels]
 
 
 def _rank_maps(run: Run, spectra: Spectra | None) -> dict[str, Mapping[str, float]]:
@@ -170,7 +170,7 @@ def _cosines(runs: Sequence[Run], spectra: Sequence[Spectra | None]) -> list[str
     svgs = []
     for place, module in enumerate(similar_modules([s for _, s in found])):
         similarity = {similarity_title(run): component_similarity(s, [module]) for run, s in found}
-        figure = figures.cosine_figure(similarity, found[0][0].modules() or list(found[0][1].ranks))
+        figure = drawings.cosine_figure(similarity, found[0][0].modules() or list(found[0][1].ranks))
         svgs.append(inline_svg(figure, f"cosines-{place}", f"cosine similarity of the components of {module}"))
     return svgs
 

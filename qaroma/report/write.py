@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qaroma.errors import QaromaError
-from qaroma.report import figures
+from qaroma.report import drawings
 from qaroma.report.page import PAGE, build_page, similarity_title
 from qaroma.report.panels import choose_modules, growth_panels, training_panels
 from qaroma.report.spectra import Spectra, component_similarity, read_spectra, similar_modules
@@ -97,20 +97,20 @@ def _figures(
     found = {}
     for name, panels in (("growth", growth_panels(runs, modules, metric)), ("training", training_panels(runs))):
         if panels:
-            found[name] = figures.panels_figure(panels)
+            found[name] = drawings.panels_figure(panels)
         else:
             missing.append(f"{name}: no step has been logged yet")
     measured = [(run, s) for run, s in zip(runs, spectra, strict=True) if s is not None]
     for run, s in measured:
         name = "ranks" if len(runs) == 1 else f"ranks-{re.sub(r'[^A-Za-z0-9._-]+', '-', run.name)}"
-        found[name] = figures.rank_figure(s)
+        found[name] = drawings.rank_figure(s)
     missing += [
         f"ranks of {run.name}: it has no adapter yet" for run, s in zip(runs, spectra, strict=True) if s is None
     ]
     compared = list(modules) if only_these else similar_modules([s for _, s in measured])
     similarity = {similarity_title(run): component_similarity(s, compared) for run, s in measured}
     if any(similarity.values()):
-        found["cosines"] = figures.cosine_figure(similarity, list(measured[0][1].ranks))
+        found["cosines"] = drawings.cosine_figure(similarity, list(measured[0][1].ranks))
     elif measured:
         missing.append("cosines: no module has two components")
     return found
