@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import copy
 from pathlib import Path
 from typing import Any
@@ -350,14 +349,7 @@ def test_what_is_missing_or_contradicts_is_said(
     config = make_config(tiny_folder, data_file, tmp_path / "run", method="adalora", model__adapter="elsewhere")
     with pytest.raises(QaromaError, match=r"model\.adapter with method adalora, which begins anew"):
         session_of(config, tmp_path)
-    original = builtins.__import__
-
-    def without_peft(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "peft":
-            raise ImportError("no peft")
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_peft)
+    monkeypatch.setattr("qaroma.config.methods.find_spec", lambda name: None)
     config = make_config(tiny_folder, data_file, tmp_path / "run", method="peft-lora")
     with pytest.raises(QaromaError, match=r"method peft-lora needs peft; type: pip install 'qaroma\[bench\]'"):
         session_of(config, tmp_path)

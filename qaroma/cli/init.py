@@ -9,8 +9,10 @@ from pathlib import Path
 
 import click
 
+from qaroma.cli.config_file import write_config
 from qaroma.cli.options import config_option
 from qaroma.config.load import load_config, parse_source
+from qaroma.config.words import memory_size
 from qaroma.errors import QaromaError
 from qaroma.runs.directory import quoted
 
@@ -74,7 +76,6 @@ def _write(config: object, vram: str | None, target: Path, force: bool) -> None:
     from rich.console import Console
 
     from qaroma.config.schema import Config
-    from qaroma.config.shipped import write_config
     from qaroma.plan.configure import data_words, make_start, room_for, start_yaml
 
     assert isinstance(config, Config)
@@ -89,7 +90,7 @@ def _write(config: object, vram: str | None, target: Path, force: bool) -> None:
     click.echo(f"template: {start.data.template}")
     click.echo(
         f"plan: {training.micro_batch} x {training.grad_accum} examples of at most {resolved.data.max_length} tokens a "
-        f"step, memory level {start.step.settings.level}, {start.step.peak / 2**30:.2f} GiB on {start.room.words}"
+        f"step, memory level {start.step.settings.level}, {memory_size(start.step.peak)} on {start.room.words}"
     )
     click.echo(f"{training.max_steps} steps, inner loops of at most {resolved.growth.t_in}, learning rate "
                f"{training.learning_rate:g}")  # fmt: skip

@@ -6,6 +6,7 @@ import click
 
 from qaroma.cli.output import JSON_OPTION, figures_only
 from qaroma.cli.run_arguments import RUN_ARGUMENT
+from qaroma.config.words import file_size
 
 _EPILOG = """\b
 Examples:
@@ -56,7 +57,7 @@ def command(
             write(pushed.to_json())
             return
     seen = "private" if pushed.private else "public"
-    click.echo(f"{pushed.url} ({seen}), {len(pushed.files)} files, {pushed.bytes / 1e6:,.1f} MB")
+    click.echo(f"{pushed.url} ({seen}), {len(pushed.files)} files, {file_size(pushed.bytes)}")
     click.echo("load it in Python, with PEFT:")
     for line in loading_lines(pushed):
         click.echo(f"  {line}")

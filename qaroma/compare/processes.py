@@ -13,7 +13,6 @@ from typing import Any
 
 from rich.console import Console
 
-from qaroma.compare.collect import is_finished
 from qaroma.compare.specs import PlannedRun
 from qaroma.config.load import dump_config, flattened, lies_in, load_config
 from qaroma.config.schema import Config
@@ -53,7 +52,9 @@ class Folder:
         return self.path / "logs" / f"{planned.name}.log"
 
     def finished(self, planned: PlannedRun) -> bool:
-        return is_finished(self.run(planned).path)
+        """Whether a run ended and its best adapter is there."""
+        run = self.run(planned)
+        return run.summary.is_file() and run.adapter.is_dir() and run.finished(run.last_step())
 
     def known_steps(self, runs: Sequence[PlannedRun]) -> int | None:
         """The step budget that earlier runs of this comparison were given."""

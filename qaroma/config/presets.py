@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qaroma.config.schema import FIXED_RANK, PEFT_METHODS, Config, GrowthSection
+from qaroma.config.methods import METHODS
+from qaroma.config.schema import Config, GrowthSection
 from qaroma.errors import QaromaError
 from qaroma.method.growth import GrowthSettings
 
@@ -76,9 +77,10 @@ def resolve(config: Config, facts: DataFacts) -> tuple[Config, list[Decision]]:
     """
     resolved = config.model_copy(deep=True)
     decisions: list[Decision] = []
+    method = METHODS[config.method]
 
     def decide(key: str, value: Any, reason: str) -> None:
-        if config.method == "relora" and key in CRITERIA:
+        if not method.criteria and key in CRITERIA:
             return
         section_name, _, name = key.partition(".")
         section = getattr(resolved, section_name)
@@ -86,7 +88,7 @@ def resolve(config: Config, facts: DataFacts) -> tuple[Config, list[Decision]]:
             setattr(section, name, value)
             decisions.append(Decision(key, value, reason))
 
-    if config.model.adapter is not None and config.method in PEFT_METHODS:
+    if config.model.adapter is not None and not method.ours:
         raise QaromaError(
             f"got model.adapter with method {config.method}, which begins anew; type --method aroma or --method lora"
         )
@@ -96,8 +98,7 @@ def resolve(config: Config, facts: DataFacts) -> tuple[Config, list[Decision]]:
     _decide_steps(resolved, facts, decide)
     steps = resolved.training.max_steps
     assert steps is not None
-    grows = config.method not in FIXED_RANK
-    PRESETS[config.growth.preset if grows else "fixed"](resolved, steps, decide)
+    PRESETS[config.growth.preset if method.grows else "fixed"](resolved, steps, decide)
     tenth = max(1, round(steps / 10))
     batch = config.training.micro_batch * config.training.grad_accum
     # A validation row costs a third of a training row: forward only.
@@ -105,7 +106,7 @@ def resolve(config: Config, facts: DataFacts) -> tuple[Config, list[Decision]]:
     reason = "a tenth of the run" if tenth >= affordable else "keeps validation to a seventh of the time"
     decide("training.evaluate_every", max(tenth, affordable), reason)
     decide("checkpoint.every", tenth, "a tenth of the run")
-    if grows:
+    if method.grows:
         growth_settings(resolved.growth, config.method)
     return resolved, decisions
 
@@ -115,7 +116,7 @@ def growth_settings(growth: GrowthSection, method: str = "aroma") -> GrowthSetti
 
     Args:
         growth: resolved for this method.
-        method: ``aroma``, or ``relora``, which has no criteria.
+        method: one that grows; not all have criteria.
 
     Raises:
         QaromaError: settings that contradict each other.
@@ -128,7 +129,7 @@ def growth_settings(growth: GrowthSection, method: str = "aroma") -> GrowthSetti
     names = GrowthSettings.__dataclass_fields__
     given = {name: value for name, value in growth.model_dump().items() if name in names and value is not None}
     try:
-        return GrowthSettings(**given, criteria=method != "relora")
+        return GrowthSettings(**given, criteria=METHODS[method].criteria)
     except ValueError as error:
         raise QaromaError(f"{error}; change growth.t_in or the warm-ups, or leave them to the preset") from error
 
@@ -159,7 +160,7 @@ def _decide_steps(config: Config, facts: DataFacts, decide: Decide) -> None:
     if epochs is not None:
         decide("training.max_steps", math.ceil(epochs * per_epoch), f"{epochs:g} epochs of {per_epoch} steps")
         return
-    llama = config.task == "causal-lm" and config.method not in FIXED_RANK
+    llama = config.task == "causal-lm" and METHODS[config.method].grows
     if config.growth.preset == "paper" and llama:
         published = PAPER[8 if config.growth.inner_rank == 8 else 1]["steps"]
         decide("training.max_steps", int(published), "published step budget")

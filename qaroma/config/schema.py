@@ -22,8 +22,8 @@ from pydantic import (
     PositiveInt,
 )
 
-PEFT_METHODS = ("peft-lora", "adalora")  # methods on PEFT's own layers
-FIXED_RANK = ("lora", *PEFT_METHODS)  # methods that take their rank from the configuration
+from qaroma.config.methods import DEFAULT_METHOD, FIXED_RANK, METHODS, MethodName
+from qaroma.config.metrics import LabelMetric
 
 
 class Section(BaseModel):
@@ -181,7 +181,7 @@ class EvaluationSection(Section):
 
     data: str | None = Field(None, description="File or hub id whose answers are generated greedily.")
     rows: PositiveInt = Field(100, description="At most so many of its rows.")
-    metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman"] | None = Field(
+    metric: LabelMetric | None = Field(
         None,
         description="Figure that chooses the best adapter of a task with labels; None is GLUE's, or the usual one.",
     )
@@ -211,7 +211,7 @@ class Config(Section):
     @property
     def component_rank(self) -> int:
         """The rank that every module begins with: the method's own, or that of one component."""
-        return self.rank if self.method in FIXED_RANK else self.growth.inner_rank or 1
+        return self.growth.inner_rank or 1 if METHODS[self.method].grows else self.rank
 
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
@@ -219,12 +219,13 @@ class Config(Section):
         "causal-lm",
         description="causal-lm: answers or text; classification and regression: a label for a text or a pair of texts.",
     )
-    method: Literal["aroma", "relora", "lora", "peft-lora", "adalora"] = Field(
-        "aroma",
-        description="aroma grows ranks until each layer has enough; for comparison, in the same loop: relora (a new "
-        "component every t_in steps, no criteria), lora (ours), peft-lora and adalora (PEFT's).",
+    method: MethodName = Field(
+        DEFAULT_METHOD,
+        description=f"{DEFAULT_METHOD} {METHODS[DEFAULT_METHOD].summary}; for comparison, in the same loop: "
+        + ", ".join(f"{name} ({row.summary})" for name, row in METHODS.items() if name != DEFAULT_METHOD)
+        + ".",
     )
-    rank: PositiveInt = Field(8, description="Rank of the methods lora, peft-lora and adalora; aroma needs none.")
+    rank: PositiveInt = Field(8, description=f"Rank of the methods {', '.join(FIXED_RANK)}; the others need none.")
     growth: GrowthSection = Field(default_factory=GrowthSection)
     training: TrainingSection = Field(default_factory=TrainingSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)

@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from qaroma import __version__
+from qaroma.config.words import file_size
 from qaroma.data.encode import Example
 from qaroma.errors import QaromaError
 from qaroma.export import card
@@ -224,7 +225,7 @@ def _explained(folder: Path) -> Iterator[None]:
 
 def _lines(exported: Exported) -> list[str]:
     """What is printed of an export."""
-    lines = [f"{exported.format}: {exported.folder.as_posix()}, {exported.bytes / 1e6:,.1f} MB"]
+    lines = [f"{exported.format}: {exported.folder.as_posix()}, {file_size(exported.bytes)}"]
     if "max_lora_rank" in exported.written:
         lines.append(f"  start the engine with: --max-lora-rank {exported.written['max_lora_rank']}")
     if exported.losses:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
 from qaroma.method.adapter import Adapter
-from qaroma.method.growth import GrowthEvent
+from qaroma.method.growth import GrowthEvent, GrowthSettings
 from qaroma.method.optimiser import FlatAdamW
 
 HEAD = "(head)"  # the optimiser's group of a head that is trained in full; no module has such a name
@@ -23,81 +23,140 @@ class MethodState:
     values: dict[str, Any]
 
 
-class Method(Protocol):
+@dataclass(frozen=True)
+class MethodOptions:
+    """What a run asks of a method, as plain values; each method takes what it has a use for.
+
+    Attributes:
+        rank: of every module, or of one component where ranks grow.
+        alpha, dropout, seed: of the adapter.
+        learning_rate, head_learning_rate: peaks of the schedules; None for the head is the adapter's.
+        total_steps: step budget.
+        warmup, min_lr_ratio: of a schedule that is not interrupted by growth.
+        weight_decay, max_grad_norm: of the optimiser.
+        growth: of a method that grows; None for the others.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    seed: int
+    learning_rate: float
+    head_learning_rate: float | None
+    total_steps: int
+    warmup: int
+    min_lr_ratio: float
+    weight_decay: float
+    max_grad_norm: float
+    growth: GrowthSettings | None
+
+    def optimisation(self) -> dict[str, Any]:
+        """The keyword arguments that every method's class has."""
+        names = ("learning_rate", "head_learning_rate", "total_steps", "weight_decay", "max_grad_norm")
+        return {name: getattr(self, name) for name in names}
+
+    def cosine(self) -> dict[str, Any]:
+        """The keyword arguments of methods with one warm-up and one cosine."""
+        return {"warmup": self.warmup, "min_lr_ratio": self.min_lr_ratio}
+
+
+class Method:
     """A way of adapting a model; owns its trainable parameters and their optimiser.
 
     The loop runs forward and backward passes; ``step`` does everything else. Gradients accumulate
     until then. Ranks and parameters are the adapter's: a head that is trained in full counts to neither.
+
+    A method is built in two steps, between which other parts may be laid on the frozen model:
+    :meth:`attach`, then :meth:`build` with what that returned. What not every method has, has a default.
+
+    Attributes:
+        name: as configurations and adapters have it.
+        learning_rate: of the adapter's last update (the largest where modules differ).
     """
 
     name: str
+    learning_rate: float
+
+    @classmethod
+    def attach(cls, model: nn.Module, names: Sequence[str], options: MethodOptions) -> Any:
+        """Put the adapter on linear layers and freeze everything else.
+
+        Args:
+            model: changed in place.
+            names: full names of the layers.
+            options: of the run.
+
+        Returns:
+            What :meth:`build` takes.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def build(cls, attached: Any, options: MethodOptions, head: Sequence[nn.Parameter] = ()) -> Method:
+        """The method that trains what was attached, and a head in full where there is one."""
+        raise NotImplementedError
 
     @property
     def finished(self) -> bool:
         """Whether nothing is left to train."""
-        ...
-
-    @property
-    def learning_rate(self) -> float:
-        """Learning rate of the adapter's last update (the largest where modules differ)."""
-        ...
+        return False
 
     @property
     def probing(self) -> bool:
         """Whether the next gradients are to be given to :meth:`probe` instead of :meth:`step`."""
-        ...
+        return False
 
     def probe(self) -> None:
         """Take gradients that choose where new components begin; zeroes them. No update."""
-        ...
+        raise AssertionError("nothing to probe")
 
     def penalty(self) -> Tensor | None:
         """A scalar to add to every step's loss; None adds nothing."""
-        ...
+        return None
 
     def step(self) -> list[GrowthEvent]:
         """Clip, update, zero the gradients and grow; returns what grew."""
-        ...
+        raise NotImplementedError
 
     def zero_grad(self) -> None:
         """Throw away what has accumulated."""
-        ...
+        raise NotImplementedError
 
     def finish(self) -> list[GrowthEvent]:
         """The step budget is spent; what is active is kept."""
-        ...
+        raise NotImplementedError
 
     def ranks(self) -> dict[str, int]:
         """Rank of each module."""
-        ...
+        raise NotImplementedError
 
     def components(self) -> dict[str, list[int]]:
         """Inner ranks of each module's components, in order."""
-        ...
+        raise NotImplementedError
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """A (R, N) and B (R, M) of each module, the scale folded into B."""
-        ...
+        raise NotImplementedError
 
     def load_factors(self, factors: Mapping[str, tuple[Tensor, Tensor]], components: Mapping[str, list[int]]) -> None:
         """After ``finish``: put saved factors in the place of the present ones; a module that has none is absent."""
-        ...
+        raise NotImplementedError
 
     def active_modules(self) -> int:
         """How many modules train."""
-        ...
+        raise NotImplementedError
 
     def trainable_parameters(self) -> int:
         """How many numbers of the adapter train."""
-        ...
+        raise NotImplementedError
 
     def state(self) -> MethodState:
         """What a checkpoint must hold to go on bit for bit."""
-        ...
+        raise NotImplementedError
 
     def load_state(self, state: MethodState) -> None:
         """Go on from such a state, on a model whose adapter is new."""
-        ...
+        raise NotImplementedError
 
 
 class FactorTrainer:
@@ -176,18 +235,22 @@ class FactorTrainer:
         self.adapter.generator.set_state(state.tensors["generator"])
 
 
-class AdapterMethod:
+class AdapterMethod(Method):
     """What methods on our own adapter answer alike."""
 
     adapter: Adapter
     trainer: FactorTrainer
-    probing = False
 
-    def probe(self) -> None:
-        raise AssertionError("nothing to probe")
-
-    def penalty(self) -> Tensor | None:
-        return None
+    @classmethod
+    def attach(cls, model: nn.Module, names: Sequence[str], options: MethodOptions) -> Adapter:
+        return Adapter(
+            model,
+            names,
+            inner_rank=options.rank,
+            alpha=options.alpha,
+            dropout=options.dropout,
+            seed=options.seed,
+        )
 
     def zero_grad(self) -> None:
         self.trainer.optimiser.zero_grad()

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qaroma.errors import QaromaError
 from qaroma.method.adapter import kaiming_A
-from qaroma.method.base import MethodState
+from qaroma.method.base import Method, MethodOptions, MethodState
 from qaroma.method.growth import GrowthEvent
 from qaroma.method.schedule import warm_cosine
 
@@ -46,11 +45,7 @@ def inject_lora(
 
     Returns:
         The ``peft.LoraModel``, whose ``model`` is the one given.
-
-    Raises:
-        QaromaError: peft is not installed.
     """
-    require_peft("peft-lora")
     import peft
 
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=_exactly(names))
@@ -86,11 +81,7 @@ def inject_adalora(
 
     Returns:
         The ``peft.AdaLoraModel``, whose ``model`` is the one given.
-
-    Raises:
-        QaromaError: peft is not installed.
     """
-    require_peft("adalora")
     import peft
 
     config = peft.AdaLoraConfig(
@@ -113,7 +104,7 @@ def inject_adalora(
     return tuner
 
 
-class PeftMethod:
+class PeftMethod(Method):
     """What both methods do alike: one adapter of PEFT, torch's AdamW, a cosine with one warm-up.
 
     Args:
@@ -125,10 +116,6 @@ class PeftMethod:
         head: fp32 parameters trained in full beside the adapter, with the same schedule.
         head_learning_rate: their peak; None is ``learning_rate``.
     """
-
-    name: str
-    finished = False
-    probing = False
 
     def __init__(
         self,
@@ -156,11 +143,9 @@ class PeftMethod:
         for parameter in self._parameters.values():
             parameter.grad = torch.zeros_like(parameter)  # of a layer that no example reached, too
 
-    def probe(self) -> None:
-        raise AssertionError("nothing to probe")
-
-    def penalty(self) -> Tensor | None:
-        return None
+    @classmethod
+    def build(cls, attached: Any, options: MethodOptions, head: Sequence[nn.Parameter] = ()) -> PeftMethod:
+        return cls(attached, head=head, **options.optimisation(), **options.cosine())
 
     def step(self) -> list[GrowthEvent]:
         """Clip, update, zero the gradients. Nothing grows."""
@@ -186,15 +171,6 @@ class PeftMethod:
         for parameter in self._adapter.values():
             parameter.requires_grad_(False)
         return []
-
-    def ranks(self) -> dict[str, int]:
-        raise NotImplementedError
-
-    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        raise NotImplementedError
-
-    def load_factors(self, factors: Mapping[str, tuple[Tensor, Tensor]], components: Mapping[str, list[int]]) -> None:
-        raise NotImplementedError
 
     def components(self) -> dict[str, list[int]]:
         """One component for each module, of the rank that :meth:`factors` has."""
@@ -231,6 +207,12 @@ class PeftLora(PeftMethod):
 
     name = "peft-lora"
 
+    @classmethod
+    def attach(cls, model: nn.Module, names: Sequence[str], options: MethodOptions) -> Any:
+        return inject_lora(
+            model, names, rank=options.rank, alpha=options.alpha, dropout=options.dropout, seed=options.seed
+        )
+
     def ranks(self) -> dict[str, int]:
         return {name: layer.r[ADAPTER] for name, layer in self.layers.items()}
 
@@ -261,6 +243,18 @@ class AdaLora(PeftMethod):
     """
 
     name = "adalora"
+
+    @classmethod
+    def attach(cls, model: nn.Module, names: Sequence[str], options: MethodOptions) -> Any:
+        return inject_adalora(
+            model,
+            names,
+            rank=options.rank,
+            alpha=options.alpha,
+            total_steps=options.total_steps,
+            dropout=options.dropout,
+            seed=options.seed,
+        )
 
     @property
     def _config(self) -> Any:
@@ -338,18 +332,6 @@ class AdaLora(PeftMethod):
                 if f"{kind}.{name}" in state.tensors
             }
             setattr(self.tuner.rankallocator, kind, saved)
-
-
-def require_peft(method: str) -> None:
-    """Tell before anything is loaded that peft is missing.
-
-    Raises:
-        QaromaError: how to get it.
-    """
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise QaromaError(f"method {method} needs peft; type: pip install 'qaroma[bench]'") from error
 
 
 def _in_fp32(tuner: Any) -> Any:

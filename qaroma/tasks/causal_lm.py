@@ -68,7 +68,6 @@ class CausalLM:
 
     name = "causal-lm"
     metric = "loss"
-    higher_is_better = False
 
     def __init__(self, pad_token_id: int = 0) -> None:
         self.pad_token_id = pad_token_id

@@ -24,7 +24,9 @@ from qaroma.report.keyfigures import ENDINGS
 from qaroma.report.summary import BeforeAfter, RunSummary, Score, print_summary
 from qaroma.runs.checkpoint import load_newest
 from qaroma.runs.directory import RunDirectory
+from qaroma.runs.figures import figures_of
 from qaroma.runs.files import write_atomically
+from qaroma.runs.reading import read_run
 from qaroma.runs.stop import StopRequest
 from qaroma.tasks.labelled import outputs_of
 from qaroma.training.fit import Ending, FitState, fit, restore_state
@@ -91,11 +93,10 @@ def _train(data: PreparedData, run: RunDirectory, console: Console, *, resume: b
         raise KeyboardInterrupt
     _write_adapters(session, state)
     after = test.run_once(session.model, session.log, "after", state.step) if test else None
-    figures = _figures(session, state, ending, before, after)
-    figures["seconds"] = time.perf_counter() - start
+    figures = _figures(session, state, ending, time.perf_counter() - start)
     write_atomically(run.summary, json.dumps(figures, indent=2))
     page.update()
-    print_summary(_summary(session, state, figures, before, after), console)
+    print_summary(_summary(session, figures, before, after), console)
     return figures
 
 
@@ -190,54 +191,58 @@ def _write_adapters(session: Session, state: FitState) -> None:
         session.load_adapter(session.run.adapter)
 
 
-def _figures(
-    session: Session, state: FitState, ending: Ending, before: Answers | None, after: Answers | None
-) -> dict[str, Any]:
-    """What ``--json`` prints and ``summary.json`` keeps."""
-    records = session.log.records()
-    validations = [r for r in records if r.get("event") == "validation"]
-    best = next((r for r in validations if r["step"] == state.best_step), None) if state.best is not None else None
-    steps = [r for r in records if "event" not in r]
-    ranks = session.method.ranks()
-    metric = session.task.metric
+def _figures(session: Session, state: FitState, ending: Ending, elapsed: float) -> dict[str, Any]:
+    """What ``--json`` prints and ``summary.json`` keeps.
+
+    Args:
+        session, state, ending: of the run.
+        elapsed: seconds of this command; a run that was resumed took longer.
+    """
+    run, metric, scored = read_run(session.run.path), session.task.metric, state.best is not None
+    figures = figures_of(run)
+    loss, judged = figures.of("loss"), figures.of(metric)
+    training_loss = run.series("loss").values
     return {
         "run": session.run.path.as_posix(),
         "adapter": session.run.adapter.as_posix(),
         "method": session.method.name,
         "steps": state.step,
         "ended": ending,
-        "loss": steps[-1]["loss"] if steps else None,
-        "validation_loss_before": validations[0]["loss"] if validations else None,
-        "validation_loss": best["loss"] if best else None,
+        "loss": training_loss[-1] if training_loss else None,
+        "validation_loss_before": loss.before if loss else None,
+        "validation_loss": dict(run.validation("loss").points).get(state.best_step) if scored else None,
         "metric": metric,
-        "metric_before": validations[0][metric] if validations else None,
-        "metric_best": best[metric] if best else None,
-        "metric_last": validations[-1][metric] if validations else None,
-        "best_step": state.best_step if best else state.step,
-        "exact_match_before": before.exact_match if before else None,
-        "exact_match": after.exact_match if after else None,
-        "growth_events": sum(r.get("event") == "growth" for r in records),
-        "rank_min": min(ranks.values()),
-        "rank_mean": sum(ranks.values()) / len(ranks),
-        "rank_max": max(ranks.values()),
+        "metric_before": judged.before if judged else None,
+        "metric_best": state.best,
+        "metric_last": judged.last if judged else None,
+        "best_step": state.best_step if scored else state.step,
+        "exact_match_before": figures.exact_match_before,
+        "exact_match": figures.exact_match,
+        "growth_events": figures.growth_events,
+        "rank_min": figures.rank_min,
+        "rank_mean": figures.rank_mean,
+        "rank_max": figures.rank_max,
         "trainable_parameters_start": state.trainable_start,
-        "trainable_parameters_mean": state.trainable_sum / max(state.step, 1),
-        "trainable_parameters_end": steps[-1]["trainable_parameters"] if steps else 0,
-        "memory_bytes": max((r["memory_bytes"] for r in steps), default=0),
+        "trainable_parameters_mean": figures.trainable_mean or 0.0,
+        "trainable_parameters_end": figures.trainable_end or 0,
+        "memory_bytes": figures.memory_bytes or 0,
         "training_seconds": state.seconds,
+        "seconds": max(elapsed, state.seconds),
     }
 
 
-def _summary(
-    session: Session, state: FitState, figures: Mapping[str, Any], before: Answers | None, after: Answers | None
-) -> RunSummary:
+def _summary(session: Session, figures: Mapping[str, Any], before: Answers | None, after: Answers | None) -> RunSummary:
+    """What is printed of a run whose ``summary.json`` is written."""
+    run = read_run(session.run.path)
     scores = []
     if figures["validation_loss_before"] is not None:
         scores.append(Score("validation loss", figures["validation_loss_before"], figures["validation_loss"]))
         if session.task.metric != "loss":
-            scores.append(Score(session.task.metric, figures["metric_before"], figures["metric_best"]))
+            scores.append(
+                Score(session.task.metric, figures["metric_before"], figures["metric_best"], session.task.metric)
+            )
     if after:
-        scores.append(Score("exact match", before.exact_match if before else None, after.exact_match, percent=True))
+        scores.append(Score("exact match", before.exact_match if before else None, after.exact_match, "exact_match"))
     shown = session.config.evaluation.show
     base, outputs = resolve_model(session.base_name), outputs_of(session.remember)
     examples = _side_by_side(before, after)[:shown] if after else []
@@ -246,13 +251,10 @@ def _summary(
         adapter=figures["adapter"],
         base=str(base.folder_or_id),
         base_gguf=base.gguf_file,
-        steps=state.step,
-        seconds=max(figures["seconds"], figures["training_seconds"]),  # a resumed run took longer than this command
+        steps=run.step,
         stopped=ENDINGS[figures["ended"]],
-        ranks=session.method.ranks(),
-        trainable_start=figures["trainable_parameters_start"],
-        trainable_mean=figures["trainable_parameters_mean"],
-        trainable_end=figures["trainable_parameters_end"],
+        ranks=run.adapter_ranks(),
+        figures=figures_of(run),
         scores=scores,
         examples=examples,
         evaluation_data=(session.config.evaluation.data if after else None) or session.config.data.validation,

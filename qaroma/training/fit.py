@@ -10,6 +10,7 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
+from qaroma.config.metrics import metric_facts
 from qaroma.errors import QaromaError
 from qaroma.method.base import MethodState
 from qaroma.method.growth import GrowthEvent
@@ -214,8 +215,8 @@ def _validate(session: Session, state: FitState, view: ProgressView) -> None:
     record = {"event": "validation", "step": state.step, **figures}
     session.log.write(record)
     track(session.accelerator, record, "validation/")
-    value, higher = figures[session.task.metric], session.task.higher_is_better
-    better = state.best is None or (value > state.best if higher else value < state.best)
+    value = figures[session.task.metric]
+    better = state.best is None or metric_facts(session.task.metric).better(value, state.best)
     gained = state.step > 0 and better
     view.validation(state.step, figures, session.task.metric, best=gained)
     if gained:

@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from qaroma.config.schema import Config
+from qaroma.config.words import memory_size
 from qaroma.engine.levels import LEVELS, apply_level
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_config, resolve_dtype
@@ -113,7 +114,7 @@ def choose_level(config: Config, device: torch.device) -> int:
     level = Planner(model_config).fastest_level(settings, free - RESERVE, host)
     if level is None:
         raise QaromaError(
-            f"{config.model.name} does not fit in {free / 2**30:.1f} GiB with micro-batches of {tokens} tokens; type a "
+            f"{config.model.name} does not fit in {memory_size(free, 1)} with micro-batches of {tokens} tokens; type a "
             f"smaller --micro-batch or --max-length (qaroma plan --model {config.model.name} says what fits), or "
             f"--memory 3 to try all the same{others_hold(device)}"
         )

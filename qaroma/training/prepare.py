@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from qaroma.config.metrics import metrics_of
 from qaroma.config.presets import DataFacts, Decision, resolve
 from qaroma.config.schema import Config
 from qaroma.data.encode import Encoded, Example, encode_rows, limit_length, split_validation
@@ -20,7 +21,7 @@ from qaroma.errors import QaromaError
 from qaroma.model.base import load_config, load_tokenizer
 from qaroma.tasks.base import Task
 from qaroma.tasks.causal_lm import CausalLM
-from qaroma.tasks.labelled import METRICS, labelled_task
+from qaroma.tasks.labelled import labelled_task
 
 _NO_LIMIT = 2**31
 
@@ -187,7 +188,7 @@ def _encode_labelled(
 def _labelled_task(config: Config, kind: Kind, labels: Sequence[str], pad_token_id: int) -> Task:
     """The task, with the figure that chooses the best adapter: the one asked for, GLUE's, or the usual one."""
     known = glue_task(config.data.train[0].path)
-    metric = config.evaluation.metric or (known.metric if known else METRICS[kind][0])
+    metric = config.evaluation.metric or (known.metric if known else metrics_of(kind)[0])
     return labelled_task(kind, labels, metric, pad_token_id)
 
 

@@ -8,16 +8,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from qaroma.config.methods import METHODS
 from qaroma.config.presets import growth_settings
-from qaroma.config.schema import PEFT_METHODS, Config
+from qaroma.config.schema import Config
 from qaroma.engine.levels import LEVELS
 from qaroma.errors import QaromaError
-from qaroma.method.adapter import Adapter
-from qaroma.method.aroma import GrowthController
-from qaroma.method.base import Method
+from qaroma.method.base import Method, MethodOptions
 from qaroma.method.head import TrainedHead, head_names, is_inside
-from qaroma.method.lora import PlainLora
-from qaroma.method.peft_lora import AdaLora, PeftLora, PeftMethod, inject_adalora, inject_lora, require_peft
 from qaroma.method.targets import find_targets
 from qaroma.model.base import fingerprint, load_base, resolve_dtype
 from qaroma.runs.directory import RunDirectory
@@ -31,8 +28,6 @@ from qaroma.training.samples import Sampler
 from qaroma.training.session import Session
 from qaroma.training.trackers import require_trackers
 
-_OF_PEFT: dict[str, type[PeftMethod]] = {"peft-lora": PeftLora, "adalora": AdaLora}
-
 
 def build_session(data: PreparedData, run: RunDirectory) -> Session:
     """Load the base, attach the adapter, choose the method.
@@ -42,8 +37,7 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
     """
     config = data.config
     assert config.model.name is not None
-    if config.method in PEFT_METHODS:
-        require_peft(config.method)
+    METHODS[config.method].require()
     torch.manual_seed(config.training.seed)
     accelerator = _accelerator(config, run)
     level = choose_level(config, accelerator.device)
@@ -133,47 +127,33 @@ def build_method(config: Config, model: Any, head: Sequence[str] = ()) -> tuple[
         model: the base; changed in place.
         head: modules to train in full.
     """
-    growth, training = config.growth, config.training
-    common: dict[str, Any] = {
-        "learning_rate": training.learning_rate,
-        "total_steps": training.max_steps,
-        "weight_decay": training.weight_decay,
-        "max_grad_norm": training.max_grad_norm,
-        "head_learning_rate": training.head_learning_rate,
-    }
-    fixed: dict[str, Any] = {"warmup": growth.warmup or 0, "min_lr_ratio": growth.min_lr_ratio or 0.0}
-    targets = [n for n in find_targets(model, growth.target_modules or "all-linear") if not is_inside(n, head)]
-    carrier = (_inject if config.method in PEFT_METHODS else _attach)(config, model, targets)
-    trained = TrainedHead(model, head) if head else None  # attaching froze it
-    common["head"] = trained.parameters() if trained else ()
-    if config.method in PEFT_METHODS:
-        return _OF_PEFT[config.method](carrier, **fixed, **common), trained
-    if config.method == "lora":
-        return PlainLora(carrier, **fixed, **common), trained
-    return GrowthController(carrier, growth_settings(growth, config.method), **common), trained
-
-
-def _attach(config: Config, model: Any, targets: Sequence[str]) -> Adapter:
-    """Our own adapter, with what another one brings where the run goes on from it."""
-    options: dict[str, Any] = {
-        "alpha": config.growth.alpha,
-        "dropout": config.growth.dropout,
-        "seed": config.training.seed,
-    }
-    adapter = Adapter(model, targets, inner_rank=config.component_rank, **options)
+    kind: type[Method] = METHODS[config.method].load()
+    options = _method_options(config)
+    targets = find_targets(model, config.growth.target_modules or "all-linear")
+    attached = kind.attach(model, [name for name in targets if not is_inside(name, head)], options)
     if config.model.adapter is not None:
-        continue_from(adapter, config.model.adapter)
-    return adapter
+        continue_from(attached, config.model.adapter)
+    trained = TrainedHead(model, head) if head else None  # attaching froze it
+    return kind.build(attached, options, trained.parameters() if trained else ()), trained
 
 
-def _inject(config: Config, model: Any, targets: Sequence[str]) -> Any:
-    """PEFT's adapter for the methods that are PEFT's."""
-    options: dict[str, Any] = {
-        "rank": config.rank,
-        "alpha": config.growth.alpha,
-        "dropout": config.growth.dropout or 0.0,
-        "seed": config.training.seed,
-    }
-    if config.method == "adalora":
-        return inject_adalora(model, targets, total_steps=config.training.max_steps or 1, **options)
-    return inject_lora(model, targets, **options)
+def _method_options(config: Config) -> MethodOptions:
+    """What the method is asked for, as plain values."""
+    growth, training = config.growth, config.training
+    assert growth.alpha is not None
+    assert training.learning_rate is not None
+    assert training.max_steps is not None
+    return MethodOptions(
+        rank=config.component_rank,
+        alpha=growth.alpha,
+        dropout=growth.dropout or 0.0,
+        seed=training.seed,
+        learning_rate=training.learning_rate,
+        head_learning_rate=training.head_learning_rate,
+        total_steps=training.max_steps,
+        warmup=growth.warmup or 0,
+        min_lr_ratio=growth.min_lr_ratio or 0.0,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        growth=growth_settings(growth, config.method) if METHODS[config.method].grows else None,
+    )
