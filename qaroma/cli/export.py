@@ -99,12 +99,12 @@ def _validation(run: str) -> Callable[[], Sequence[Example]] | None:
         return None
 
     def read() -> Sequence[Example]:
-        from qaroma.config.load import load_config
+        from qaroma.config.load import read_settings
         from qaroma.errors import QaromaError
         from qaroma.training.prepare import prepare_data
 
         try:
-            return prepare_data(load_config(found.config, {}, [])).validation
+            return prepare_data(read_settings(found.config, {}, [])).validation
         except QaromaError as error:
             click.echo(f"validation loss not measured: {error}", file=sys.stderr)
             return ()

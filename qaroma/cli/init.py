@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from qaroma.cli.options import config_option
-from qaroma.config.load import load_config, parse_source
+from qaroma.config.load import parse_source, read_settings
 from qaroma.errors import QaromaError
 from qaroma.runs.directory import quoted
 
@@ -66,7 +66,7 @@ def command(
         "data.skip_bad_rows": data__skip_bad_rows or None,
         "model.trust_remote_code": model__trust_remote_code or None,
     }
-    _write(load_config(None, flags, []), vram, target, force)
+    _write(read_settings(None, flags, []), vram, target, force)
 
 
 def _write(config: object, vram: str | None, target: Path, force: bool) -> None:
@@ -112,9 +112,9 @@ def _ask(question: str, default: str | None, check: Callable[[str], None]) -> st
 
 
 def _check_model(name: str) -> None:
-    from qaroma.model.base import load_config
+    from qaroma.model.base import load_model_config
 
-    load_config(name)
+    load_model_config(name)
 
 
 def _check_data(text: str) -> None:

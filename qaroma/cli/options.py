@@ -14,7 +14,7 @@ import click
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from qaroma.config.load import config_fields, load_config
+from qaroma.config.load import config_fields, read_settings
 from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
 
@@ -93,7 +93,7 @@ def read_config(config: str | None, parameters: Mapping[str, Any], sets: Sequenc
         for name, value in parameters.items()
         if context.get_parameter_source(name) == typed
     }
-    return load_config(config, flags, sets)
+    return read_settings(config, flags, sets)
 
 
 def require_model_and_data(config: Config) -> str:

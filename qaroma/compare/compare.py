@@ -23,7 +23,7 @@ from qaroma.errors import QaromaError
 from qaroma.method.peft_lora import require_peft
 from qaroma.report.style import has_matplotlib
 from qaroma.runs.files import read_json, write_atomically
-from qaroma.training.interrupt import StopRequest
+from qaroma.training.interruptions import StopRequest
 from qaroma.training.prepare import prepare_data
 
 

@@ -15,11 +15,11 @@ from rich.console import Console
 
 from qaroma.compare.collect import is_finished
 from qaroma.compare.specs import PlannedRun
-from qaroma.config.load import dump_config, flattened, lies_in, load_config
+from qaroma.config.load import dump_config, flattened, lies_in, read_settings
 from qaroma.config.schema import Config
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.files import write_atomically
-from qaroma.training.interrupt import StopRequest
+from qaroma.training.interruptions import StopRequest
 
 # Where a run lies and what it trains on may change between two calls; what is trained may not.
 _MAY_DIFFER = ("output", "checkpoint", "evaluation.report", "training.device", "training.memory", "training.track")
@@ -59,7 +59,7 @@ class Folder:
         """The step budget that earlier runs of this comparison were given."""
         for planned in runs:
             if self.run(planned).exists() and self.asked(planned).is_file():
-                return load_config(self.asked(planned), {}, []).training.max_steps
+                return read_settings(self.asked(planned), {}, []).training.max_steps
         return None
 
     def changed(self, planned: PlannedRun) -> list[str]:
@@ -68,7 +68,7 @@ class Folder:
         if not run.exists():
             return []
         exact = asked.is_file()
-        before = _flat(load_config(asked if exact else run.config, {}, []))
+        before = _flat(read_settings(asked if exact else run.config, {}, []))
         return [
             f"{planned.name}: {key} was {before.get(key)}, now {value}"
             for key, value in _flat(planned.config).items()

@@ -39,7 +39,7 @@ _BOUNDS = {"greater_than": ("above", "gt"), "greater_than_equal": ("at least", "
 Location = tuple[str | int, ...]
 
 
-def load_config(path: str | Path | None, flags: Mapping[str, Any], sets: Sequence[str]) -> Config:
+def read_settings(path: str | Path | None, flags: Mapping[str, Any], sets: Sequence[str]) -> Config:
     """The validated configuration of a run.
 
     Args:
@@ -73,7 +73,7 @@ def load_config(path: str | Path | None, flags: Mapping[str, Any], sets: Sequenc
 
 
 def dump_config(config: Config) -> str:
-    """The configuration as YAML, every setting written out; :func:`load_config` reads it back equal."""
+    """The configuration as YAML, every setting written out; :func:`read_settings` reads it back equal."""
     values = config.model_dump(mode="json")
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
     return text

@@ -16,7 +16,7 @@ from qaroma.data.templates import Template
 from qaroma.engine.placement import quantise_head
 from qaroma.errors import QaromaError
 from qaroma.export.delta import Factors, check_shapes, linear_shapes
-from qaroma.model.base import fingerprint, load_base, load_config, load_tokenizer
+from qaroma.model.base import fingerprint, load_base, load_model_config, load_tokenizer
 from qaroma.model.builtin import SMOLLM2_HUB_ID
 from qaroma.runs.adapter import read_growth
 from qaroma.runs.directory import GROWTH, RunDirectory
@@ -97,7 +97,7 @@ def open_source(path: str | Path, *, base: str | None = None) -> Source:
         )
     remembered = growth["base"]
     name, revision = base or remembered["name"], None if base else remembered["revision"]
-    config = load_config(name, revision=revision)
+    config = load_model_config(name, revision=revision)
     shapes = _shapes(config, name)
     delta = _delta_of_checkpoint(folder, growth, shapes) if found is None else _delta_of_adapter(found, growth, shapes)
     check_shapes(delta, shapes, str(path))

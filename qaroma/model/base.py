@@ -86,7 +86,9 @@ def resolve_dtype(name: str, device: str | torch.device | None = None) -> torch.
     return torch.bfloat16
 
 
-def load_config(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+def load_model_config(
+    model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PretrainedConfig:
     """Load a model's configuration alone, for what must be known before any weight is read.
 
     Args:
@@ -136,7 +138,7 @@ def load_tokenizer(
         transformers' tokenizer.
 
     Raises:
-        QaromaError: as :func:`load_config`, and a model that brings no tokenizer.
+        QaromaError: as :func:`load_model_config`, and a model that brings no tokenizer.
     """
     from transformers import AutoTokenizer
 

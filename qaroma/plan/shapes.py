@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qaroma.errors import QaromaError
-from qaroma.model.base import load_config, stored_quantization
+from qaroma.model.base import load_model_config, stored_quantization
 from qaroma.model.failures import explained
 
 _LLAMA3 = {
@@ -101,7 +101,7 @@ def model_config(model: str, *, trust_remote_code: bool = False) -> Any:
                 return _unquantised(config, str(path))
     elif not path.exists() and "/" not in model:
         _refuse_typo(model)
-    return _unquantised(load_config(model, trust_remote_code=trust_remote_code), model)
+    return _unquantised(load_model_config(model, trust_remote_code=trust_remote_code), model)
 
 
 def _refuse_typo(model: str) -> None:

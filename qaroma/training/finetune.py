@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 from rich.console import Console
 
-from qaroma.config.load import dump_config, lies_in, load_config
+from qaroma.config.load import dump_config, lies_in, read_settings
 from qaroma.config.presets import Decision
 from qaroma.config.schema import Config
 from qaroma.engine.levels import LEVELS
@@ -27,8 +27,7 @@ from qaroma.runs.directory import RunDirectory
 from qaroma.runs.files import write_atomically
 from qaroma.tasks.labelled import outputs_of
 from qaroma.training.fit import Ending, FitState, fit, restore_state
-from qaroma.training.interrupt import StopRequest
-from qaroma.training.interruptions import interruptions_told
+from qaroma.training.interruptions import StopRequest, interruptions_told
 from qaroma.training.live_page import LivePage
 from qaroma.training.prepare import PreparedData, prepare_data
 from qaroma.training.progress import ProgressView
@@ -118,7 +117,7 @@ def _resumed_config(given: Config) -> Config:
     if run is None or not run.exists():
         where = f"{run.path} holds no run" if run else "no --output given"
         raise QaromaError(f"cannot resume: {where}; type --resume --output runs/NAME (qaroma runs lists them)")
-    stored = load_config(run.config, {}, [])
+    stored = read_settings(run.config, {}, [])
     ours, theirs = _given(stored), _given(given)
     changed = {key: value for key, value in theirs.items() if value is not None and ours.get(key) != value}
     refused = [

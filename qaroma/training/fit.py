@@ -15,7 +15,7 @@ from qaroma.method.base import MethodState
 from qaroma.method.growth import GrowthEvent
 from qaroma.runs.checkpoint import Checkpoint, save_checkpoint
 from qaroma.tasks.base import Batch
-from qaroma.training.interrupt import StopRequest
+from qaroma.training.interruptions import StopRequest
 from qaroma.training.live_page import LivePage
 from qaroma.training.memory import memory_bytes, relieve
 from qaroma.training.progress import ProgressView

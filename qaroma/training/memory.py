@@ -10,7 +10,7 @@ import torch
 from qaroma.config.schema import Config
 from qaroma.engine.levels import LEVELS, apply_level
 from qaroma.errors import QaromaError
-from qaroma.model.base import load_config, resolve_dtype
+from qaroma.model.base import load_model_config, resolve_dtype
 from qaroma.plan.search import RESERVE, Planner
 from qaroma.plan.trace import StepSettings
 from qaroma.training.interruptions import card_words
@@ -88,7 +88,7 @@ def choose_level(config: Config, device: torch.device) -> int:
         return int(asked)
     assert config.model.name is not None
     assert config.data.max_length is not None
-    model_config = load_config(
+    model_config = load_model_config(
         config.model.name, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
     )
     free = free_bytes(device)

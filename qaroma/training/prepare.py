@@ -17,7 +17,7 @@ from qaroma.data.packing import pack
 from qaroma.data.sources import RowSet, read_rows
 from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
-from qaroma.model.base import load_config, load_tokenizer
+from qaroma.model.base import load_model_config, load_tokenizer
 from qaroma.tasks.base import Task
 from qaroma.tasks.causal_lm import CausalLM
 from qaroma.tasks.labelled import METRICS, labelled_task
@@ -63,7 +63,7 @@ def prepare_data(config: Config) -> PreparedData:
         raise QaromaError("no training data given; type --data FILE (.jsonl, .json, .csv, .parquet or .txt)")
     options: dict[str, Any] = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
     tokenizer = load_tokenizer(config.model.name, **options)
-    model_config = load_config(config.model.name, **options)
+    model_config = load_model_config(config.model.name, **options)
     if config.task == "causal-lm":
         return _prepare_conversations(config, tokenizer, model_config)
     return _prepare_labelled(config, tokenizer, model_config)
