@@ -462,7 +462,7 @@ def test_the_papers_settings_are_the_published_ones(name: str) -> None:
     # The numbers are written out, not left to a preset that may change; the preset gives the same.
     for key in ("inner_rank", "alpha", "eps_out", "t_in", "check_every", "eps_in", "dropout", "warmup"):
         assert getattr(given.growth, key) is not None
-    bare = read_settings(None, {}, ["growth.preset=paper", f"growth.inner_rank={growth.inner_rank}"])
+    bare = read_settings(None, {}, ["model.name=m", "growth.preset=paper", f"growth.inner_rank={growth.inner_rank}"])
     preset, _ = resolve(bare, facts)
     assert preset.growth == growth
     assert preset.training.max_steps == training.max_steps

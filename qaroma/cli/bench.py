@@ -6,6 +6,7 @@ import click
 
 from qaroma.cli.options import config_option
 from qaroma.cli.output import JSON_OPTION, figures_only
+from qaroma.plan.shapes import require_shape
 
 _EPILOG = """\b
 Examples:
@@ -42,6 +43,8 @@ def command(
     Contestants run in turns in one process, on the very same frozen weights; every figure is the
     median of the turns, with the smallest and the largest.
     """
+    require_shape(model)
+
     from qaroma.bench.bench import BenchSize, bench
 
     size = BenchSize(seq_len, micro_batch, steps, rounds, int(memory), frozen)

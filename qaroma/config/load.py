@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 _YAML_SUFFIXES = (".yaml", ".yml")
 _WEIGHT = re.compile(r"(?P<path>.+):(?P<weight>[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?)")
 _EXPECTED = {
@@ -77,6 +77,25 @@ def dump_config(config: Config) -> str:
     values = config.model_dump(mode="json")
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
     return text
+
+
+def require_model_and_data(config: Config) -> str:
+    """The name of the model; a run needs that and data, all else has a default.
+
+    Raises:
+        QaromaError: one of the two is missing, or both.
+    """
+    missing = {}
+    if config.model.name is None:
+        missing["no model"] = "--model FOLDER_OR_HUB_ID (smollm2-135m is built in)"
+    if not config.data.train:
+        missing["no data"] = "--data FILE"
+    if config.model.name is None or missing:
+        raise QaromaError(
+            f"got {' and '.join(missing)}; expected {' and '.join(missing.values())}; "
+            "to see a whole run first, type qaroma finetune --config quickstart"
+        )
+    return config.model.name
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

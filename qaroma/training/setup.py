@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from qaroma.config.presets import growth_settings
-from qaroma.config.schema import PEFT_METHODS, Config
+from qaroma.config.schema import PEFT_METHODS, GrowingSection, ResolvedConfig
 from qaroma.engine.levels import LEVELS
 from qaroma.errors import QaromaError
 from qaroma.method.adapter import Adapter
@@ -41,12 +41,11 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
         QaromaError: a model that cannot be loaded or adapted, or a device that is not there.
     """
     config = data.config
-    assert config.model.name is not None
     if config.method in PEFT_METHODS:
         require_peft(config.method)
     torch.manual_seed(config.training.seed)
     accelerator = _accelerator(config, run)
-    level = choose_level(config, accelerator.device)
+    level = choose_level(config, data.base, accelerator.device)
     model = _load(data, level, accelerator.device)
     identity = fingerprint(model)
     names = head_names(model, model.new_parameters) if data.template is None else []
@@ -81,7 +80,7 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
     )
 
 
-def _accelerator(config: Config, run: RunDirectory) -> Accelerator:
+def _accelerator(config: ResolvedConfig, run: RunDirectory) -> Accelerator:
     """The device and the trackers.
 
     Raises:
@@ -101,17 +100,14 @@ def _accelerator(config: Config, run: RunDirectory) -> Accelerator:
 def _load(data: PreparedData, level: int, device: torch.device) -> Any:
     """The base, as its task and its memory level want it."""
     model = data.config.model
-    assert model.name is not None
     return load_base(
-        model.name,
+        data.base,
         quantization=model.quantization,
         double_quantization=model.double_quantization,
         quantize_head=LEVELS[level].packed_head,
         compute_dtype=resolve_dtype(model.compute_dtype, device),
         device=device,
         attention=model.attention,
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
         num_labels=outputs_of(data.remember),
         host_embeddings=LEVELS[level].host_embeddings,
     )
@@ -119,13 +115,12 @@ def _load(data: PreparedData, level: int, device: torch.device) -> Any:
 
 def _sampler(data: PreparedData) -> Sampler | None:
     chosen = data.config.evaluation
-    if not chosen.prompts:
+    if not chosen.prompts or data.template is None:
         return None
-    assert data.template is not None
     return Sampler(chosen.prompts, data.tokenizer, data.template, chosen.max_new_tokens)
 
 
-def build_method(config: Config, model: Any, head: Sequence[str] = ()) -> tuple[Method, TrainedHead | None]:
+def build_method(config: ResolvedConfig, model: Any, head: Sequence[str] = ()) -> tuple[Method, TrainedHead | None]:
     """Attach the adapter and make the method that trains it, and the head where one is trained.
 
     Args:
@@ -141,19 +136,19 @@ def build_method(config: Config, model: Any, head: Sequence[str] = ()) -> tuple[
         "max_grad_norm": training.max_grad_norm,
         "head_learning_rate": training.head_learning_rate,
     }
-    fixed: dict[str, Any] = {"warmup": growth.warmup or 0, "min_lr_ratio": growth.min_lr_ratio or 0.0}
-    targets = [n for n in find_targets(model, growth.target_modules or "all-linear") if not is_inside(n, head)]
+    fixed: dict[str, Any] = {"warmup": growth.warmup, "min_lr_ratio": growth.min_lr_ratio}
+    targets = [n for n in find_targets(model, growth.target_modules) if not is_inside(n, head)]
     carrier = (_inject if config.method in PEFT_METHODS else _attach)(config, model, targets)
     trained = TrainedHead(model, head) if head else None  # attaching froze it
     common["head"] = trained.parameters() if trained else ()
     if config.method in PEFT_METHODS:
         return _OF_PEFT[config.method](carrier, **fixed, **common), trained
-    if config.method == "lora":
-        return PlainLora(carrier, **fixed, **common), trained
-    return GrowthController(carrier, growth_settings(growth, config.method), **common), trained
+    if isinstance(growth, GrowingSection):
+        return GrowthController(carrier, growth_settings(growth), **common), trained
+    return PlainLora(carrier, **fixed, **common), trained
 
 
-def _attach(config: Config, model: Any, targets: Sequence[str]) -> Adapter:
+def _attach(config: ResolvedConfig, model: Any, targets: Sequence[str]) -> Adapter:
     """Our own adapter, with what another one brings where the run goes on from it."""
     options: dict[str, Any] = {
         "alpha": config.growth.alpha,
@@ -166,14 +161,14 @@ def _attach(config: Config, model: Any, targets: Sequence[str]) -> Adapter:
     return adapter
 
 
-def _inject(config: Config, model: Any, targets: Sequence[str]) -> Any:
+def _inject(config: ResolvedConfig, model: Any, targets: Sequence[str]) -> Any:
     """PEFT's adapter for the methods that are PEFT's."""
     options: dict[str, Any] = {
         "rank": config.rank,
         "alpha": config.growth.alpha,
-        "dropout": config.growth.dropout or 0.0,
+        "dropout": config.growth.dropout,
         "seed": config.training.seed,
     }
     if config.method == "adalora":
-        return inject_adalora(model, targets, total_steps=config.training.max_steps or 1, **options)
+        return inject_adalora(model, targets, total_steps=config.training.max_steps, **options)
     return inject_lora(model, targets, **options)
