@@ -28,7 +28,7 @@ from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
 from qaroma.runs.adapter import save_factors
 from qaroma.runs.directory import RunDirectory
-from qaroma.training.interruptions import StopRequest
+from qaroma.runs.stop import StopRequest
 
 QUIET = Console(quiet=True)
 

@@ -298,3 +298,30 @@ def test_a_run_that_stopped_at_its_first_step_logs_the_beginning_once(
     finetune(Config.model_validate({"output": str(run)}), resume=True, console=QUIET)
     assert [v["step"] for v in records(run, "validation")].count(0) == 1
     assert [r["step"] for r in records(run, "ranks")].count(0) == 1
+
+
+@pytest.mark.parametrize("memory", ["auto", "1"])
+def test_a_model_is_looked_up_once(
+    tiny_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: str
+) -> None:
+    from transformers import AutoConfig
+
+    from qaroma.model import base, builtin, found
+
+    calls = {"resolve_model": 0, "AutoConfig": 0}
+    resolve_place, read_config = builtin.resolve_model, AutoConfig.from_pretrained
+
+    def counted_place(*arguments):
+        calls["resolve_model"] += 1
+        return resolve_place(*arguments)
+
+    def counted_config(*arguments, **named):
+        calls["AutoConfig"] += 1
+        return read_config(*arguments, **named)
+
+    for module in (base, builtin, found):
+        monkeypatch.setattr(module, "resolve_model", counted_place)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", counted_config)
+    config = make_config(tiny_folder, data_file, tmp_path / "run", training__max_steps=2, training__memory=memory)
+    finetune(config, console=QUIET)
+    assert calls == {"resolve_model": 1, "AutoConfig": 1}

@@ -23,7 +23,7 @@ from qaroma.errors import QaromaError
 from qaroma.method.peft_lora import require_peft
 from qaroma.report.style import has_matplotlib
 from qaroma.runs.files import read_json, write_atomically
-from qaroma.training.interruptions import StopRequest
+from qaroma.runs.stop import StopRequest
 from qaroma.training.prepare import prepare_data
 
 
@@ -92,7 +92,7 @@ def _prepare(make_config: MakeConfig, todo: Sequence[PlannedRun], runs: Sequence
     shared.training.max_steps = todo[0].config.training.max_steps
     data = prepare_data(shared)
     steps = data.config.training.max_steps
-    facts = DataFacts(len(data.train), [data.config.data.max_length or 1], None, len(data.validation))
+    facts = DataFacts(len(data.train), [data.config.data.max_length], None, len(data.validation))
     problems = []
     for planned in runs:
         planned.config.training.max_steps = steps

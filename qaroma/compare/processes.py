@@ -19,7 +19,7 @@ from qaroma.config.load import dump_config, flattened, lies_in, read_settings
 from qaroma.config.schema import Config
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.files import write_atomically
-from qaroma.training.interruptions import StopRequest
+from qaroma.runs.stop import StopRequest
 
 # Where a run lies and what it trains on may change between two calls; what is trained may not.
 _MAY_DIFFER = ("output", "checkpoint", "evaluation.report", "training.device", "training.memory", "training.track")

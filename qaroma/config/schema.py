@@ -10,7 +10,7 @@ what a run needs is never ``None`` there, and nothing changes any more.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import (
     BaseModel,
@@ -22,6 +22,13 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
 )
+
+from qaroma.config.levels import LEVEL_CHOICES, LEVELS
+
+if TYPE_CHECKING:
+    MemoryLevel: TypeAlias = str
+else:
+    MemoryLevel = Literal[LEVEL_CHOICES]
 
 PEFT_METHODS = ("peft-lora", "adalora")  # methods on PEFT's own layers
 FIXED_RANK = ("lora", *PEFT_METHODS)  # methods that take their rank from the configuration
@@ -161,10 +168,11 @@ class TrainingSection(Section):
     grad_accum: PositiveInt = Field(4, description="Forward passes in one optimiser step.")
     weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay of the active factors.")
     max_grad_norm: PositiveFloat = Field(1.0, description="Gradients are clipped to this norm.")
-    memory: Annotated[Literal["auto", "0", "1", "2", "3"], BeforeValidator(str)] = Field(
+    memory: Annotated[MemoryLevel, BeforeValidator(str)] = Field(
         "auto",
-        description="Memory level: 0 fastest, 1 recomputes activations, 2 uses host memory too, 3 packs the head; "
-        "auto: the fastest that fits.",
+        description="Memory level: "
+        + ", ".join(f"{number} {level.title}" for number, level in enumerate(LEVELS))
+        + "; auto: the fastest that fits.",
     )
     evaluate_every: PositiveInt | None = Field(
         None, description="Steps between validations; None is a tenth of the run, or more where validation takes long."

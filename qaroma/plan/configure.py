@@ -18,13 +18,13 @@ import psutil
 import torch
 import yaml
 
+from qaroma.config.levels import LEVELS
 from qaroma.config.load import config_fields, require_model_and_data
 from qaroma.config.presets import DataFacts, Decision, resolve
 from qaroma.config.schema import Config, DataSource, ResolvedConfig
 from qaroma.data.encode import Encoded, encode_rows, limit_length, split_validation
 from qaroma.data.sources import read_rows
 from qaroma.data.templates import Template
-from qaroma.engine.levels import LEVELS
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_tokenizer, resolve_device, resolve_dtype
 from qaroma.model.found import find_model

@@ -11,7 +11,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from qaroma.engine.levels import LEVELS
+from qaroma.config.levels import LEVELS
 from qaroma.errors import QaromaError
 from qaroma.model.failures import explained
 from qaroma.plan.base import adapter_parameters, skeleton

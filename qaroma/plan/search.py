@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qaroma.engine.levels import LEVELS
+from qaroma.config.levels import LEVELS
 from qaroma.plan.base import with_depth
 from qaroma.plan.counter import WORKSPACE, Peak
 from qaroma.plan.trace import StepSettings, Trace, trace_step

@@ -11,10 +11,10 @@ from typing import Any
 
 from rich.console import Console
 
+from qaroma.config.levels import LEVELS
 from qaroma.config.load import dump_config
 from qaroma.config.presets import Decision
 from qaroma.config.schema import Config, ResolvedConfig
-from qaroma.engine.levels import LEVELS
 from qaroma.inference.answer_test import Answers, AnswerTest, read_conversations
 from qaroma.method.targets import unadaptable
 from qaroma.model.builtin import ResolvedModel
@@ -23,9 +23,10 @@ from qaroma.report.summary import BeforeAfter, RunSummary, Score, print_summary
 from qaroma.runs.checkpoint import load_newest
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.files import write_atomically
+from qaroma.runs.stop import StopRequest
 from qaroma.tasks.labelled import outputs_of
 from qaroma.training.fit import Ending, FitState, fit, restore_state
-from qaroma.training.interruptions import StopRequest, interruptions_told
+from qaroma.training.interruptions import interruptions_told
 from qaroma.training.live_page import LivePage
 from qaroma.training.prepare import PreparedData, prepare_data
 from qaroma.training.progress import ProgressView

@@ -14,8 +14,8 @@ from qaroma.errors import QaromaError
 from qaroma.method.base import MethodState
 from qaroma.method.growth import GrowthEvent
 from qaroma.runs.checkpoint import Checkpoint, save_checkpoint
+from qaroma.runs.stop import StopRequest
 from qaroma.tasks.base import Batch
-from qaroma.training.interruptions import StopRequest
 from qaroma.training.live_page import LivePage
 from qaroma.training.memory import memory_bytes, relieve
 from qaroma.training.progress import ProgressView

@@ -1,15 +1,11 @@
-"""What can happen to a run from outside: Ctrl-C, a full disk, a full card; what is safe, and how to go on."""
+"""What can happen to a run from outside, as one sentence: what is safe, and how to go on."""
 
 from __future__ import annotations
 
 import errno
 import re
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
-from typing import Any
 
 import torch
 
@@ -22,34 +18,6 @@ from qaroma.runs.files import disk_full
 _CARD = re.compile(r"CUDA error: out of memory|CUDA out of memory|busy or unavailable|CUBLAS_STATUS_ALLOC_FAILED")
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
 _HOST = re.compile(r"can't allocate memory|not enough memory")
-
-
-class StopRequest:
-    """Turns SIGINT (and SIGTERM, as a scheduler sends it) into a flag while it is entered.
-
-    The first one asks for a save, the second one ends the run at once.
-
-    Outside the main thread, where no signal can be caught, it does nothing.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
 
 
 @contextmanager

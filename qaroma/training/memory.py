@@ -7,8 +7,9 @@ from typing import Any
 import psutil
 import torch
 
+from qaroma.config.levels import LEVELS
 from qaroma.config.schema import ResolvedConfig
-from qaroma.engine.levels import LEVELS, apply_level
+from qaroma.engine.levels import apply_level
 from qaroma.errors import QaromaError
 from qaroma.model.base import resolve_dtype
 from qaroma.model.found import FoundModel
@@ -19,7 +20,6 @@ from qaroma.plan.trace import StepSettings
 from qaroma.training.interruptions import card_words
 from qaroma.training.session import Session
 
-EXACT_LEVEL = 2  # the last level that changes no number
 SMALL_SHARE = 0.25  # of the free memory: below it nothing needs to be traced
 
 
@@ -58,10 +58,11 @@ def relieve(session: Session) -> str:
     """
     if session.accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
-    if session.level >= EXACT_LEVEL and session.plan.micro_batch > 1:
+    last = session.level + 1 == len(LEVELS)
+    if (last or not LEVELS[session.level + 1].exact) and session.plan.micro_batch > 1:
         session.plan.micro_batch //= 2
         return f"going on with micro-batches of {session.plan.micro_batch}, the same effective batch"
-    if session.level + 1 < len(LEVELS):
+    if not last:
         session.level += 1
         enter_level(session.model, session.level, session.config)
         return f"going on at memory level {session.level} ({LEVELS[session.level].summary})"

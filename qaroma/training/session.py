@@ -39,7 +39,7 @@ class Session:
         plan: which examples make up which step.
         accelerator: device and backward pass.
         sampler: answers chosen prompts while the run trains; None where there are none.
-        level: memory level that the model is in (:mod:`qaroma.engine.levels`).
+        level: memory level that the model is in (:data:`qaroma.config.levels.LEVELS`).
     """
 
     config: ResolvedConfig

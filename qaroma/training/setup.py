@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from qaroma.config.levels import LEVELS
 from qaroma.config.presets import growth_settings
 from qaroma.config.schema import PEFT_METHODS, GrowingSection, ResolvedConfig
-from qaroma.engine.levels import LEVELS
 from qaroma.errors import QaromaError
 from qaroma.method.adapter import Adapter
 from qaroma.method.aroma import GrowthController
