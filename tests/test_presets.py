@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
 from qaroma.config.presets import CRITERIA, DataFacts, growth_settings, resolve
-from qaroma.config.schema import Config, ResolvedConfig
+from qaroma.config.schema import (
+    Config,
+    GrowingSection,
+    MeasuredGrowthSection,
+    ResolvedConfig,
+    ResolvedGrowthSection,
+)
 from qaroma.errors import QaromaError
 
 
@@ -178,3 +185,18 @@ def test_packed_rows_are_fewer_and_longer() -> None:
     config, _ = resolve(named({"data": {"packing": True}, "training": {"epochs": 4}}), facts)
     assert config.data.max_length == 2048
     assert config.training.max_steps == 4 * 3  # 95,000 tokens are 47 rows: three steps of 16
+
+
+@pytest.mark.parametrize("method", ["aroma", "relora", "lora", "peft-lora", "adalora"])
+def test_nothing_that_a_method_needs_is_left_open_and_nothing_changes_later(method: str) -> None:
+    config, _ = decided(1000, method=method)
+    kind = {"aroma": MeasuredGrowthSection, "relora": GrowingSection}.get(method, ResolvedGrowthSection)
+    assert type(config.growth) is kind
+    for section in (config.model, config.data, config.growth, config.training, config.checkpoint):
+        needed = [name for name, field in type(section).model_fields.items() if field.is_required()]
+        assert needed
+        assert all(getattr(section, name) is not None for name in needed)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.growth.min_lr_ratio = 0.5
+    # Written and read again it is what a user could have given, every value filled in.
+    assert Config.model_validate(config.model_dump()).model_dump() == config.model_dump()
