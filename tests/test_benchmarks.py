@@ -21,7 +21,7 @@ from qaroma.benchmarks.likelihood import Choice, encode_choice, score_choices
 from qaroma.benchmarks.progress import ScoreFile
 from qaroma.benchmarks.results import results_table, summarise, wilson
 from qaroma.cli import main
-from qaroma.config.load import load_config
+from qaroma.config.load import read_settings
 from qaroma.config.presets import DataFacts, resolve
 from qaroma.data.encode import encode_rows
 from qaroma.data.forms import Message
@@ -444,7 +444,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_papers_settings_are_the_published_ones(name: str) -> None:
-    given = load_config(name, {}, [])
+    given = read_settings(name, {}, [])
     facts = DataFacts(rows=170_420, lengths=[200] * 100, model_max_length=8192)
     config, _ = resolve(given, facts)
     growth, training = config.growth, config.training
@@ -462,7 +462,7 @@ def test_the_papers_settings_are_the_published_ones(name: str) -> None:
     # The numbers are written out, not left to a preset that may change; the preset gives the same.
     for key in ("inner_rank", "alpha", "eps_out", "t_in", "check_every", "eps_in", "dropout", "warmup"):
         assert getattr(given.growth, key) is not None
-    bare = load_config(None, {}, ["growth.preset=paper", f"growth.inner_rank={growth.inner_rank}"])
+    bare = read_settings(None, {}, ["model.name=m", "growth.preset=paper", f"growth.inner_rank={growth.inner_rank}"])
     preset, _ = resolve(bare, facts)
     assert preset.growth == growth
     assert preset.training.max_steps == training.max_steps

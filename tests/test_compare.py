@@ -23,7 +23,7 @@ from qaroma.compare.specs import parse_spec, plan_runs, shared_settings
 from qaroma.compare.statistics import deviation, difference, mean
 from qaroma.compare.table import markdown
 from qaroma.compare.verdict import verdict
-from qaroma.config.load import dump_config, load_config
+from qaroma.config.load import dump_config, read_settings
 from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
 from qaroma.runs.adapter import save_factors
@@ -35,7 +35,7 @@ QUIET = Console(quiet=True)
 
 
 def from_sets(sets: Sequence[str]) -> Config:
-    return load_config(None, {"model.name": "m", "data.train": ["d.jsonl"]}, list(sets))
+    return read_settings(None, {"model.name": "m", "data.train": ["d.jsonl"]}, list(sets))
 
 
 # What is asked.
@@ -261,7 +261,7 @@ def test_a_run_that_fails_costs_only_itself(tmp_path: Path, stand_in: Any) -> No
     printed = folder.log(planned).read_text(encoding="utf-8")
     assert "-m qaroma finetune --config" in printed
     assert "--resume" not in printed
-    assert load_config(folder.asked(planned), {}, []) == planned.config
+    assert read_settings(folder.asked(planned), {}, []) == planned.config
     RunDirectory(tmp_path / "lora-8-s0").create("method: lora\n")  # it began, this time
     carry_out(planned, folder, QUIET, StopRequest())
     assert "--resume" in folder.log(planned).read_text(encoding="utf-8")
@@ -399,7 +399,7 @@ def test_a_method_that_is_not_compared_is_not_judged(tiny_folder: Path, data_fil
 
     def make(sets: Sequence[str]) -> Config:
         values = [f"model.name={tiny_folder}", f"data.train={data_file}", "growth.warmup=5", "training.max_steps=9"]
-        return load_config(None, {}, [*values, *sets])
+        return read_settings(None, {}, [*values, *sets])
 
     for methods in ("lora:2", "aroma+warmup=1+restart_warmup=1"):
         runs = plan_runs(make, methods, "0", str(tmp_path))

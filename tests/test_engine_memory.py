@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import tiny_config
 
+from qaroma.config.levels import LEVELS
 from qaroma.data.encode import Example
 from qaroma.engine import levels as levels_module
 from qaroma.engine import tiled as tiled_module
 from qaroma.engine.checkpointing import enable_checkpointing
-from qaroma.engine.levels import LEVELS, apply_level
+from qaroma.engine.levels import apply_level
 from qaroma.engine.placement import HostEmbedding
 from qaroma.method.aroma import GrowthController
 from qaroma.method.attach import attach

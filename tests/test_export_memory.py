@@ -24,13 +24,13 @@ from qaroma.export.delta import linear_shapes
 from qaroma.export.gguf_model import _converted
 from qaroma.export.merged import write_merged
 from qaroma.export.weights import dequantised_tensors, merged_tensors, original_tensors
-from qaroma.model.base import load_base, load_config
+from qaroma.model.base import load_base, load_model_config
 
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024
 
 folder, helpers, *wanted = sys.argv[1:]
-config = load_config(folder)
+config = load_model_config(folder)
 model = load_base(folder, compute_dtype=torch.bfloat16, device="cpu")
 delta = random_delta(linear_shapes(model))
 sources = {"dequantised": dequantised_tensors(model), "original": original_tensors(folder, config)}

@@ -271,6 +271,8 @@ def test_a_task_of_the_wrong_kind_says_what_to_type(encoder_folder: Path, pairs:
         prepare_data(make_config(encoder_folder, pairs, None, evaluation__metric="pearson"))
     with pytest.raises(QaromaError, match=r"glue:mrpc has labels, not answers; type --task classification"):
         prepare_data(make_config(encoder_folder, Path("glue:mrpc"), None, task="causal-lm"))
+    with pytest.raises(QaromaError, match=r"evaluation\.prompts is for --task causal-lm.*leave it out"):
+        prepare_data(make_config(encoder_folder, pairs, None, evaluation__prompts=["hello"]))
 
 
 @pytest.mark.parametrize(("name", "train", "dev"), [("MRPC", 3668, 408), ("RTE", 2490, 277), ("STS-B", 5749, 1500)])

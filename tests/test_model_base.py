@@ -20,7 +20,7 @@ from qaroma.method.dequantise import dense_weight
 from qaroma.model.base import (
     fingerprint,
     load_base,
-    load_config,
+    load_model_config,
     load_tokenizer,
     resolve_device,
     resolve_dtype,
@@ -224,7 +224,7 @@ def test_a_gpu_without_bf16_is_refused_with_the_way_out(monkeypatch):
 
 
 def test_config_and_tokenizer_load_alone(tiny_folder, tokenizer, tmp_path):
-    assert load_config(tiny_folder).num_hidden_layers == 2
+    assert load_model_config(tiny_folder).num_hidden_layers == 2
     loaded = load_tokenizer(tiny_folder)
     assert loaded("some text").input_ids == tokenizer("some text").input_ids
     assert loaded.model_max_length == 512  # the folder says none; the model's positions are the limit

@@ -17,9 +17,9 @@ from qaroma.cli import main
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_base
 from qaroma.plan import trace, workspaces
+from qaroma.plan.card import RESERVE, parse_memory
 from qaroma.plan.counter import LiveStorages
-from qaroma.plan.report import parse_memory
-from qaroma.plan.search import GRAIN, LONGEST, RESERVE, Planner, _longest
+from qaroma.plan.search import GRAIN, LONGEST, Planner, _longest
 from qaroma.plan.shapes import SHAPES, model_config
 from qaroma.plan.trace import StepSettings, count_step, trace_step
 from qaroma.plan.weightless import weightless

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qaroma.bench.contestants import Step, examples, peft_step, qaroma_step, random_base, twin
 from qaroma.bench.measure import Spread, matrix_rate, peak_bytes, seconds_per_step, step_flops
-from qaroma.engine.levels import LEVELS
+from qaroma.config.levels import LEVELS
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_base, resolve_device, resolve_dtype
 from qaroma.plan.shapes import SHAPES, model_config

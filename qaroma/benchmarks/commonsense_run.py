@@ -19,9 +19,9 @@ from qaroma.benchmarks.progress import ScoreFile
 from qaroma.benchmarks.results import summarise
 from qaroma.benchmarks.scorers import Generation, Item, Likelihood, Scorer
 from qaroma.errors import QaromaError
-from qaroma.inference.open import TunedModel, adapter_folder, open_base, open_run
+from qaroma.inference.open import TunedModel, open_base, open_run
 from qaroma.model.base import fingerprint
-from qaroma.runs.directory import WEIGHTS
+from qaroma.runs.directory import WEIGHTS, adapter_folder
 from qaroma.runs.files import write_atomically
 
 SCORES, RESULTS = "scores.jsonl", "results.json"

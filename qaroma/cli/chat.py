@@ -13,6 +13,8 @@ import click
 from qaroma.cli.options import config_option
 from qaroma.cli.run_arguments import BASE_OPTION
 from qaroma.errors import QaromaError
+from qaroma.model.builtin import require_model
+from qaroma.runs.directory import adapter_folder
 
 if TYPE_CHECKING:
     from qaroma.inference.chat import Chat, Reply
@@ -61,6 +63,11 @@ def command(
     """
     if run is None and base is None:
         raise QaromaError("got no run; expected qaroma chat RUN, or qaroma chat --base MODEL to talk to a base")
+    if run is not None:
+        adapter_folder(run)
+    if base is not None:
+        require_model(base)
+
     from qaroma.inference.chat import Chat, Sampling, open_chat
 
     terminal = sys.stdin.isatty() and sys.stdout.isatty()

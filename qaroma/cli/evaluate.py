@@ -9,7 +9,9 @@ import click
 from qaroma.cli.options import config_option
 from qaroma.cli.output import JSON_OPTION, figures_only, write_figures
 from qaroma.config.load import parse_source
+from qaroma.data.sources import require_source
 from qaroma.errors import QaromaError
+from qaroma.runs.directory import adapter_folder
 
 _EPILOG = """\b
 Examples:
@@ -83,7 +85,10 @@ def command(
             "got no RUN; expected a run directory such as runs/NAME. An untuned model can be scored on a benchmark: "
             "qaroma evaluate --base MODEL --benchmark commonsense --data LLM-Adapters/dataset"
         )
+    adapter_folder(run)
     sources = [parse_source(text) for text in data]
+    for path, _ in sources:
+        require_source(path)
 
     from qaroma.inference.open import evaluate_run
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -12,6 +11,8 @@ import click
 from qaroma.cli.options import config_option
 from qaroma.cli.output import JSON_OPTION, figures_only
 from qaroma.cli.run_arguments import BASE_OPTION, RUN_ARGUMENT
+from qaroma.model.builtin import require_model
+from qaroma.runs.directory import require_adapter_or_checkpoint, run_around
 
 if TYPE_CHECKING:
     from qaroma.data.encode import Example
@@ -72,6 +73,10 @@ def command(
     Every export holds the tokenizer, the chat template and a model card, and is read back by another
     way than qaroma's own before it appears.
     """
+    require_adapter_or_checkpoint(run)
+    if base is not None:
+        require_model(base)
+
     from qaroma.export.exporter import Options, export
 
     with figures_only(json_output) as write:
@@ -91,20 +96,17 @@ def command(
 
 def _validation(run: str) -> Callable[[], Sequence[Example]] | None:
     """The validation examples of the run that a path is or lies in, read when they are wanted."""
-    from qaroma.runs.directory import RunDirectory
-
-    path = Path(run).resolve()
-    found = next((RunDirectory(p) for p in (path, *list(path.parents)[:2]) if RunDirectory(p).exists()), None)
+    found = run_around(run)
     if found is None:
         return None
 
     def read() -> Sequence[Example]:
-        from qaroma.config.load import load_config
+        from qaroma.config.load import read_settings
         from qaroma.errors import QaromaError
         from qaroma.training.prepare import prepare_data
 
         try:
-            return prepare_data(load_config(found.config, {}, [])).validation
+            return prepare_data(read_settings(found.config, {}, [])).validation
         except QaromaError as error:
             click.echo(f"validation loss not measured: {error}", file=sys.stderr)
             return ()

@@ -11,6 +11,8 @@ from qaroma.cli.options import config_option
 from qaroma.cli.output import JSON_OPTION, figures_only
 from qaroma.cli.run_arguments import BASE_OPTION, RUN_ARGUMENT
 from qaroma.errors import QaromaError
+from qaroma.model.builtin import require_model
+from qaroma.runs.directory import adapter_folder
 
 _EPILOG = """\b
 Examples:
@@ -39,6 +41,9 @@ def command(
 
     A PROMPT of - reads prompts from stdin, one a line. Answers are greedy: the same each time.
     """
+    adapter_folder(run)
+    if base is not None:
+        require_model(base)
     asked = _prompts(prompts)
 
     from qaroma.inference.open import generate_from_run

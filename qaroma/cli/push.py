@@ -7,6 +7,7 @@ import click
 from qaroma.cli.output import JSON_OPTION, figures_only
 from qaroma.cli.run_arguments import RUN_ARGUMENT
 from qaroma.config.words import file_size
+from qaroma.runs.directory import adapter_folder
 
 _EPILOG = """\b
 Examples:
@@ -40,6 +41,8 @@ def command(
     private is never changed. Sent are the PEFT adapter, growth.json and the card: no checkpoints, no
     metrics, no paths of this machine. Log in first: hf auth login.
     """
+    adapter_folder(run)
+
     from qaroma.export.push import loading_lines, push
 
     with figures_only(json_output) as write:

@@ -96,7 +96,7 @@ def _prepare(make_config: MakeConfig, todo: Sequence[PlannedRun], runs: Sequence
     shared.training.max_steps = todo[0].config.training.max_steps
     data = prepare_data(shared)
     steps = data.config.training.max_steps
-    facts = DataFacts(len(data.train), [data.config.data.max_length or 1], None, len(data.validation))
+    facts = DataFacts(len(data.train), [data.config.data.max_length], None, len(data.validation))
     problems = []
     for planned in runs:
         planned.config.training.max_steps = steps

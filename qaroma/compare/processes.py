@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from qaroma.compare.specs import PlannedRun
-from qaroma.config.load import dump_config, flattened, lies_in, load_config
+from qaroma.config.load import dump_config, flattened, lies_in, read_settings
 from qaroma.config.schema import Config
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.files import write_atomically
@@ -60,7 +60,7 @@ class Folder:
         """The step budget that earlier runs of this comparison were given."""
         for planned in runs:
             if self.run(planned).exists() and self.asked(planned).is_file():
-                return load_config(self.asked(planned), {}, []).training.max_steps
+                return read_settings(self.asked(planned), {}, []).training.max_steps
         return None
 
     def changed(self, planned: PlannedRun) -> list[str]:
@@ -69,7 +69,7 @@ class Folder:
         if not run.exists():
             return []
         exact = asked.is_file()
-        before = _flat(load_config(asked if exact else run.config, {}, []))
+        before = _flat(read_settings(asked if exact else run.config, {}, []))
         return [
             f"{planned.name}: {key} was {before.get(key)}, now {value}"
             for key, value in _flat(planned.config).items()

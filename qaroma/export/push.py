@@ -22,10 +22,10 @@ from qaroma.export import card
 from qaroma.export.hub_failures import TOKENS_PAGE, explained
 from qaroma.export.rank_map import rank_map_svg
 from qaroma.export.source import Source
-from qaroma.inference.open import adapter_folder, task_of
+from qaroma.inference.open import task_of
 from qaroma.model.builtin import portable_name
 from qaroma.runs.adapter import read_growth
-from qaroma.runs.directory import CONFIG, GROWTH, WEIGHTS, RunDirectory
+from qaroma.runs.directory import CONFIG, GROWTH, WEIGHTS, RunDirectory, adapter_folder
 
 GGUF = "adapter.gguf"
 _CAUSAL, _CLASSIFIER = "AutoModelForCausalLM", "AutoModelForSequenceClassification"

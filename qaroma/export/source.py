@@ -16,14 +16,20 @@ from qaroma.data.templates import Template
 from qaroma.engine.placement import quantise_head
 from qaroma.errors import QaromaError
 from qaroma.export.delta import Factors, check_shapes, linear_shapes
-from qaroma.model.base import fingerprint, load_base, load_config, load_tokenizer
+from qaroma.model.base import fingerprint, load_base, load_model_config, load_tokenizer
 from qaroma.model.builtin import SMOLLM2_HUB_ID
 from qaroma.runs.adapter import read_growth
-from qaroma.runs.directory import GROWTH, RunDirectory
+from qaroma.runs.directory import (
+    GROWTH,
+    STATE,
+    RunDirectory,
+    find_adapter,
+    nothing_there,
+    run_around,
+    run_of_checkpoint,
+)
 from qaroma.runs.log import read_records
 from qaroma.runs.peft_lora import read_lora
-
-_STATE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -83,21 +89,20 @@ def open_source(path: str | Path, *, base: str | None = None) -> Source:
         QaromaError: nothing of these, or an adapter that is not the base's.
     """
     folder = Path(path)
-    found = _adapter_folder(folder)
-    run = _run_of(found or folder)
-    if found is None:
-        if run is None or not (folder / _STATE).is_file():
-            raise QaromaError(_nothing_there(folder))
+    found, run = find_adapter(folder), run_of_checkpoint(folder)
+    if found is not None:
+        growth, run = read_growth(found), run_around(found)
+    elif run is not None:
         growth = _growth_of_checkpoint(folder, run)
     else:
-        growth = read_growth(found)
+        raise nothing_there(folder, "a run, nor a checkpoint in one, nor an adapter folder of qaroma")
     if growth.get("task", "causal-lm") != "causal-lm":
         raise QaromaError(
             f"{path} is a {growth['task']} run, which these forms cannot hold; its adapter folder loads in PEFT"
         )
     remembered = growth["base"]
     name, revision = base or remembered["name"], None if base else remembered["revision"]
-    config = load_config(name, revision=revision)
+    config = load_model_config(name, revision=revision)
     shapes = _shapes(config, name)
     delta = _delta_of_checkpoint(folder, growth, shapes) if found is None else _delta_of_adapter(found, growth, shapes)
     check_shapes(delta, shapes, str(path))
@@ -143,28 +148,6 @@ def load_live(source: Source, *, quantization: str | None, dtype: torch.dtype, d
     return model
 
 
-def _adapter_folder(folder: Path) -> Path | None:
-    for candidate in (folder, RunDirectory(folder).adapter):
-        if (candidate / GROWTH).is_file():
-            return candidate
-    return None
-
-
-def _run_of(folder: Path) -> RunDirectory | None:
-    """The run that a folder is, or lies in."""
-    resolved = folder.resolve()
-    return next((RunDirectory(p) for p in (resolved, *list(resolved.parents)[:2]) if RunDirectory(p).exists()), None)
-
-
-def _nothing_there(folder: Path) -> str:
-    if RunDirectory(folder).exists():
-        return f"{folder} has no adapter yet; finish it with: {RunDirectory(folder).resume_command}"
-    return (
-        f"{folder} is neither a run, nor a checkpoint in one, nor an adapter folder of qaroma; "
-        "give a run directory such as runs/NAME"
-    )
-
-
 def _shapes(config: Any, name: str) -> dict[str, tuple[int, int]]:
     """Linear layers of the model that a configuration describes; no weight is read or made."""
     from transformers import AutoModelForCausalLM
@@ -195,7 +178,7 @@ def _delta_of_adapter(
 def _growth_of_checkpoint(folder: Path, run: RunDirectory) -> dict[str, Any]:
     """What ``growth.json`` would say of a checkpoint, from its header and the run's configuration."""
     try:
-        header = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        header = json.loads((folder / STATE).read_text(encoding="utf-8"))
         settings: dict[str, Any] = yaml.safe_load(run.config.read_text(encoding="utf-8"))
         model, method = settings["model"], header["values"]["method"]
         inner_rank = settings["rank"] if method["name"] == "lora" else settings["growth"]["inner_rank"]
@@ -229,7 +212,7 @@ def _delta_of_checkpoint(
     folder: Path, growth: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]
 ) -> dict[str, Factors]:
     """Frozen factors as they lie in a checkpoint, and the active ones rounded as the forward pass has them."""
-    header = json.loads((folder / _STATE).read_text(encoding="utf-8"))["values"]["method"]
+    header = json.loads((folder / STATE).read_text(encoding="utf-8"))["values"]["method"]
     rank, scale = growth["inner_rank"], growth["alpha"] / growth["inner_rank"]
     dtype = torch.float32 if growth["base"]["compute_dtype"] == "fp32" else torch.bfloat16
     found = {}

@@ -20,7 +20,7 @@ from qaroma.inference.answer_test import AnswerTest, read_conversations
 from qaroma.inference.generate import generate
 from qaroma.model.base import fingerprint, load_base, load_tokenizer, resolve_device, resolve_dtype
 from qaroma.runs.adapter import load_adapter, read_growth
-from qaroma.runs.directory import GROWTH, RunDirectory
+from qaroma.runs.directory import adapter_folder
 from qaroma.tasks.base import Task
 from qaroma.tasks.causal_lm import CausalLM
 from qaroma.tasks.labelled import labelled_task
@@ -35,21 +35,6 @@ class TunedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     template: Template
-
-
-def adapter_folder(run: str | Path) -> Path:
-    """The adapter of a run directory, or the folder itself if it is an adapter.
-
-    Raises:
-        QaromaError: neither.
-    """
-    path = Path(run)
-    for folder in (path, RunDirectory(path).adapter):
-        if (folder / GROWTH).is_file():
-            return folder
-    if RunDirectory(path).exists():
-        raise QaromaError(f"{run} has no adapter yet; finish it with: {RunDirectory(path).resume_command}")
-    raise QaromaError(f"{run} is neither a run nor an adapter folder; give a run directory such as runs/NAME")
 
 
 def open_run(run: str | Path, *, base: str | None = None, device: str = "auto") -> TunedModel:

@@ -55,6 +55,21 @@ def resolve_model(name: str | Path) -> ResolvedModel:
     text = str(name).strip()
     if text.lower() == SMOLLM2_NAME:
         return _resolve_smollm2()
+    return _local_place(text) or ResolvedModel(text, offline=not hub_answers(text))
+
+
+def require_model(name: str) -> None:
+    """See to it that a name can be a model's; no configuration is read, and the hub is not asked.
+
+    Raises:
+        QaromaError: as :func:`resolve_model`, of all that lies on this machine.
+    """
+    if name.strip().lower() != SMOLLM2_NAME:
+        _local_place(name.strip())
+
+
+def _local_place(text: str) -> ResolvedModel | None:
+    """The folder or file that a name means; None for an id on the hub."""
     path = Path(text).expanduser()
     if path.is_dir():
         return _resolve_folder(path)
@@ -66,7 +81,7 @@ def resolve_model(name: str | Path) -> ResolvedModel:
         raise QaromaError(f"'{text}' is a file; expected a model's folder, a .gguf file or a hub id")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith((".", "~")):
         raise QaromaError(f"There is no folder '{text}'; expected a model's folder, a .gguf file or a hub id")
-    return ResolvedModel(text, offline=not hub_answers(text))
+    return None
 
 
 def portable_name(name: str) -> str:

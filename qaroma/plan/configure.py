@@ -18,19 +18,20 @@ import psutil
 import torch
 import yaml
 
-from qaroma.config.load import config_fields
+from qaroma.config.levels import LEVELS
+from qaroma.config.load import config_fields, require_model_and_data
 from qaroma.config.presets import DataFacts, Decision, resolve
-from qaroma.config.schema import Config, DataSource
+from qaroma.config.schema import Config, DataSource, ResolvedConfig
 from qaroma.config.words import memory_size
 from qaroma.data.encode import Encoded, encode_rows, limit_length, split_validation
 from qaroma.data.sources import read_rows
 from qaroma.data.templates import Template
-from qaroma.engine.levels import LEVELS
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_tokenizer, resolve_device, resolve_dtype
-from qaroma.plan.report import parse_memory
-from qaroma.plan.search import RESERVE, Estimate, Planner
-from qaroma.plan.shapes import model_config
+from qaroma.model.found import find_model
+from qaroma.plan.card import RESERVE, parse_memory
+from qaroma.plan.search import Estimate, Planner
+from qaroma.plan.shapes import plannable
 from qaroma.plan.trace import StepSettings
 
 EFFECTIVE_BATCH = 16
@@ -98,7 +99,7 @@ class Start:
         left_out: rows that are longer than the longest example.
     """
 
-    config: Config
+    config: ResolvedConfig
     choices: tuple[Decision, ...]
     data: DataLook
     step: Estimate
@@ -145,17 +146,18 @@ def make_start(config: Config, room: Room, *, tell: Callable[[str], None] = lamb
     Raises:
         QaromaError: data that cannot be read, no such model, or one that does not fit.
     """
-    assert config.model.name is not None
+    model = config.model
     tell("reading the data")
-    tokenizer = load_tokenizer(config.model.name, trust_remote_code=config.model.trust_remote_code)
+    name = require_model_and_data(config)
+    base = find_model(name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    tokenizer = load_tokenizer(base)
     template = Template.choose(tokenizer, config.data.template)
     rows = read_rows([(source.path, source.weight) for source in config.data.train], seed=config.training.seed)
     encoded = encode_rows(rows, tokenizer, template, form=config.data.format, skip_bad=config.data.skip_bad_rows)
     look = _look(encoded)
-    shape = model_config(config.model.name, trust_remote_code=config.model.trust_remote_code)
-    longest = getattr(shape.get_text_config(), "max_position_embeddings", None)
+    longest = base.longest_input
     wanted = max(GRAIN, math.ceil(look.p95 / GRAIN) * GRAIN)
-    planner = Planner(shape)
+    planner = Planner(plannable(base))
     step = fit_step(planner, StepSettings(0, min(wanted, longest or wanted), dtype=room.dtype), room, tell=tell)
     chosen, settings = config.model_copy(deep=True), step.settings
     chosen.data.max_length = settings.seq_len

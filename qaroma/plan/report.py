@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import psutil
-import torch
 from rich.console import Console
 from rich.table import Table
 
+from qaroma.config.levels import LEVELS
 from qaroma.config.words import memory_size
-from qaroma.engine.levels import LEVELS
 from qaroma.errors import QaromaError
 from qaroma.model.failures import explained
+from qaroma.plan.card import RESERVE
 from qaroma.plan.counter import WORKSPACE
-from qaroma.plan.search import LONGEST, RESERVE, Estimate, Planner
+from qaroma.plan.search import LONGEST, Estimate, Planner
 from qaroma.plan.shapes import model_config
 from qaroma.plan.trace import StepSettings
 from qaroma.plan.weightless_model import adapter_parameters, weightless_model
@@ -32,26 +31,6 @@ _PHASES = {
     "backward": "backward pass",
     "update": "update",
 }
-_UNITS = {"": 2**30, "g": 2**30, "m": 2**20, "t": 2**40}
-
-
-def parse_memory(text: str) -> int:
-    """The bytes of a card as one would say it: ``8GiB``, ``8GB``, ``8`` or ``8192MiB``.
-
-    GB counts as GiB: the 8 GB of a card's name are 8,192 MiB.
-
-    Raises:
-        QaromaError: not a size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([gmt]?)i?b?\s*", text, re.IGNORECASE)
-    if match is None or not float(match[1]):
-        raise QaromaError(f"Got memory '{text}'; expected a size such as 8GiB or 8192MiB. Type: --vram 8GiB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
-
-
-def this_card() -> int | None:
-    """The memory of this machine's GPU in bytes; None where it has none."""
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 @dataclass(frozen=True)

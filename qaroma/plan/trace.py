@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qaroma.engine.levels import LEVELS, apply_level
+from qaroma.config.levels import LEVELS
+from qaroma.engine.levels import apply_level
 from qaroma.errors import QaromaError
 from qaroma.method.aroma import GrowthController
 from qaroma.method.attach import attach
@@ -26,7 +27,7 @@ class StepSettings:
     """What decides the memory of a step, apart from the model.
 
     Attributes:
-        level: memory level, index into :data:`qaroma.engine.levels.LEVELS`.
+        level: memory level, index into :data:`qaroma.config.levels.LEVELS`.
         seq_len, micro_batch: tokens of a sequence, all of them trained, and sequences.
         inner_rank, frozen_rank: of the component that trains, and of the frozen ones, in every layer.
         targets: layers that have an adapter.

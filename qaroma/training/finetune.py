@@ -9,17 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
 from rich.console import Console
 
-from qaroma.config.load import dump_config, lies_in, load_config
+from qaroma.config.levels import LEVELS
+from qaroma.config.load import dump_config
 from qaroma.config.presets import Decision
-from qaroma.config.schema import Config
-from qaroma.engine.levels import LEVELS
-from qaroma.errors import QaromaError
+from qaroma.config.schema import Config, ResolvedConfig
 from qaroma.inference.answer_test import Answers, AnswerTest, read_conversations
 from qaroma.method.targets import unadaptable
-from qaroma.model.builtin import resolve_model
+from qaroma.model.builtin import ResolvedModel
 from qaroma.report.keyfigures import ENDINGS
 from qaroma.report.summary import BeforeAfter, RunSummary, Score, print_summary
 from qaroma.runs.checkpoint import load_newest
@@ -34,14 +32,10 @@ from qaroma.training.interruptions import interruptions_told
 from qaroma.training.live_page import LivePage
 from qaroma.training.prepare import PreparedData, prepare_data
 from qaroma.training.progress import ProgressView
+from qaroma.training.resume import resumed_config
 from qaroma.training.session import Session
 from qaroma.training.setup import build_session
 from qaroma.training.trackers import start_trackers
-
-# Settings that may differ when a run goes on; all others would make it another run.
-RESUMABLE = ("training.max_steps", "training.learning_rate", "training.evaluate_every", "training.patience",
-             "training.device", "training.memory", "training.track", "checkpoint", "evaluation", "output")  # fmt: skip
-FIXED = ("evaluation.metric",)  # of those: the best adapter so far was chosen by it
 
 
 def finetune(config: Config, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -62,11 +56,11 @@ def finetune(config: Config, *, resume: bool = False, console: Console | None = 
     start = time.perf_counter()
     console = console or Console(file=sys.stderr)
     if resume:
-        config = _resumed_config(config)
+        config = resumed_config(config)
     data = prepare_data(config)
     _print_decisions(console, data.notes, data.decisions)
     run = _run_directory(data.config, resume)
-    data.config.output = str(run.path)
+    data.config = data.config.model_copy(update={"output": str(run.path)})
     with interruptions_told(run):
         return _train(data, run, console, resume=resume, start=start)
 
@@ -84,7 +78,10 @@ def _train(data: PreparedData, run: RunDirectory, console: Console, *, resume: b
     start_trackers(session.accelerator, data.config.training.track, run.path, data.config.model_dump())
     page = LivePage(run.path, console, wanted=data.config.evaluation.report)
     try:
-        with StopRequest() as stop, ProgressView(console, total=_total(session), done=state.step) as view:
+        with (
+            StopRequest() as stop,
+            ProgressView(console, total=data.config.training.max_steps, done=state.step) as view,
+        ):
             ending = fit(session, state, view, page, stop)
     finally:
         session.accelerator.end_training()
@@ -96,7 +93,7 @@ def _train(data: PreparedData, run: RunDirectory, console: Console, *, resume: b
     figures = _figures(session, state, ending, time.perf_counter() - start)
     write_atomically(run.summary, json.dumps(figures, indent=2))
     page.update()
-    print_summary(_summary(session, figures, before, after), console)
+    print_summary(_summary(session, data.base.place, figures, before, after), console)
     return figures
 
 
@@ -109,64 +106,13 @@ def _answer_test(data: PreparedData) -> AnswerTest | None:
     return AnswerTest(conversations, data.tokenizer, data.template, chosen.max_new_tokens)
 
 
-def _resumed_config(given: Config) -> Config:
-    """The run's own configuration, with what may change taken from the command line.
-
-    Raises:
-        QaromaError: no run there, or settings that would make it another run.
-    """
-    run = RunDirectory(given.output) if given.output else None
-    if run is None or not run.exists():
-        where = f"{run.path} holds no run" if run else "no --output given"
-        raise QaromaError(f"cannot resume: {where}; type --resume --output runs/NAME (qaroma runs lists them)")
-    stored = load_config(run.config, {}, [])
-    ours, theirs = _given(stored), _given(given)
-    changed = {key: value for key, value in theirs.items() if value is not None and ours.get(key) != value}
-    refused = [
-        f"{key} was {ours.get(key)}, now {value}"
-        for key, value in changed.items()
-        if lies_in(key, FIXED) or not lies_in(key, RESUMABLE)
-    ]
-    if refused:
-        raise QaromaError(
-            f"cannot resume {run.path} with other settings: {'; '.join(refused)}. "
-            "Leave them as they were, or begin a new run with another --output"
-        )
-    for key, value in changed.items():
-        _set(stored, key, value)
-    stored.output = str(run.path)
-    return stored
-
-
-def _given(section: BaseModel, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value of all that was set, in a file, by a flag or from the data."""
-    given: dict[str, Any] = {}
-    dumped = section.model_dump()
-    for name in section.model_fields_set:
-        value = getattr(section, name)
-        given.update(
-            _given(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else {f"{prefix}{name}": dumped[name]}
-        )
-    return given
-
-
-def _set(config: Config, key: str, value: Any) -> None:
-    *sections, name = key.split(".")
-    target: Any = config
-    for section in sections:
-        target = getattr(target, section)
-    setattr(target, name, value)
-
-
-def _run_directory(config: Config, resume: bool) -> RunDirectory:
+def _run_directory(config: ResolvedConfig, resume: bool) -> RunDirectory:
     if config.output is not None:
         run = RunDirectory(config.output)
-        if run.exists() and not resume:
-            raise QaromaError(
-                f"{run.path} already holds a run; type --resume to go on with it, or choose another --output"
-            )
+        if not resume:
+            run.require_unused()
         return run
-    model = Path(config.model.name or "model").name
+    model = Path(config.model.name).name
     data = Path(config.data.train[0].path.replace(":", "-")).name.split(".")[0]
     return RunDirectory.unused(f"{model}-{data}")
 
@@ -231,7 +177,9 @@ def _figures(session: Session, state: FitState, ending: Ending, elapsed: float) 
     }
 
 
-def _summary(session: Session, figures: Mapping[str, Any], before: Answers | None, after: Answers | None) -> RunSummary:
+def _summary(
+    session: Session, base: ResolvedModel, figures: Mapping[str, Any], before: Answers | None, after: Answers | None
+) -> RunSummary:
     """What is printed of a run whose ``summary.json`` is written."""
     run = read_run(session.run.path)
     scores = []
@@ -244,7 +192,6 @@ def _summary(session: Session, figures: Mapping[str, Any], before: Answers | Non
     if after:
         scores.append(Score("exact match", before.exact_match if before else None, after.exact_match, "exact_match"))
     shown = session.config.evaluation.show
-    base, outputs = resolve_model(session.base_name), outputs_of(session.remember)
     examples = _side_by_side(before, after)[:shown] if after else []
     return RunSummary(
         run=figures["run"],
@@ -258,7 +205,7 @@ def _summary(session: Session, figures: Mapping[str, Any], before: Answers | Non
         scores=scores,
         examples=examples,
         evaluation_data=(session.config.evaluation.data if after else None) or session.config.data.validation,
-        outputs=outputs,
+        outputs=outputs_of(session.remember),
     )
 
 
@@ -277,8 +224,3 @@ def _print_decisions(console: Console, notes: Sequence[str], decisions: Sequence
     for d in decisions:
         value = f"{d.value:g}" if isinstance(d.value, float) else str(d.value)
         console.print(f"{d.key:<{width}}  {value:<10}  {d.reason}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _total(session: Session) -> int:
-    assert session.config.training.max_steps is not None
-    return session.config.training.max_steps

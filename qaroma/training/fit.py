@@ -56,9 +56,6 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
         QaromaError: a loss that is not finite; the state before that step is saved.
     """
     training, method = session.config.training, session.method
-    assert training.max_steps is not None
-    assert training.evaluate_every is not None
-    assert session.config.checkpoint.every is not None
     ranks = method.ranks()
     if state.step == 0:
         state.trainable_start = method.trainable_parameters()
@@ -111,7 +108,7 @@ def _train_step(session: Session, state: FitState, view: ProgressView) -> dict[s
 def _probe(session: Session, state: FitState, view: ProgressView) -> None:
     """Give the method the gradients from which its new components begin: those of the step to come."""
     start = time.perf_counter()
-    while session.method.probing and state.step < (session.config.training.max_steps or 0):
+    while session.method.probing and state.step < session.config.training.max_steps:
         _gradients(session, state.step, view)
         session.method.probe()
     state.seconds += time.perf_counter() - start
@@ -136,7 +133,7 @@ def _stop_on_bad_loss(session: Session, state: FitState, loss: float, examples: 
     session.method.zero_grad()
     path = save_state(session, state)
     where = ", ".join(session.train[i].origin for i in examples[:8])
-    rate = session.config.training.learning_rate or 0.0
+    rate = session.config.training.learning_rate
     raise QaromaError(
         f"the loss of step {state.step + 1} is {loss} (examples {where}, ...). "
         f"The state before it is saved in {path}; look at these rows, or go on with a smaller rate: "

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from qaroma.config.schema import Config
+from qaroma.config.schema import ResolvedConfig
 from qaroma.engine.placement import head_quantization
 from qaroma.method.base import Method
 from qaroma.method.head import TrainedHead
@@ -28,7 +28,7 @@ class Session:
     """One run's parts.
 
     Attributes:
-        config: resolved; no value of None that the run needs.
+        config: of the run.
         run, log: where it is written.
         model: base with the adapter attached.
         base_name, fingerprint: which base that is.
@@ -39,10 +39,10 @@ class Session:
         plan: which examples make up which step.
         accelerator: device and backward pass.
         sampler: answers chosen prompts while the run trains; None where there are none.
-        level: memory level that the model is in (:mod:`qaroma.engine.levels`).
+        level: memory level that the model is in (:data:`qaroma.config.levels.LEVELS`).
     """
 
-    config: Config
+    config: ResolvedConfig
     run: RunDirectory
     log: MetricsLog
     model: nn.Module

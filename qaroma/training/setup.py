@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from qaroma.config.levels import LEVELS
 from qaroma.config.methods import METHODS
 from qaroma.config.presets import growth_settings
-from qaroma.config.schema import Config
-from qaroma.engine.levels import LEVELS
+from qaroma.config.schema import GrowingSection, ResolvedConfig
 from qaroma.errors import QaromaError
 from qaroma.method.base import Method, MethodOptions
 from qaroma.method.head import TrainedHead, head_names, is_inside
@@ -36,11 +36,10 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
         QaromaError: a model that cannot be loaded or adapted, or a device that is not there.
     """
     config = data.config
-    assert config.model.name is not None
     METHODS[config.method].require()
     torch.manual_seed(config.training.seed)
     accelerator = _accelerator(config, run)
-    level = choose_level(config, accelerator.device)
+    level = choose_level(config, data.base, accelerator.device)
     model = _load(data, level, accelerator.device)
     identity = fingerprint(model)
     names = head_names(model, model.new_parameters) if data.template is None else []
@@ -75,7 +74,7 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
     )
 
 
-def _accelerator(config: Config, run: RunDirectory) -> Accelerator:
+def _accelerator(config: ResolvedConfig, run: RunDirectory) -> Accelerator:
     """The device and the trackers.
 
     Raises:
@@ -95,17 +94,14 @@ def _accelerator(config: Config, run: RunDirectory) -> Accelerator:
 def _load(data: PreparedData, level: int, device: torch.device) -> Any:
     """The base, as its task and its memory level want it."""
     model = data.config.model
-    assert model.name is not None
     return load_base(
-        model.name,
+        data.base,
         quantization=model.quantization,
         double_quantization=model.double_quantization,
         quantize_head=LEVELS[level].packed_head,
         compute_dtype=resolve_dtype(model.compute_dtype, device),
         device=device,
         attention=model.attention,
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
         num_labels=outputs_of(data.remember),
         host_embeddings=LEVELS[level].host_embeddings,
     )
@@ -113,13 +109,12 @@ def _load(data: PreparedData, level: int, device: torch.device) -> Any:
 
 def _sampler(data: PreparedData) -> Sampler | None:
     chosen = data.config.evaluation
-    if not chosen.prompts:
+    if not chosen.prompts or data.template is None:
         return None
-    assert data.template is not None
     return Sampler(chosen.prompts, data.tokenizer, data.template, chosen.max_new_tokens)
 
 
-def build_method(config: Config, model: Any, head: Sequence[str] = ()) -> tuple[Method, TrainedHead | None]:
+def build_method(config: ResolvedConfig, model: Any, head: Sequence[str] = ()) -> tuple[Method, TrainedHead | None]:
     """Attach the adapter and make the method that trains it, and the head where one is trained.
 
     Args:
@@ -129,7 +124,7 @@ def build_method(config: Config, model: Any, head: Sequence[str] = ()) -> tuple[
     """
     kind: type[Method] = METHODS[config.method].load()
     options = _method_options(config)
-    targets = find_targets(model, config.growth.target_modules or "all-linear")
+    targets = find_targets(model, config.growth.target_modules)
     attached = kind.attach(model, [name for name in targets if not is_inside(name, head)], options)
     if config.model.adapter is not None:
         continue_from(attached, config.model.adapter)
@@ -137,23 +132,20 @@ def build_method(config: Config, model: Any, head: Sequence[str] = ()) -> tuple[
     return kind.build(attached, options, trained.parameters() if trained else ()), trained
 
 
-def _method_options(config: Config) -> MethodOptions:
+def _method_options(config: ResolvedConfig) -> MethodOptions:
     """What the method is asked for, as plain values."""
     growth, training = config.growth, config.training
-    assert growth.alpha is not None
-    assert training.learning_rate is not None
-    assert training.max_steps is not None
     return MethodOptions(
         rank=config.component_rank,
         alpha=growth.alpha,
-        dropout=growth.dropout or 0.0,
+        dropout=growth.dropout,
         seed=training.seed,
         learning_rate=training.learning_rate,
         head_learning_rate=training.head_learning_rate,
         total_steps=training.max_steps,
-        warmup=growth.warmup or 0,
-        min_lr_ratio=growth.min_lr_ratio or 0.0,
+        warmup=growth.warmup,
+        min_lr_ratio=growth.min_lr_ratio,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        growth=growth_settings(growth, config.method) if METHODS[config.method].grows else None,
+        growth=growth_settings(growth) if isinstance(growth, GrowingSection) else None,
     )
