@@ -11,7 +11,7 @@ import click
 
 from qaroma.cli.options import config_option
 from qaroma.cli.output import JSON_OPTION, figures_only
-from qaroma.cli.run_arguments import BASE_OPTION, RUN_ARGUMENT
+from qaroma.cli.run_arguments import BASE_OPTION, RUN_ARGUMENT, TRUST_OPTION
 
 if TYPE_CHECKING:
     from qaroma.data.encode import Example
@@ -51,6 +51,7 @@ Examples:
 @click.option("--self-test/--no-self-test", default=True, show_default=True,
               help="Read the export back and compare it with the live model.")  # fmt: skip
 @BASE_OPTION
+@TRUST_OPTION
 @config_option("training.device", text="Where the live model computes.")
 @JSON_OPTION
 def command(
@@ -63,6 +64,7 @@ def command(
     compress: float | None,
     self_test: bool,
     base: str | None,
+    trust_remote_code: bool,
     training__device: str | None,
     json_output: bool,
 ) -> None:
@@ -81,15 +83,16 @@ def command(
             output=output,
             base=base,
             device=training__device or "auto",
+            trust_remote_code=trust_remote_code,
             options=Options(merge_into, dtype, outtype, compress, self_test),
-            validation=_validation(run),
+            validation=_validation(run, trust_remote_code),
             say=click.echo,
         )
         if json_output:
             write({"exports": [one.to_json() for one in exported]})
 
 
-def _validation(run: str) -> Callable[[], Sequence[Example]] | None:
+def _validation(run: str, trust_remote_code: bool) -> Callable[[], Sequence[Example]] | None:
     """The validation examples of the run that a path is or lies in, read when they are wanted."""
     from qaroma.runs.directory import RunDirectory
 
@@ -104,7 +107,9 @@ def _validation(run: str) -> Callable[[], Sequence[Example]] | None:
         from qaroma.training.prepare import prepare_data
 
         try:
-            return prepare_data(load_config(found.config, {}, [])).validation
+            config = load_config(found.config, {}, [])
+            config.model.trust_remote_code = trust_remote_code  # what the run's file says is no consent
+            return prepare_data(config).validation
         except QaromaError as error:
             click.echo(f"validation loss not measured: {error}", file=sys.stderr)
             return ()

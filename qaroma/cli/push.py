@@ -39,7 +39,7 @@ def command(
     private is never changed. Sent are the PEFT adapter, growth.json and the card: no checkpoints, no
     metrics, no paths of this machine. Log in first: hf auth login.
     """
-    from qaroma.export.push import loading_lines, push
+    from qaroma.export.push import push
 
     with figures_only(json_output) as write:
         pushed = push(
@@ -58,5 +58,5 @@ def command(
     seen = "private" if pushed.private else "public"
     click.echo(f"{pushed.url} ({seen}), {len(pushed.files)} files, {pushed.bytes / 1e6:,.1f} MB")
     click.echo("load it in Python, with PEFT:")
-    for line in loading_lines(pushed):
+    for line in pushed.loading:
         click.echo(f"  {line}")

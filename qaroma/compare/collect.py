@@ -11,7 +11,7 @@ from qaroma.compare.specs import MethodSpec
 from qaroma.compare.statistics import deviation, mean, median
 from qaroma.method.spectrum import effective_rank
 from qaroma.report.reading import Run, read_run
-from qaroma.runs.adapter import read_factors, read_growth
+from qaroma.runs.adapter import read_adapter
 from qaroma.runs.directory import RunDirectory
 
 LORAS = ("lora", "peft-lora")
@@ -152,6 +152,6 @@ def read_logs(methods: Sequence[MethodFigures], folder: Path) -> dict[str, list[
 
 def _ranks(adapter: Path) -> tuple[int, float, int]:
     """Total rank, total effective rank, and number of modules of a saved adapter."""
-    components = read_growth(adapter)["components"]
-    effective = sum(effective_rank(A, B) for A, B in read_factors(adapter).values())
-    return sum(sum(parts) for parts in components.values()), effective, len(components)
+    saved = read_adapter(adapter)
+    effective = sum(effective_rank(*factors) for factors in saved.update.values())
+    return sum(saved.info.ranks().values()), effective, len(saved.info.components)

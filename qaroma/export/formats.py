@@ -10,14 +10,12 @@ from typing import Any
 import torch
 
 from qaroma.export import gguf_adapter, gguf_model
-from qaroma.export.delta import Factors
 from qaroma.export.gguf_names import GgufNames
 from qaroma.export.gguf_vocab import pre_tokenizer_name
 from qaroma.export.live import Bench
-from qaroma.export.merged import write_generation_settings, write_merged
+from qaroma.export.merged import copy_code, write_generation_settings, write_merged
 from qaroma.export.ollama import modelfile
 from qaroma.export.padded import padded_rank, write_padded
-from qaroma.export.per_module import write_per_module
 from qaroma.export.readers import LlamaCpp, in_peft, installed, load_gguf_model, load_merged, on_hooks
 from qaroma.export.selftest import (
     LOG_PROBABILITY_TOLERANCE,
@@ -27,15 +25,17 @@ from qaroma.export.selftest import (
     compare_model,
     share_arrived,
 )
-from qaroma.export.source import Source
+from qaroma.export.subject import Subject
 from qaroma.export.weights import checkpoint_tensors, gguf_tensors
+from qaroma.method.factors import Factors
+from qaroma.runs.adapter import write_adapter_files
 from qaroma.runs.peft_lora import read_lora
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _OUTTYPE_TOLERANCE = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "q8_0": "q8_0"}
 
-Check = Callable[[Source, dict[str, Factors], str], None]
+Check = Callable[[Subject, dict[str, Factors], str], None]
 Write = Callable[[Bench, Path, torch.dtype, str], dict[str, Any]]
 Test = Callable[[Bench, Path, torch.dtype, str], SelfTest]
 
@@ -61,56 +61,64 @@ class Format:
     test: Test
 
 
-def _no_check(source: Source, delta: dict[str, Factors], outtype: str) -> None:
+def _no_check(subject: Subject, update: dict[str, Factors], outtype: str) -> None:
     """Everything can be written so."""
 
 
-def _check_padded(source: Source, delta: dict[str, Factors], outtype: str) -> None:
-    padded_rank(max(factors.rank for factors in delta.values()))
+def _check_padded(subject: Subject, update: dict[str, Factors], outtype: str) -> None:
+    padded_rank(max(factors.rank for factors in update.values()))
 
 
-def _check_gguf_adapter(source: Source, delta: dict[str, Factors], outtype: str) -> None:
-    names = GgufNames(source.config)
-    for module in delta:
+def _check_gguf_adapter(subject: Subject, update: dict[str, Factors], outtype: str) -> None:
+    names = GgufNames(subject.config)
+    for module in update:
         names.tensor(f"{module}.weight")
 
 
-def _check_gguf(source: Source, delta: dict[str, Factors], outtype: str) -> None:
-    _check_gguf_adapter(source, delta, outtype)
+def _check_gguf(subject: Subject, update: dict[str, Factors], outtype: str) -> None:
+    _check_gguf_adapter(subject, update, outtype)
     gguf_model.check_outtype(outtype)
-    gguf_model.check_positions(source.config)
-    pre_tokenizer_name(source.tokenizer)
+    gguf_model.check_positions(subject.config)
+    pre_tokenizer_name(subject.tokenizer)
 
 
 def _write_peft(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
-    source = bench.source
-    write_per_module(folder, bench.delta, base=source.public_base, dtype=dtype, growth=source.growth)
+    subject = bench.subject
+    components = {
+        name: parts if sum(parts) == bench.update[name].rank else [bench.update[name].rank]  # compressed
+        for name, parts in subject.info.components.items()
+    }
+    components = {name: [rank for rank in parts if rank] for name, parts in components.items()}
+    info = replace(subject.info, components=components)
+    write_adapter_files(folder, bench.update, info, base=subject.public_base, dtype=dtype)
     return {}
 
 
 def _write_padded(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
-    return write_padded(folder, bench.delta, linear=bench.source.shapes, base=bench.source.public_base, dtype=dtype)
+    return write_padded(folder, bench.update, linear=bench.subject.shapes, base=bench.subject.public_base, dtype=dtype)
 
 
 def _write_gguf_adapter(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
-    source = bench.source
-    return gguf_adapter.write_gguf_adapter(folder, bench.delta, source.config, name=source.name, dtype=dtype)
+    subject = bench.subject
+    return gguf_adapter.write_gguf_adapter(folder, bench.update, subject.config, name=subject.name, dtype=dtype)
 
 
 def _write_merged(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
-    source = bench.source
-    told = write_merged(folder, bench.tensors(), bench.delta, source.config, dtype=dtype)
-    write_generation_settings(folder, source.tokenizer, source.template.stop_token_ids(source.tokenizer))
+    subject = bench.subject
+    told = write_merged(folder, bench.tensors(), bench.update, subject.config, dtype=dtype)
+    write_generation_settings(folder, subject.tokenizer, subject.template.stop_token_ids(subject.tokenizer))
+    if subject.base.trust_remote_code:
+        copy_code(subject.base.name, folder)
     return {"merged_into": bench.merge_into, "weights_bytes": told["bytes"]}
 
 
 def _write_gguf(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
-    source = bench.source
+    subject = bench.subject
     gguf_model.write_gguf_model(
-        folder, bench.tensors(), bench.delta, source.config, source.tokenizer, source.template,
-        outtype=outtype, name=source.name,
+        folder, bench.tensors(), bench.update, subject.config, subject.tokenizer, subject.template,
+        outtype=outtype, name=subject.name,
     )  # fmt: skip
-    text = modelfile(source.template, source.tokenizer, source.config, model=gguf_model.FILE)
+    text = modelfile(subject.template, subject.tokenizer, subject.config, model=gguf_model.FILE)
     (folder / "Modelfile").write_text(text, encoding="utf-8")
     return {"merged_into": bench.merge_into, "outtype": outtype}
 
@@ -129,7 +137,7 @@ def _test_lora(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -> 
 
 def _test_gguf_adapter(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -> SelfTest:
     """Read with gguf-py and applied by llama.cpp's rules; llama.cpp itself would need a GGUF of the base."""
-    read = gguf_adapter.read_gguf_adapter(folder / gguf_adapter.FILE, bench.source.config)
+    read = gguf_adapter.read_gguf_adapter(folder / gguf_adapter.FILE, bench.subject.config)
     with on_hooks(bench.model(), read):
         tolerance = LOGIT_TOLERANCE[_NAMES[dtype]]
         engine = "gguf-py, by llama.cpp's rules"
@@ -138,9 +146,9 @@ def _test_gguf_adapter(bench: Bench, folder: Path, dtype: torch.dtype, outtype: 
 
 def _test_merged(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -> SelfTest:
     live = bench.merged_answers()
-    share = share_arrived(checkpoint_tensors(folder), bench.tensors(), bench.delta)
+    share = share_arrived(checkpoint_tensors(folder), bench.tensors(), bench.update)
     device, arithmetic = bench.room_for_dense(_NAMES[dtype])
-    model = load_merged(folder, arithmetic, device)
+    model = load_merged(folder, arithmetic, device, trust_remote_code=bench.subject.base.trust_remote_code)
     tolerance = LOGIT_TOLERANCE[_NAMES[dtype]]
     if arithmetic != torch.float32:
         tolerance *= 2  # rounding of the sums comes on top of that of the weights
@@ -150,13 +158,13 @@ def _test_merged(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -
 
 def _test_gguf(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -> SelfTest:
     """In llama.cpp where it is installed, else through transformers' own GGUF reader."""
-    source, path = bench.source, folder / gguf_model.FILE
+    subject, path = bench.subject, folder / gguf_model.FILE
     live = bench.merged_answers()
-    share = share_arrived(gguf_tensors(path, source.config), bench.tensors(), bench.delta)
+    share = share_arrived(gguf_tensors(path, subject.config), bench.tensors(), bench.update)
     kind = _OUTTYPE_TOLERANCE[outtype]
     if installed("xllamacpp"):
         engine = LlamaCpp(path, context=max(len(one.ids) for one in live))
-        test = compare_llama_cpp(engine, live, source.tokenizer, tolerance=LOG_PROBABILITY_TOLERANCE[kind])
+        test = compare_llama_cpp(engine, live, subject.tokenizer, tolerance=LOG_PROBABILITY_TOLERANCE[kind])
     else:
         device, _ = bench.room_for_dense("fp32")
         model = load_gguf_model(path, device)

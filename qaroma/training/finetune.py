@@ -26,7 +26,6 @@ from qaroma.runs.checkpoint import load_newest
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.files import write_atomically
 from qaroma.runs.stop import StopRequest
-from qaroma.tasks.labelled import outputs_of
 from qaroma.training.fit import Ending, FitState, fit, restore_state
 from qaroma.training.interruptions import interruptions_told
 from qaroma.training.live_page import LivePage
@@ -90,6 +89,8 @@ def _train(data: PreparedData, run: RunDirectory, console: Console, *, resume: b
         console.print(f"saved at step {state.step}; go on with: {run.resume_command}", soft_wrap=True)
         raise KeyboardInterrupt
     _write_adapters(session, state)
+    if state.best is not None:
+        session.take_best()
     after = test.run_once(session.model, session.log, "after", state.step) if test else None
     figures = _figures(session, state, ending, before, after)
     figures["seconds"] = time.perf_counter() - start
@@ -119,6 +120,11 @@ def _resumed_config(given: Config) -> Config:
         where = f"{run.path} holds no run" if run else "no --output given"
         raise QaromaError(f"cannot resume: {where}; type --resume --output runs/NAME (qaroma runs lists them)")
     stored = load_config(run.config, {}, [])
+    if stored.model.trust_remote_code and not given.model.trust_remote_code:
+        raise QaromaError(
+            f"{run.path} was begun with --trust-remote-code, so that its base may run Python code of its own; "
+            f"type that again to go on: {run.resume_command} --trust-remote-code"
+        )
     ours, theirs = _given(stored), _given(given)
     changed = {key: value for key, value in theirs.items() if value is not None and ours.get(key) != value}
     refused = [
@@ -182,12 +188,10 @@ def _restored(session: Session, console: Console) -> FitState:
 
 
 def _write_adapters(session: Session, state: FitState) -> None:
-    """``adapter_last`` as it stands, ``adapter`` the best; the model is left with the best one."""
+    """``adapter_last`` as it stands, and ``adapter`` too where no validation has chosen a best one."""
     session.save_adapter(session.run.adapter_last, state.step)
     if state.best is None:
         session.save_adapter(session.run.adapter, state.step)
-    else:
-        session.load_adapter(session.run.adapter)
 
 
 def _figures(
@@ -239,7 +243,7 @@ def _summary(
     if after:
         scores.append(Score("exact match", before.exact_match if before else None, after.exact_match, percent=True))
     shown = session.config.evaluation.show
-    base, outputs = resolve_model(session.base_name), outputs_of(session.remember)
+    base, outputs = resolve_model(session.base_name), session.remember.outputs
     examples = _side_by_side(before, after)[:shown] if after else []
     return RunSummary(
         run=figures["run"],

@@ -18,6 +18,7 @@ from qaroma.data.sources import RowSet, read_rows
 from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_config, load_tokenizer
+from qaroma.runs.adapter_info import TaskInfo
 from qaroma.tasks.base import Task
 from qaroma.tasks.causal_lm import CausalLM
 from qaroma.tasks.labelled import METRICS, labelled_task
@@ -48,7 +49,7 @@ class PreparedData:
     train: list[Any]
     validation: list[Any]
     template: Template | None = None
-    remember: dict[str, Any] = field(default_factory=dict)
+    remember: TaskInfo = field(default_factory=TaskInfo)
 
 
 def prepare_data(config: Config) -> PreparedData:
@@ -107,7 +108,7 @@ def _prepare_conversations(config: Config, tokenizer: PreTrainedTokenizerBase, m
         examples,
         held_out.examples,
         encoded.template,
-        {"task": "causal-lm", "template": encoded.template.to_json()},
+        TaskInfo(template=encoded.template.to_json()),
     )
 
 
@@ -139,7 +140,7 @@ def _prepare_labelled(config: Config, tokenizer: PreTrainedTokenizerBase, model_
     if whole.bad:
         notes.append(f"{len(whole.bad)} bad rows left out")
     task = _labelled_task(config, kind, whole.labels, tokenizer.pad_token_id or 0)
-    remember = {"task": kind, "labels": list(whole.labels), "metric": task.metric, "max_length": limit}
+    remember = TaskInfo(kind, labels=tuple(whole.labels), metric=task.metric, max_length=limit)
     return PreparedData(
         resolved, decisions, notes, tokenizer, task, train.examples, held_out.examples, remember=remember
     )

@@ -20,10 +20,9 @@ from qaroma.method.lora import PlainLora
 from qaroma.method.peft_lora import AdaLora, PeftLora, PeftMethod, inject_adalora, inject_lora, require_peft
 from qaroma.method.targets import find_targets
 from qaroma.model.base import fingerprint, load_base, resolve_dtype
+from qaroma.runs.adapter import continue_from
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.log import MetricsLog
-from qaroma.runs.peft_lora import continue_from
-from qaroma.tasks.labelled import outputs_of
 from qaroma.training.batches import BatchPlan
 from qaroma.training.memory import choose_level, enter_level
 from qaroma.training.prepare import PreparedData
@@ -112,7 +111,7 @@ def _load(data: PreparedData, level: int, device: torch.device) -> Any:
         attention=model.attention,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
-        num_labels=outputs_of(data.remember),
+        num_labels=data.remember.outputs,
         host_embeddings=LEVELS[level].host_embeddings,
     )
 
