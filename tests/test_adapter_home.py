@@ -45,7 +45,7 @@ def test_an_adapter_of_0_1_0_still_opens(tiny_folder: Path, tmp_path: Path) -> N
         layer.load_factors(torch.randn(2, layer.in_features), torch.randn(2, layer.out_features), [1, 1])
     save_adapter(adapter, tmp_path, base=str(tiny_folder))
     told = json.loads(WRITTEN_BY_0_1_0.read_text(encoding="utf-8"))
-    told["components"] = dict.fromkeys(adapter.layers, [1, 1])
+    told["components"] = {name: [1, 1] for name in adapter.layers}
     told["base"]["fingerprint"] = fingerprint(model)
     (tmp_path / "growth.json").write_text(json.dumps(told), encoding="utf-8")
     info = AdapterInfo.read(tmp_path)

@@ -19,7 +19,7 @@ from qaroma.export import card
 from qaroma.export.chat_template import complete_jinja
 from qaroma.export.compress import Compression, compress
 from qaroma.export.formats import DTYPES, FORMATS, Format
-from qaroma.export.live import Bench
+from qaroma.export.live import LiveModel
 from qaroma.export.rank_map import rank_map_svg
 from qaroma.export.selftest import SelfTest
 from qaroma.export.subject import Subject, open_subject, records_of, settings_of
@@ -118,12 +118,12 @@ def export(
     folders = {one.name: _folder(subject, one.name, output, len(chosen) > 1 or "all" in formats) for one in chosen}
     for folder in folders.values():
         _check_free(folder)
-    bench = Bench(subject, update, resolve_device(device), options.merge_into, validation)
-    bench.model()  # the wrong base is told before anything is written
+    tuned = LiveModel(subject, update, resolve_device(device), options.merge_into, validation)
+    tuned.model()  # the wrong base is told before anything is written
     licence = card.licence_of(subject.base.name, subject.base.revision)
     found = []
     for one in chosen:
-        exported = _export_one(one, bench, folders[one.name], options, compression, licence)
+        exported = _export_one(one, tuned, folders[one.name], options, compression, licence)
         for line in _lines(exported):
             say(line)
         found.append(exported)
@@ -174,18 +174,18 @@ def _check_free(folder: Path) -> None:
 
 
 def _export_one(
-    one: Format, bench: Bench, folder: Path, options: Options, compression: Compression | None, licence: str
+    one: Format, tuned: LiveModel, folder: Path, options: Options, compression: Compression | None, licence: str
 ) -> Exported:
-    subject = bench.subject
+    subject = tuned.subject
     dtype = DTYPES[options.dtype] if options.dtype else one.dtype
     with _explained(folder), directory_written_aside(folder) as aside:
-        written = one.write(bench, aside, dtype, options.outtype)
+        written = one.write(tuned, aside, dtype, options.outtype)
         subject.tokenizer.save_pretrained(aside)
         (aside / "chat_template.jinja").write_text(complete_jinja(subject.template), encoding="utf-8")
         (aside / "template.json").write_text(json.dumps(subject.template.to_json(), indent=2), encoding="utf-8")
-        test = one.test(bench, aside, dtype, options.outtype) if options.self_test else None
-        losses = bench.losses() if one.merges else {}
-        facts = _facts(subject, bench.update, licence)
+        test = one.test(tuned, aside, dtype, options.outtype) if options.self_test else None
+        losses = tuned.losses() if one.merges else {}
+        facts = _facts(subject, tuned.update, licence)
         (aside / card.RANK_MAP).write_text(rank_map_svg(facts.ranks), encoding="utf-8")
         text = card.model_card(facts, one.name, card.Outcome(test, written, compression, losses))
         (aside / "README.md").write_text(text, encoding="utf-8")

@@ -31,7 +31,7 @@ _SPARE = 1.15  # of the memory that weights take, for activations and buffers
 _GENERAL_PROMPTS = ("What is the capital of France?", "Write one sentence about the sea.", "Count from 1 to 12.")
 
 
-class Bench:
+class LiveModel:
     """A base in fp32 arithmetic with an update that can be put on and taken off.
 
     Args:

@@ -91,7 +91,7 @@ def push(
         QaromaError: no adapter, no login, no right to write, a name that is not valid, a repository that is
             seen by others than asked for, or a hub that does not answer.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     folder = adapter_folder(run)
@@ -111,26 +111,30 @@ def push(
             files[GGUF] = gguf
         if not existing:
             api.create_repo(full, private=not public)
+    told = message or f"Upload {_name(folder)}, fine-tuned with qaroma {__version__}"
     with explained(full, created=not existing), _told_warnings(say):
-        if revision is not None:
-            api.create_branch(full, branch=revision, exist_ok=True)
-        commit = api.create_commit(
-            full,
-            [CommitOperationAdd(name, content) for name, content in files.items()],
-            commit_message=message or f"Upload {_name(folder)}, fine-tuned with qaroma {__version__}",
-            revision=revision,
-        )
+        commit = _committed(api, full, files, revision, told)
     return Pushed(
         url=f"{api.endpoint}/{full}",
         repo_id=full,
         private=not public,
         revision=revision or "main",
-        commit=str(commit.oid),
+        commit=commit,
         files=tuple(files),
         bytes=sum(len(content) if isinstance(content, bytes) else content.stat().st_size for content in files.values()),
         base=known,
         loading=tuple(card.lines_for_peft(info, known or "BASE", full, revision)),
     )
+
+
+def _committed(api: Any, repo_id: str, files: Mapping[str, Path | bytes], branch: str | None, message: str) -> str:
+    """Send all files in one commit; returns its hash."""
+    from huggingface_hub import CommitOperationAdd
+
+    if branch is not None:
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+    return str(api.create_commit(repo_id, operations, commit_message=message, revision=branch).oid)
 
 
 def public_base(name: str) -> str | None:
