@@ -21,7 +21,7 @@ def random_update(shapes: dict[str, tuple[int, int]], *, size: float = 0.05, ran
     for index, (name, (rows, columns)) in enumerate(n for n in shapes.items() if n[0] != "lm_head"):
         rank = ranks[index % len(ranks)]
         A = torch.randn(rank, columns, generator=generator) / columns**0.5
-        found[name] = Factors(A, torch.randn(rank, rows, generator=generator) * size)
+        found[name] = Factors(A, torch.randn(rows, rank, generator=generator).T.contiguous() * size)
     return found
 
 
