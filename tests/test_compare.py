@@ -26,7 +26,9 @@ from qaroma.compare.verdict import verdict
 from qaroma.config.load import dump_config, read_settings
 from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
-from qaroma.runs.adapter import save_factors
+from qaroma.method.factors import Factors
+from qaroma.runs.adapter import write_adapter
+from qaroma.runs.adapter_info import AdapterInfo
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.reading import read_run
 from qaroma.runs.stop import StopRequest
@@ -219,11 +221,10 @@ def write_run(folder: Path, *, steps: int = 4) -> None:
     summary = {"metric": "accuracy", "steps": steps, "trainable_parameters_start": 90, "ended": "grown",
                "training_seconds": 14.0}  # fmt: skip
     A, B = torch.eye(8)[:2], torch.eye(6)[:2]
-    factors = {"m.a": (A, B), "m.b": (A[:0], B[:0])}
-    growth = {"inner_rank": 1, "alpha": 1, "head": []}
-    save_factors(run.adapter, factors, {"m.a": [1, 1], "m.b": []}, base="b", growth=growth)
-    last = {"m.a": (torch.eye(8)[:3], torch.eye(6)[:3]), "m.b": factors["m.b"]}
-    save_factors(run.adapter_last, last, {"m.a": [1, 1, 1], "m.b": []}, base="b", growth=growth)
+    update = {"m.a": Factors(A, B), "m.b": Factors(A[:0], B[:0])}
+    write_adapter(run.adapter, update, AdapterInfo({"m.a": [1, 1], "m.b": []}, 1, 1.0), base="b")
+    last = {**update, "m.a": Factors(torch.eye(8)[:3], torch.eye(6)[:3])}
+    write_adapter(run.adapter_last, last, AdapterInfo({"m.a": [1, 1, 1], "m.b": []}, 1, 1.0), base="b")
     run.summary.write_text(json.dumps(summary), encoding="utf-8")
 
 

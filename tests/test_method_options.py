@@ -188,12 +188,12 @@ def test_later_components_are_probed_and_the_output_stays() -> None:
         events = method.step()
     assert events[0].decision == "commit"
     before, truth = layer(x).detach(), true_directions(method, x, y, 1)
-    moments = [b.clone() for n, b in method.trainer.optimiser.state_tensors().items() if n != "values"]
+    moments = [b.clone() for n, b in method.trainer.optimiser.buffers().items() if n != "values"]
     assert probe(method, x, y) == 2
     assert torch.equal(layer(x), before)
     cosine = (layer.active_A.detach().double() / ROW_NORM * truth).sum().abs()
     assert cosine > 0.9
-    after = [b for n, b in method.trainer.optimiser.state_tensors().items() if n != "values"]
+    after = [b for n, b in method.trainer.optimiser.buffers().items() if n != "values"]
     assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
 
 

@@ -63,7 +63,7 @@ def bench(model: str, size: BenchSize, *, against: str | None = None, device: st
     )
     step, method = qaroma_step(base, rows, level=size.level, frozen=size.frozen)
     steps = {"qaroma": step, **steps}
-    resident["qaroma"] = [*tensors_of(base), *method.trainer.optimiser.state_tensors().values()]
+    resident["qaroma"] = [*tensors_of(base), *method.trainer.optimiser.buffers().values()]
     seconds = seconds_per_step(steps, count=size.steps, rounds=size.rounds, device=target)
     gc.collect()
     tokens = size.length * size.micro_batch

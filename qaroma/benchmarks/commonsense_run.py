@@ -42,6 +42,7 @@ def run_commonsense(
     device: str = "auto",
     output: str | Path | None = None,
     console: Console | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Score a model on the commonsense tasks, going on from what an earlier call scored.
 
@@ -58,6 +59,7 @@ def run_commonsense(
         device: ``auto``, ``cuda`` or ``cpu``.
         output: Folder of scores and results, or a .json file for the results; None lies in the run.
         console: Where progress is shown; None is stderr.
+        trust_remote_code: Run Python code that comes with the base.
 
     Returns:
         What :func:`qaroma.benchmarks.results.summarise` gives, with ``benchmark``, ``scorer``, ``model``,
@@ -67,7 +69,7 @@ def run_commonsense(
         QaromaError: Missing test sets, no such model, or an output folder that has scores of another one.
     """
     sets = read_tasks(data, tasks, rows=rows)
-    tuned = _open(run, base, quantization, device)
+    tuned = _open(run, base, quantization, device, trust_remote_code)
     scores, results = _places(run or base or "", run is not None, scorer, output)
     longest = max_new_tokens or MAX_NEW_TOKENS
     header = {"version": VERSION, "benchmark": NAME, "scorer": scorer, **_identity(tuned, run)}
@@ -93,12 +95,12 @@ def run_commonsense(
     return figures
 
 
-def _open(run: str | None, base: str | None, quantization: str, device: str) -> TunedModel:
+def _open(run: str | None, base: str | None, quantization: str, device: str, trust_remote_code: bool) -> TunedModel:
     if run is not None:
-        return open_run(run, base=base, device=device)
+        return open_run(run, base=base, device=device, trust_remote_code=trust_remote_code)
     if base is None:
         raise QaromaError("got neither a run nor a base; expected a run directory, or --base MODEL")
-    return open_base(base, quantization=quantization, device=device)
+    return open_base(base, quantization=quantization, device=device, trust_remote_code=trust_remote_code)
 
 
 def _identity(tuned: TunedModel, run: str | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import click
 
 from qaroma.cli.options import config_option
 from qaroma.cli.output import JSON_OPTION, figures_only, write_figures
+from qaroma.cli.run_arguments import TRUST_OPTION
 from qaroma.config.load import parse_source
 from qaroma.data.sources import require_source
 from qaroma.errors import QaromaError
@@ -55,6 +56,7 @@ _OF_DATA = {"data__format": "--data-format", "data__skip_bad_rows": "--skip-bad-
               "results; default: RUN/benchmarks/..., or ./benchmarks/... without a run.")  # fmt: skip
 @click.option("--base", metavar="MODEL", help="Base model, where it is no longer found under the name that the run "
               "remembers; without RUN and with --benchmark: the untuned model to score.")  # fmt: skip
+@TRUST_OPTION
 @config_option("model.quantization", text="4-bit data type of the untuned model of --base, or none.")
 @config_option("training.device", text="Where to compute.")
 @JSON_OPTION
@@ -102,6 +104,7 @@ def command(
             base=base,
             device=parameters["training__device"] or "auto",
             skip_bad=bool(parameters["data__skip_bad_rows"]),
+            trust_remote_code=parameters["trust_remote_code"],
         )
         if json_output:
             write(figures)
@@ -155,6 +158,7 @@ def _score_benchmark(
                 max_new_tokens=parameters["evaluation__max_new_tokens"],
                 device=parameters["training__device"] or "auto",
                 output=parameters["output"],
+                trust_remote_code=parameters["trust_remote_code"],
             )
         except KeyboardInterrupt:
             click.echo("\nthe scores so far are kept; type the same command to go on", err=True)

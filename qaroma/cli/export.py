@@ -10,7 +10,7 @@ import click
 
 from qaroma.cli.options import config_option
 from qaroma.cli.output import JSON_OPTION, figures_only
-from qaroma.cli.run_arguments import BASE_OPTION, RUN_ARGUMENT
+from qaroma.cli.run_arguments import BASE_OPTION, RUN_ARGUMENT, TRUST_OPTION
 from qaroma.model.builtin import require_model
 from qaroma.runs.directory import require_adapter_or_checkpoint, run_around
 
@@ -52,6 +52,7 @@ Examples:
 @click.option("--self-test/--no-self-test", default=True, show_default=True,
               help="Read the export back and compare it with the live model.")  # fmt: skip
 @BASE_OPTION
+@TRUST_OPTION
 @config_option("training.device", text="Where the live model computes.")
 @JSON_OPTION
 def command(
@@ -64,6 +65,7 @@ def command(
     compress: float | None,
     self_test: bool,
     base: str | None,
+    trust_remote_code: bool,
     training__device: str | None,
     json_output: bool,
 ) -> None:
@@ -86,15 +88,16 @@ def command(
             output=output,
             base=base,
             device=training__device or "auto",
+            trust_remote_code=trust_remote_code,
             options=Options(merge_into, dtype, outtype, compress, self_test),
-            validation=_validation(run),
+            validation=_validation(run, trust_remote_code),
             say=click.echo,
         )
         if json_output:
             write({"exports": [one.to_json() for one in exported]})
 
 
-def _validation(run: str) -> Callable[[], Sequence[Example]] | None:
+def _validation(run: str, trust_remote_code: bool) -> Callable[[], Sequence[Example]] | None:
     """The validation examples of the run that a path is or lies in, read when they are wanted."""
     found = run_around(run)
     if found is None:
@@ -106,7 +109,9 @@ def _validation(run: str) -> Callable[[], Sequence[Example]] | None:
         from qaroma.training.prepare import prepare_data
 
         try:
-            return prepare_data(read_settings(found.config, {}, [])).validation
+            config = read_settings(found.config, {}, [])
+            config.model.trust_remote_code = trust_remote_code  # what the run's file says is no consent
+            return prepare_data(config).validation
         except QaromaError as error:
             click.echo(f"validation loss not measured: {error}", file=sys.stderr)
             return ()

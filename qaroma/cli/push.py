@@ -43,7 +43,7 @@ def command(
     """
     adapter_folder(run)
 
-    from qaroma.export.push import loading_lines, push
+    from qaroma.export.push import push
 
     with figures_only(json_output) as write:
         pushed = push(
@@ -62,5 +62,5 @@ def command(
     seen = "private" if pushed.private else "public"
     click.echo(f"{pushed.url} ({seen}), {len(pushed.files)} files, {file_size(pushed.bytes)}")
     click.echo("load it in Python, with PEFT:")
-    for line in loading_lines(pushed):
+    for line in pushed.loading:
         click.echo(f"  {line}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qaroma.engine.placement import compute_device
-from qaroma.export.delta import Delta
+from qaroma.method.factors import Update
 
 # (token ids, first position wanted) -> logits (positions, vocabulary), fp32 on the CPU.
 Logits = Callable[[Sequence[int], int], Tensor]
@@ -41,21 +41,21 @@ def model_logits(model: Any) -> Logits:
 
 
 @contextmanager
-def on_hooks(model: nn.Module, delta: Delta) -> Iterator[None]:
-    """A model whose layers give y + x A^T B^T inside the block, in plain torch and with none of our layers.
+def on_hooks(model: nn.Module, update: Update) -> Iterator[None]:
+    """A model whose layers give y + x A^T B inside the block, in plain torch and with none of our layers.
 
     Args:
         model: without an adapter.
-        delta: the update, as it was read back from a file.
+        update: the update, as it was read back from a file.
     """
     handles = []
-    for name, factors in delta.items():
+    for name, factors in update.items():
         layer = model.get_submodule(name)
         device: Any = next(layer.parameters()).device
         A, B = factors.A.to(device), factors.B.to(device)
 
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, A: Tensor = A, B: Tensor = B) -> Tensor:
-            return output + (inputs[0].float() @ A.T @ B.T).to(output.dtype)
+            return output + (inputs[0].float() @ A.T @ B).to(output.dtype)
 
         handles.append(layer.register_forward_hook(add))
     try:
@@ -79,11 +79,13 @@ def in_peft(model: Any, folder: Path) -> Iterator[Any]:
         wrapped.unload()
 
 
-def load_merged(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+def load_merged(folder: Path, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False) -> Any:
     """A merged checkpoint as transformers loads it by itself."""
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, device_map={"": device})
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=dtype, device_map={"": device}, trust_remote_code=trust_remote_code
+    )
     return model.eval()
 
 

@@ -62,13 +62,16 @@ class Reply:
     forgotten: int
 
 
-def open_chat(run: str | None, *, base: str | None = None, device: str = "auto") -> TunedModel:
+def open_chat(
+    run: str | None, *, base: str | None = None, device: str = "auto", trust_remote_code: bool = False
+) -> TunedModel:
     """The model to talk to.
 
     Args:
         run: run directory or adapter folder; None talks to ``base`` as it is.
         base: base model, where it is no longer found under the name that the run remembers.
         device: ``auto``, ``cuda`` or ``cpu``.
+        trust_remote_code: run Python code that comes with the base.
 
     Raises:
         QaromaError: nothing to open, or a run that gives labels and writes no text.
@@ -76,8 +79,8 @@ def open_chat(run: str | None, *, base: str | None = None, device: str = "auto")
     if run is None:
         if base is None:
             raise QaromaError("got no run; expected qaroma chat RUN, or qaroma chat --base MODEL to talk to a base")
-        return open_base(base, device=device)
-    return open_run(run, base=base, device=device)
+        return open_base(base, device=device, trust_remote_code=trust_remote_code)
+    return open_run(run, base=base, device=device, trust_remote_code=trust_remote_code)
 
 
 @contextmanager

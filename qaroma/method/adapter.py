@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qaroma.method.factors import Factors
 from qaroma.method.lowrank import Active, lowrank_linear
 
 # Factors lie in zero-filled blocks of so many rows: growing inside a block changes no shape, so the
@@ -100,9 +101,9 @@ class AdaptedLinear(nn.Module):
         """(r, N) and (r, M) of the active component as the forward pass uses it."""
         return self.A[self.frozen_rank : self.rank], self.B[self.frozen_rank : self.rank]
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> Factors:
         """(R, N) and (R, M) of every component, the active one included."""
-        return self.A[: self.rank], self.B[: self.rank]
+        return Factors(self.A[: self.rank], self.B[: self.rank])
 
     def start_component(self, A_init: Tensor) -> None:
         """Begin a component: A as given (r, N), B zero, so that the output does not change."""
@@ -196,12 +197,13 @@ class Adapter:
         seed: int = 0,
     ) -> None:
         self.model, self.inner_rank, self.alpha, self.dropout = model, inner_rank, alpha, dropout
+        self.scale = alpha / inner_rank
         self.generator = torch.Generator().manual_seed(seed)
         self.layers: dict[str, AdaptedLinear] = {}
         model.requires_grad_(False)
         for name in names:
             base = model.get_submodule(name)
-            layer = AdaptedLinear(base, scale=alpha / inner_rank, dtype=dtype or _compute_dtype(base), dropout=dropout)
+            layer = AdaptedLinear(base, scale=self.scale, dtype=dtype or _compute_dtype(base), dropout=dropout)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.train(base.training))
             self.layers[name] = layer
@@ -238,8 +240,8 @@ class Adapter:
             for name, layer in self.layers.items()
         }
 
-    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """A (R, N) and B (R, M) of each layer, the scale folded into B."""
+    def factors(self) -> dict[str, Factors]:
+        """What is added to each layer's weight, in the compute dtype."""
         return {name: layer.factors() for name, layer in self.layers.items()}
 
     def trainable_parameters(self) -> int:

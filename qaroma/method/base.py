@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qaroma.method.adapter import Adapter
+from qaroma.method.factors import Factors, Update
 from qaroma.method.growth import GrowthEvent, GrowthSettings
 from qaroma.method.optimiser import FlatAdamW
 
@@ -134,11 +136,11 @@ class Method:
         """Inner ranks of each module's components, in order."""
         raise NotImplementedError
 
-    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """A (R, N) and B (R, M) of each module, the scale folded into B."""
+    def factors(self) -> dict[str, Factors]:
+        """What is added to each module's weight."""
         raise NotImplementedError
 
-    def load_factors(self, factors: Mapping[str, tuple[Tensor, Tensor]], components: Mapping[str, list[int]]) -> None:
+    def load_factors(self, update: Update, components: Mapping[str, list[int]]) -> None:
         """After ``finish``: put saved factors in the place of the present ones; a module that has none is absent."""
         raise NotImplementedError
 
@@ -184,10 +186,18 @@ class FactorTrainer:
             layer.start_component(adapter.initial_A(layer))
         self._build_optimiser()
 
-    def _build_optimiser(self) -> None:
-        groups = {name: list(layer.parameters(recurse=False)) for name, layer in self.adapter.active_layers()}
+    def _trained(self) -> dict[str, dict[str, nn.Parameter]]:
+        """The optimiser's groups: module (or :data:`HEAD`) -> name in a checkpoint -> parameter."""
+        groups = {
+            name: dict(zip("AB", layer.parameters(recurse=False), strict=True))
+            for name, layer in self.adapter.active_layers()
+        }
         if self.head:
-            groups[HEAD] = self.head
+            groups[HEAD] = {str(place): parameter for place, parameter in enumerate(self.head)}
+        return groups
+
+    def _build_optimiser(self) -> None:
+        groups = {name: list(parameters.values()) for name, parameters in self._trained().items()}
         self.optimiser = FlatAdamW(groups, **self._options)  # type: ignore[arg-type]
 
     def update(self, learning_rates: Mapping[str, float], head_learning_rate: float = 0.0) -> None:
@@ -206,33 +216,64 @@ class FactorTrainer:
             self.adapter.layers[name].end(keep=keep)
 
     def state(self) -> MethodState:
-        tensors = {f"optimiser.{k}": t for k, t in self.optimiser.state_tensors().items()}
-        tensors["generator"] = self.adapter.generator.get_state()
-        components = {}
+        tensors = {"generator": self.adapter.generator.get_state()}
         for name, layer in self.adapter.layers.items():
-            components[name] = layer.components
-            if layer.components:
-                tensors[f"frozen.{name}.A"], tensors[f"frozen.{name}.B"] = layer.frozen_factors()
+            tensors[f"frozen.{name}.A"], tensors[f"frozen.{name}.B"] = layer.frozen_factors()
+        for key, tensor in self._trained_tensors():
+            tensors[key] = tensor
         steps = dict(self.optimiser.steps)
-        return MethodState(tensors, {"components": components, "head_steps": steps.pop(HEAD, 0), "steps": steps})
+        values = {
+            "components": {name: layer.components for name, layer in self.adapter.layers.items()},
+            "scale": self.adapter.scale,
+            "head_steps": steps.pop(HEAD, 0),
+            "steps": steps,
+        }
+        return MethodState(tensors, values)
 
     def load_state(self, state: MethodState) -> None:
         active = state.values["steps"]
         for name, layer in self.adapter.layers.items():
             layer.active_A = layer.active_B = None
-            components = state.values["components"][name]
-            if components:
-                layer.load_factors(state.tensors[f"frozen.{name}.A"], state.tensors[f"frozen.{name}.B"], components)
-            else:
-                layer.load_factors(layer.A[:0], layer.B[:0], [])
+            frozen = state.tensors[f"frozen.{name}.A"], state.tensors[f"frozen.{name}.B"]
+            layer.load_factors(*frozen, state.values["components"][name])
             if name in active:
                 layer.start_component(layer.A.new_zeros(self.adapter.inner_rank, layer.in_features))
         self._build_optimiser()
-        prefix = "optimiser."
-        tensors = {k.removeprefix(prefix): t for k, t in state.tensors.items() if k.startswith(prefix)}
-        self.optimiser.load_state(tensors, {**active, HEAD: state.values["head_steps"]})
+        self.optimiser.steps.update(active)
+        if self.head:
+            self.optimiser.steps[HEAD] = state.values["head_steps"]
+        for key, tensor in self._trained_tensors():
+            tensor.copy_(state.tensors[key])
         self.adapter.refresh()
         self.adapter.generator.set_state(state.tensors["generator"])
+
+    def _trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What trains and its moments, each under its name in a checkpoint; views that can be written into."""
+        for group, parameters in self._trained().items():
+            for (key, parameter), moments in zip(parameters.items(), self.optimiser.moments(group), strict=True):
+                yield f"active.{group}.{key}", parameter.detach()
+                yield f"first_moment.{group}.{key}", moments[0]
+                yield f"second_moment.{group}.{key}", moments[1]
+
+
+def factors_in(state: MethodState) -> dict[str, Factors]:
+    """The update in the state of a method on our own adapter, as the forward pass has it.
+
+    Frozen factors stand as they are; active ones are scaled and rounded to the dtype of the frozen ones,
+    as :meth:`~qaroma.method.adapter.AdaptedLinear.place_active` does it.
+
+    Raises:
+        KeyError: the state of another kind of method.
+    """
+    found = {}
+    for name in state.values["components"]:
+        A, B = state.tensors[f"frozen.{name}.A"], state.tensors[f"frozen.{name}.B"]
+        if name in state.values["steps"]:
+            active_A, active_B = state.tensors[f"active.{name}.A"], state.tensors[f"active.{name}.B"]
+            A = torch.cat([A, active_A.to(A)])
+            B = torch.cat([B, (active_B * state.values["scale"]).to(B)])
+        found[name] = Factors(A, B)
+    return found
 
 
 class AdapterMethod(Method):
@@ -261,12 +302,12 @@ class AdapterMethod(Method):
     def components(self) -> dict[str, list[int]]:
         return self.adapter.components()
 
-    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def factors(self) -> dict[str, Factors]:
         return self.adapter.factors()
 
-    def load_factors(self, factors: Mapping[str, tuple[Tensor, Tensor]], components: Mapping[str, list[int]]) -> None:
+    def load_factors(self, update: Update, components: Mapping[str, list[int]]) -> None:
         for name, layer in self.adapter.layers.items():
-            A, B = factors.get(name, (layer.A[:0], layer.B[:0]))
+            A, B = update.get(name, (layer.A[:0], layer.B[:0]))
             layer.load_factors(A, B, components[name])
 
     def active_modules(self) -> int:

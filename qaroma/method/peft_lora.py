@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qaroma.method.adapter import kaiming_A
 from qaroma.method.base import Method, MethodOptions, MethodState
+from qaroma.method.factors import Factors, Update
 from qaroma.method.growth import GrowthEvent
 from qaroma.method.schedule import warm_cosine
 
@@ -172,6 +173,14 @@ class PeftMethod(Method):
             parameter.requires_grad_(False)
         return []
 
+    def factors(self) -> dict[str, Factors]:
+        parameters = {name: parameter.detach() for name, parameter in self._adapter.items()}
+        return {name: _factors(parameters, name, self._scale(layer)) for name, layer in self.layers.items()}
+
+    def _scale(self, layer: Any) -> float:
+        """What a layer multiplies its product of factors by."""
+        return float(layer.scaling[ADAPTER])
+
     def components(self) -> dict[str, list[int]]:
         """One component for each module, of the rank that :meth:`factors` has."""
         return {name: [len(A)] if len(A) else [] for name, (A, _) in self.factors().items()}
@@ -187,7 +196,8 @@ class PeftMethod(Method):
         for name, parameter in self._parameters.items():
             for key, moment in self.optimiser.state[parameter].items():
                 tensors[f"optimiser.{key}.{name}"] = moment
-        return MethodState(tensors, {"steps_done": self.steps_done})
+        scales = {name: self._scale(layer) for name, layer in self.layers.items()}
+        return MethodState(tensors, {"steps_done": self.steps_done, "scales": scales})
 
     @torch.no_grad()
     def load_state(self, state: MethodState) -> None:
@@ -216,20 +226,10 @@ class PeftLora(PeftMethod):
     def ranks(self) -> dict[str, int]:
         return {name: layer.r[ADAPTER] for name, layer in self.layers.items()}
 
-    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """A (R, N) and B (R, M) of each module, the scale folded into B; fp32."""
-        return {
-            name: (
-                layer.lora_A[ADAPTER].weight.detach(),
-                layer.lora_B[ADAPTER].weight.detach().T * layer.scaling[ADAPTER],
-            )
-            for name, layer in self.layers.items()
-        }
-
     @torch.no_grad()
-    def load_factors(self, factors: Mapping[str, tuple[Tensor, Tensor]], components: Mapping[str, list[int]]) -> None:
+    def load_factors(self, update: Update, components: Mapping[str, list[int]]) -> None:
         for name, layer in self.layers.items():
-            A, B = factors[name]
+            A, B = update[name]
             layer.scaling[ADAPTER] = 1.0
             layer.lora_A[ADAPTER].weight.copy_(A)
             layer.lora_B[ADAPTER].weight.copy_(B.T)
@@ -281,6 +281,9 @@ class AdaLora(PeftMethod):
             step += 1  # resumed with a greater budget, nothing measured since the last allocation: it stands
         self.tuner.update_and_allocate(step)
 
+    def _scale(self, layer: Any) -> float:
+        return float(layer.scaling[ADAPTER] / (layer.ranknum[ADAPTER] + 1e-5))
+
     def ranks(self) -> dict[str, int]:
         """Triplets that the last allocation kept.
 
@@ -291,18 +294,8 @@ class AdaLora(PeftMethod):
             return dict.fromkeys(self.layers, self._config.init_r)
         return {name: sum(pattern[_singular(name)]) for name in self.layers}
 
-    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """A (R, N), with the singular values, and B (R, M), with the scale; fp32. R are those that are not zero."""
-        found = {}
-        for name, layer in self.layers.items():
-            E = layer.lora_E[ADAPTER].detach()
-            kept = E[:, 0] != 0
-            A, B = (layer.lora_A[ADAPTER].detach() * E)[kept], layer.lora_B[ADAPTER].detach().T[kept]
-            found[name] = A, B * (layer.scaling[ADAPTER] / (layer.ranknum[ADAPTER] + 1e-5))
-        return found
-
     @torch.no_grad()
-    def load_factors(self, factors: Mapping[str, tuple[Tensor, Tensor]], components: Mapping[str, list[int]]) -> None:
+    def load_factors(self, update: Update, components: Mapping[str, list[int]]) -> None:
         pattern = {}
         for name, layer in self.layers.items():
             A, B, E = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER], layer.lora_E[ADAPTER]
@@ -311,7 +304,8 @@ class AdaLora(PeftMethod):
             E.zero_()
             E[:rank] = 1
             if rank:
-                A[:rank], B[:, :rank] = factors[name][0].to(A), factors[name][1].T.to(B)
+                A_kept, B_kept = update[name]
+                A[:rank], B[:, :rank] = A_kept.to(A), B_kept.T.to(B)
             pattern[_singular(name)] = [place < rank for place in range(len(E))]
         self._config.rank_pattern = pattern
 
@@ -332,6 +326,33 @@ class AdaLora(PeftMethod):
                 if f"{kind}.{name}" in state.tensors
             }
             setattr(self.tuner.rankallocator, kind, saved)
+
+
+def factors_in(state: MethodState) -> dict[str, Factors]:
+    """The update in the state of one of PEFT's methods.
+
+    Raises:
+        KeyError: the state of another kind of method.
+    """
+    prefix = "parameter."
+    parameters = {key.removeprefix(prefix): t for key, t in state.tensors.items() if key.startswith(prefix)}
+    return {name: _factors(parameters, name, scale) for name, scale in state.values["scales"].items()}
+
+
+def _factors(parameters: Mapping[str, Tensor], name: str, scale: float) -> Factors:
+    """The update of one module, the scale in B; of AdaLoRA's triplets those whose singular value is not zero."""
+    A, B = (_parameter(parameters, name, f"lora_{factor}") for factor in "AB")
+    E = parameters.get(_singular(name))
+    if E is None:
+        return Factors(A, B.T * scale)
+    kept = E[:, 0] != 0
+    return Factors((A * E)[kept], B.T[kept] * scale)
+
+
+def _parameter(parameters: Mapping[str, Tensor], name: str, kind: str) -> Tensor:
+    """A factor by PEFT's name of it: LoRA's are linear layers, AdaLoRA's bare parameters."""
+    bare = f"{name}.{kind}.{ADAPTER}"
+    return parameters[bare] if bare in parameters else parameters[f"{bare}.weight"]
 
 
 def _in_fp32(tuner: Any) -> Any:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SAMPLES = 4096
+_REMOTE = "transformers_modules"  # the package under which transformers imports code of models
 _NO_LIMIT = 10**9
 
 
@@ -337,6 +338,15 @@ def fingerprint(model: Any) -> str:
             for parameter in module.parameters(recurse=False):
                 digest.update(_sample(parameter, _SAMPLES // 64))
     return digest.hexdigest()[:32]
+
+
+def uses_remote_code(model: Any) -> bool:
+    """Whether Python code that came with the model runs in it, which ``trust_remote_code`` had to allow.
+
+    Args:
+        model: a model from :func:`load_base`.
+    """
+    return any(type(part).__module__.partition(".")[0] == _REMOTE for part in (model, model.config))
 
 
 def _sample(parameter: Tensor, count: int) -> bytes:

@@ -5,7 +5,7 @@ Dimensions: B examples, L sequence length, C outputs, S examples of a whole data
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -157,11 +157,6 @@ class Regression(_Labelled):
     def figures(self, logits_SC: Tensor, labels_S: Tensor) -> dict[str, float]:
         """Pearson and Spearman correlation; the loss beside them is the mean squared error."""
         return {"pearson": pearson(logits_SC[:, 0], labels_S), "spearman": spearman(logits_SC[:, 0], labels_S)}
-
-
-def outputs_of(about: Mapping[str, Any]) -> int | None:
-    """Outputs of the head that a run trains, by what its adapter remembers; None for a language model."""
-    return len(about["labels"]) or 1 if "labels" in about else None
 
 
 def labelled_task(kind: str, labels: Sequence[str], metric: str, pad_token_id: int) -> Classification | Regression:

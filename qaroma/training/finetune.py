@@ -26,7 +26,6 @@ from qaroma.runs.figures import figures_of
 from qaroma.runs.files import write_atomically
 from qaroma.runs.reading import read_run
 from qaroma.runs.stop import StopRequest
-from qaroma.tasks.labelled import outputs_of
 from qaroma.training.fit import Ending, FitState, fit, restore_state
 from qaroma.training.interruptions import interruptions_told
 from qaroma.training.live_page import LivePage
@@ -89,6 +88,8 @@ def _train(data: PreparedData, run: RunDirectory, console: Console, *, resume: b
         console.print(f"saved at step {state.step}; go on with: {run.resume_command}", soft_wrap=True)
         raise KeyboardInterrupt
     _write_adapters(session, state)
+    if state.best is not None:
+        session.take_best()
     after = test.run_once(session.model, session.log, "after", state.step) if test else None
     figures = _figures(session, state, ending, time.perf_counter() - start)
     write_atomically(run.summary, json.dumps(figures, indent=2))
@@ -129,12 +130,10 @@ def _restored(session: Session, console: Console) -> FitState:
 
 
 def _write_adapters(session: Session, state: FitState) -> None:
-    """``adapter_last`` as it stands, ``adapter`` the best; the model is left with the best one."""
+    """``adapter_last`` as it stands, and ``adapter`` too where no validation has chosen a best one."""
     session.save_adapter(session.run.adapter_last, state.step)
     if state.best is None:
         session.save_adapter(session.run.adapter, state.step)
-    else:
-        session.load_adapter(session.run.adapter)
 
 
 def _figures(session: Session, state: FitState, ending: Ending, elapsed: float) -> dict[str, Any]:
@@ -205,7 +204,7 @@ def _summary(
         scores=scores,
         examples=examples,
         evaluation_data=(session.config.evaluation.data if after else None) or session.config.data.validation,
-        outputs=outputs_of(session.remember),
+        outputs=session.remember.outputs,
     )
 
 

@@ -12,7 +12,6 @@ import torch
 
 from qaroma.config.metrics import metric_facts
 from qaroma.errors import QaromaError
-from qaroma.method.base import MethodState
 from qaroma.method.growth import GrowthEvent
 from qaroma.runs.checkpoint import Checkpoint, save_checkpoint
 from qaroma.runs.stop import StopRequest
@@ -236,22 +235,19 @@ def validation_metrics(session: Session) -> dict[str, Any]:
 
 def save_state(session: Session, state: FitState) -> str:
     """Write a checkpoint of this moment; returns its path."""
-    method = session.method.state()
-    tensors = {f"method.{name}": tensor for name, tensor in method.tensors.items()}
-    tensors["random.cpu"] = torch.get_rng_state()
+    tensors = {"random.cpu": torch.get_rng_state()}
     if session.accelerator.device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state()
-    values = {"fit": asdict(state), "method": {"name": session.method.name, **method.values}}
-    checkpoint = Checkpoint(state.step, tensors, values)
+    values = {"fit": asdict(state), "adapter": session.info(state.step).to_json()}
+    method = session.method
+    checkpoint = Checkpoint.of(state.step, method.name, method.state(), tensors=tensors, values=values)
     keep = session.config.checkpoint.keep
     return str(save_checkpoint(session.run.checkpoints, checkpoint, fingerprint=session.fingerprint, keep=keep))
 
 
 def restore_state(session: Session, checkpoint: Checkpoint) -> FitState:
     """Put a checkpoint's state into the session's method and the random generators."""
-    prefix = "method."
-    tensors = {k.removeprefix(prefix): t for k, t in checkpoint.tensors.items() if k.startswith(prefix)}
-    session.method.load_state(MethodState(tensors, checkpoint.values["method"]))
+    session.method.load_state(checkpoint.method_state())
     torch.set_rng_state(checkpoint.tensors["random.cpu"])
     if "random.cuda" in checkpoint.tensors and session.accelerator.device.type == "cuda":
         torch.cuda.set_rng_state(checkpoint.tensors["random.cuda"])

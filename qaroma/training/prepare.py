@@ -21,6 +21,7 @@ from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_tokenizer
 from qaroma.model.found import FoundModel, find_model
+from qaroma.runs.adapter_info import TaskInfo
 from qaroma.tasks.base import Task
 from qaroma.tasks.causal_lm import CausalLM
 from qaroma.tasks.labelled import labelled_task
@@ -53,7 +54,7 @@ class PreparedData:
     train: list[Any]
     validation: list[Any]
     template: Template | None = None
-    remember: dict[str, Any] = field(default_factory=dict)
+    remember: TaskInfo = field(default_factory=TaskInfo)
 
 
 def prepare_data(config: Config) -> PreparedData:
@@ -106,7 +107,7 @@ def _prepare_conversations(config: Config, base: FoundModel, tokenizer: PreTrain
         examples,
         held_out.examples,
         encoded.template,
-        {"task": "causal-lm", "template": encoded.template.to_json()},
+        TaskInfo(template=encoded.template.to_json()),
     )
 
 
@@ -139,7 +140,7 @@ def _prepare_labelled(config: Config, base: FoundModel, tokenizer: PreTrainedTok
     if whole.bad:
         notes.append(f"{len(whole.bad)} bad rows left out")
     task = _labelled_task(config, kind, whole.labels, tokenizer.pad_token_id or 0)
-    remember = {"task": kind, "labels": list(whole.labels), "metric": task.metric, "max_length": limit}
+    remember = TaskInfo(kind, labels=tuple(whole.labels), metric=task.metric, max_length=limit)
     return PreparedData(
         resolved, base, decisions, notes, tokenizer, task, train.examples, held_out.examples, remember=remember
     )

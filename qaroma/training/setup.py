@@ -17,10 +17,9 @@ from qaroma.method.base import Method, MethodOptions
 from qaroma.method.head import TrainedHead, head_names, is_inside
 from qaroma.method.targets import find_targets
 from qaroma.model.base import fingerprint, load_base, resolve_dtype
+from qaroma.runs.adapter import continue_from
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.log import MetricsLog
-from qaroma.runs.peft_lora import continue_from
-from qaroma.tasks.labelled import outputs_of
 from qaroma.training.batches import BatchPlan
 from qaroma.training.memory import choose_level, enter_level
 from qaroma.training.prepare import PreparedData
@@ -102,7 +101,7 @@ def _load(data: PreparedData, level: int, device: torch.device) -> Any:
         compute_dtype=resolve_dtype(model.compute_dtype, device),
         device=device,
         attention=model.attention,
-        num_labels=outputs_of(data.remember),
+        num_labels=data.remember.outputs,
         host_embeddings=LEVELS[level].host_embeddings,
     )
 
