@@ -195,6 +195,15 @@ def test_too_long_examples() -> None:
         limit_length(encoded, 2, "wrap")
 
 
+@pytest.mark.parametrize("on_too_long", ["drop", "truncate", "error"])
+def test_an_example_of_exactly_max_length_stays_whole(on_too_long: str) -> None:
+    tokenizer = TOKENIZERS["chatml"]
+    encoded = _encode(tokenizer, [_row(TURNS)])
+    limited = limit_length(encoded, encoded.lengths[0], on_too_long)
+    assert limited.examples == encoded.examples
+    assert (limited.dropped_too_long, limited.truncated) == (0, 0)
+
+
 def test_no_trained_token_is_an_error() -> None:
     tokenizer = byte_level(None)
     with pytest.raises(QaromaError, match="no token to train on"):
