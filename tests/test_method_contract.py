@@ -63,11 +63,45 @@ def test_a_layer_computes_its_sentence_through_commit_restart_and_done(kind: str
     layer.end(keep=keep)
     components = components if keep else components[:-1]
     holds()
+    assert not layer.A[layer.rank :].any()  # blocks are filled up with zeros
+    assert not layer.B[layer.rank :].any()
     A, B = adapter.factors()["0"]  # what is saved: the scale folded into B
     torch.testing.assert_close(B.T @ A, sum((ALPHA / r) * B_p.T @ A_p for A_p, B_p in components), rtol=1e-5, atol=1e-4)
     saved = Adapter(nn.Sequential(base), ["0"], inner_rank=r, alpha=99.0)  # another scale: it has no part in this
     saved.layers["0"].load_factors(A, B, adapter.components()["0"])
     torch.testing.assert_close(saved.layers["0"](x), layer(x))
+
+
+def test_one_layer_is_placed_as_all_are_refreshed() -> None:
+    adapter = Adapter(nn.Sequential(base_of("dense")), ["0"], inner_rank=2, alpha=ALPHA)
+    layer = adapter.layers["0"]
+    layer.start_component(adapter.initial_A(layer))
+    trained(layer)
+    layer.place_active()
+    placed = [factor.clone() for factor in layer.factors()]
+    adapter.refresh()
+    assert all(torch.equal(one, other) for one, other in zip(placed, layer.factors(), strict=True))
+
+
+@pytest.mark.parametrize("r", [1, 4])
+def test_dropout_comes_before_the_active_A_and_in_training_alone(r: int) -> None:
+    base, x = base_of("dense"), torch.randn(*X)
+    adapter = Adapter(nn.Sequential(base), ["0"], inner_rank=r, alpha=ALPHA, dropout=0.5)
+    layer = adapter.layers["0"].train()
+    layer.start_component(adapter.initial_A(layer))
+    components = []
+    for _ in range(2):
+        components.append(trained(layer))
+        adapter.refresh()
+        if len(components) == 1:
+            layer.restart_component(adapter.initial_A(layer))
+    (A, B), state = components[-1], torch.get_rng_state()
+    y = layer(x)
+    torch.set_rng_state(state)
+    dropped = F.dropout(x, 0.5).double()
+    expected = promised(base, x, components[:-1], r) + (ALPHA / r) * (dropped @ A.double().T) @ B.double()
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(layer.eval()(x).double(), promised(base, x, components, r), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("r", [1, 4])

@@ -52,7 +52,9 @@ def test_product_criterion_takes_the_norm_of_the_change() -> None:
     state = GrowthState.start(["a"], settings(inner_criterion="product", eps_in=0.1), 1)
     state.observe({"a": Measurement(2.0, 100.0)})
     assert state.observe({"a": Measurement(2.0, 100.0, change=0.4)}) == []  # same norm, other direction
-    (event,) = state.observe({"a": Measurement(2.0, 100.0, change=0.1)})
+    assert state.observe({"a": Measurement(4.0, 100.0, change=0.3)}) == []  # beside the norm before, not the new one
+    assert state.modules["a"].inner == pytest.approx(0.15)
+    (event,) = state.observe({"a": Measurement(4.0, 100.0, change=0.2)})
     assert event.inner == pytest.approx(0.05)
 
 
