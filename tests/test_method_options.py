@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qaroma.method.adapter import Adapter
+from qaroma.method.adapter import Adapter, kaiming_A
 from qaroma.method.aroma import GrowthController
 from qaroma.method.base import MethodState
 from qaroma.method.growth import GrowthSettings
@@ -174,6 +174,11 @@ def test_a_component_begins_along_the_gradients_leading_directions(inner_rank: i
     assert torch.equal(layer.A[:inner_rank], layer.active_A)
     assert layer.active_B.count_nonzero() == 0
     assert method.trainer.optimiser.gradients.count_nonzero() == 0
+
+
+def test_a_direction_is_as_long_as_a_random_row_is_on_average() -> None:
+    rows = kaiming_A(64, 512, torch.Generator().manual_seed(0))
+    assert rows.norm(dim=1).mean().item() == pytest.approx(ROW_NORM, rel=0.01)
 
 
 def test_later_components_are_probed_and_the_output_stays() -> None:
