@@ -252,6 +252,13 @@ def test_validation_shares_no_row_with_training() -> None:
     assert split_validation(_encode(tokenizer, _many(1)), share=0.5)[1].examples == []
 
 
+@pytest.mark.parametrize(("rows", "train", "held_out"), [(3, 1, 2), (1, 1, 0)])
+def test_something_always_remains_to_train_on(rows: int, train: int, held_out: int) -> None:
+    encoded = _encode(TOKENIZERS["chatml"], [_row(TURNS, line) for line in range(rows)])
+    parts = split_validation(encoded, share=1.0)
+    assert [len(part.examples) for part in parts] == [train, held_out]
+
+
 def test_the_same_rows_twice_or_the_same_chunks_do_not_leak() -> None:
     tokenizer = byte_level(None)
     rows = [Row("the same words again and again " * 40, "a.txt", 1), Row("other " * 90, "b.txt", 1)]
