@@ -65,6 +65,13 @@ def test_a_checkpoint_of_another_base_is_refused(tmp_path: Path) -> None:
         load_newest(tmp_path, fingerprint="g")
 
 
+def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    header = save_checkpoint(tmp_path, checkpoint(1), fingerprint="f", keep=2) / "state.json"
+    header.write_text(json.dumps({**json.loads(header.read_text()), "version": 99}))
+    with pytest.raises(QaromaError, match=r"version 99.*upgrade qaroma"):
+        load_newest(tmp_path, fingerprint="f")
+
+
 def half_written(target: Path) -> None:
     with directory_written_aside(target) as aside:
         (aside / "x").write_text("2")
