@@ -16,6 +16,7 @@ from torch import nn
 
 from qaroma.cli import main
 from qaroma.config.schema import Config
+from qaroma.errors import QaromaError
 from qaroma.method.adapter import Adapter
 from qaroma.method.aroma import GrowthController
 from qaroma.method.base import HEAD
@@ -169,3 +170,21 @@ def test_the_revision_reaches_everything_that_is_loaded(
         command()
         assert {name for name, _ in loaded} >= set(expected)
         assert {revision for _, revision in loaded} == {"v1.1"}, loaded
+
+
+def test_a_family_with_an_unknown_head_is_refused_before_anything_is_written(
+    tiny_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    forward = LlamaForCausalLM.forward
+
+    def scaled(self: Any, *args: Any, **options: Any) -> Any:
+        output = forward(self, *args, **options)
+        output.logits = output.logits / 8
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
+    with pytest.raises(QaromaError, match="family llama, which does something to its logits"):
+        finetune(make_config(tiny_folder, data_file, tmp_path / "run"), console=QUIET)
+    assert not (tmp_path / "run").exists()
