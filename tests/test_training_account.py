@@ -53,6 +53,8 @@ def test_a_resumed_run_sums_up_as_an_uninterrupted_one(
     assert records(run)[-1]["step"] == 16  # of which the last two are lost: the checkpoint is of step 14
     finetune(Config.model_validate({"output": str(run)}), resume=True, console=QUIET)
     steps = records(run)
+    assert len(steps) % 4
+    assert records(run, "validation")[-1]["step"] == len(steps)  # the last step is always looked at
     trainable = [step["trainable_parameters"] for step in steps]
     assert trainable[0] > trainable[12] > trainable[-1] == 0
     first, second = (json.loads((r / "summary.json").read_text(encoding="utf-8")) for r in (tmp_path / "whole", run))
