@@ -103,6 +103,13 @@ def test_kaiming_uniform_initial_values() -> None:
     assert layer.active_B.count_nonzero() == 0
 
 
+def test_initial_values_are_the_seeds() -> None:
+    first, same, other = (Adapter(nn.Sequential(nn.Linear(192, 128)), ["0"], seed=seed) for seed in (3, 3, 4))
+    drawn = [adapter.initial_A(adapter.layers["0"]) for adapter in (first, same, other)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_done_layer_has_nothing_left_to_train(keep: bool) -> None:
     adapter, layer, x = adapted(torch.float32)

@@ -172,6 +172,15 @@ def test_the_fingerprint_knows_a_base_in_every_form_and_no_other(tiny_folder, tm
     assert fingerprint(other) not in {fingerprint(longer)} | prints
 
 
+def test_norms_and_embeddings_are_part_of_the_fingerprint(tiny_folder):
+    for name in ("model.norm", "model.layers.1.input_layernorm", "model.embed_tokens"):
+        model = load_base(tiny_folder, quantization="none", device="cpu")
+        before = fingerprint(model)
+        with torch.no_grad():
+            model.get_submodule(name).weight.mul_(1.5)
+        assert fingerprint(model) != before, name
+
+
 def test_the_fingerprint_survives_adapters(tiny_folder):
     from peft import LoraConfig, get_peft_model
 

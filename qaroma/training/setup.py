@@ -20,6 +20,7 @@ from qaroma.model.base import fingerprint, load_base, resolve_dtype
 from qaroma.runs.adapter import continue_from
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.log import MetricsLog
+from qaroma.tasks.causal_lm import require_known_head
 from qaroma.training.batches import BatchPlan
 from qaroma.training.memory import choose_level, enter_level
 from qaroma.training.prepare import PreparedData
@@ -46,6 +47,7 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
         model.config.pad_token_id = data.tokenizer.pad_token_id  # decoders look for the last token before it
     method, head = build_method(config, model, names)
     enter_level(model, level, config)
+    require_known_head(model)
     training = config.training
     plan = BatchPlan(
         [len(e.input_ids) for e in data.train],
