@@ -17,8 +17,6 @@ from test_training import make_config
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qaroma.cli import main
-from qaroma.config.load import load_config
-from qaroma.config.presets import DataFacts, resolve
 from qaroma.data.encode import encode_rows
 from qaroma.data.forms import Message
 from qaroma.data.sources import Row
@@ -248,13 +246,13 @@ def found(name: str, scores: list[float], results: dict[str, Any], filtered: Any
 def test_figures_have_an_interval_that_fits_them() -> None:
     share = summarise(found("acc", [1.0, 0.0], {"acc,none": 0.5, "acc_stderr,none": 0.3}, "[invalid]"), {})
     assert share["tasks"]["a"] == {
-        "rows": 2, "of": 20, "unparsed": 2,
-        "metrics": {"acc,none": {"value": 0.5, "interval": list(wilson(1, 2))}},
+        "rows": 2, "of": 20,
+        "metrics": {"acc,none": {"value": 0.5, "interval": list(wilson(1, 2)), "unparsed": 2}},
     }  # fmt: skip
     mean = summarise(found("f1", [0.2, 0.6], {"f1,none": 0.4, "f1_stderr,none": 0.1}), {})
     assert mean["tasks"]["a"]["metrics"]["f1,none"]["interval"] == pytest.approx([0.204, 0.596], abs=1e-3)
     bare = summarise(found("ppl", [3.0], {"ppl,none": 20.0, "ppl_stderr,none": "N/A"}), {"g": ["a"]})
-    assert bare["tasks"]["a"]["metrics"] == {"ppl,none": {"value": 20.0, "interval": None}}
+    assert bare["tasks"]["a"]["metrics"] == {"ppl,none": {"value": 20.0, "interval": None, "unparsed": 0}}
     table = results_table({**share, "model": "m"})
     assert table.caption == "only a part of 1 test sets was scored"
     assert list(table.columns[3].cells) == ["50.00  (9.5 - 90.5)"]
@@ -345,8 +343,8 @@ def test_generated_answers_are_matched_as_in_the_paper(
     arguments = ["--base", str(tiny_folder), "--tasks", "commonsense_boolq", "--output", str(tmp_path)]
     task = figures_of(folder, capsys, *arguments, "--rows", "8")["tasks"]["commonsense_boolq"]
     # Right are the answers to 0 and 4 (true); to 2 and 6 (true) false was said, to the others nothing.
-    assert task["metrics"]["exact_match,first_match"]["value"] == 0.25
-    assert task["unparsed"] == 4
+    figure = task["metrics"]["exact_match,first_match"]
+    assert (figure["value"], figure["unparsed"]) == (0.25, 4)
     assert {options["max_gen_toks"] for _, options in given} == {32}
     assert benchmark(folder, *arguments, "--max-new-tokens", "5") == 0
     assert given[-1][1]["max_gen_toks"] == 5
@@ -388,6 +386,44 @@ def test_both_groups_hold_the_eight_tasks_and_have_a_mean(tmp_path: Path) -> Non
         f"commonsense_{name}": {"exact_match,first_match": n / 8, "sample_len": n + 1} for n, name in enumerate(lower)
     }
     assert chosen["groups"]["commonsense"].aggregate(values)["exact_match,first_match"] == 3.5 / 8
+
+
+def test_examples_before_a_question_are_turns_of_the_conversation(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task as the harness has them: records from a file, its own delimiter, two filters of one metric."""
+    records = [{"q": f"what is {n}", "a": str(n)} for n in range(6)]
+    (tmp_path / "rows.json").write_text(json.dumps(records), encoding="utf-8")
+    task = {
+        "task": "sums", "dataset_path": "json",
+        "dataset_kwargs": {"data_files": str(tmp_path / "rows.json"), "cache_dir": str(tmp_path / "cache")},
+        "test_split": "train", "fewshot_split": "train", "output_type": "generate_until",
+        "doc_to_text": "Q: {{q}}\nA:", "doc_to_target": "{{a}}", "generation_kwargs": {"until": ["Q:"]},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "filter_list": [
+            {"name": name, "filter": [{"function": "regex", "regex_pattern": pattern}, {"function": "take_first"}]}
+            for name, pattern in {"any": "[0-9]", "none_of": "x"}.items()
+        ],
+    }  # fmt: skip
+    (tmp_path / "sums.yaml").write_text(json.dumps(task), encoding="utf-8")
+    monkeypatch.setattr(harness, "OURS", tmp_path)
+    asked = []
+
+    def generated(self: Any, requests: Any) -> list[str]:
+        asked.extend(request.args[0] for request in requests)
+        return ["it is 1" for _ in requests]
+
+    monkeypatch.setattr(HarnessModel, "generate_until", generated)
+    common = ["--base", str(tiny_folder), "--tasks", "sums", "--rows", "3", "--examples", "2"]
+    metrics = figures_of(tmp_path, capsys, *common, "--output", str(tmp_path / "out"))["tasks"]["sums"]["metrics"]
+    assert metrics["exact_match,any"] == {"value": pytest.approx(1 / 3), "interval": list(wilson(1, 3)), "unparsed": 0}
+    assert metrics["exact_match,none_of"]["unparsed"] == 3
+    chat = asked[0]
+    figures_of(tmp_path, capsys, *common, "--no-template", "--output", str(tmp_path / "out"))
+    raw = asked[3]
+    assert (chat.count("<|im_start|>user"), chat.count("<|im_start|>assistant")) == (3, 3)
+    assert raw.count("\nA:") == 3
+    assert "<|im_start|>" not in raw
 
 
 def test_a_run_is_scored_with_its_adapter(
@@ -459,45 +495,3 @@ def test_an_untuned_base_has_the_template_of_training(tiny_folder: Path) -> None
     opened = open_base(str(tiny_folder), device="cpu")
     assert opened.template == Template.choose(opened.tokenizer)
     assert not opened.model.training
-
-
-# The paper's configurations
-
-PUBLISHED = {
-    "paper/llama3-8b-commonsense-r1": (1, 2.0, 1e-3, 1000, 100_000),
-    "paper/llama3-8b-commonsense-r8": (8, 16.0, 1e-2, 2000, 80_000),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_the_papers_settings_are_the_published_ones(name: str) -> None:
-    given = load_config(name, {}, [])
-    facts = DataFacts(rows=170_420, lengths=[200] * 100, model_max_length=8192)
-    config, _ = resolve(given, facts)
-    growth, training = config.growth, config.training
-    found = (growth.inner_rank, growth.alpha, growth.eps_out, growth.t_in, training.max_steps)
-    assert found == PUBLISHED[name]
-    assert (training.learning_rate, training.micro_batch * training.grad_accum, config.data.max_length) == (
-        1e-4,
-        32,
-        256,
-    )
-    assert (growth.check_every, growth.eps_in, growth.dropout) == (10, 0.1, 0.1)
-    assert (growth.warmup, growth.restart_warmup, growth.min_lr_ratio) == (100, 50, 0.1)
-    assert growth.target_modules == ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-    assert (training.weight_decay, training.max_grad_norm) == (0.0, 1.0)
-    # The numbers are written out, not left to a preset that may change; the preset gives the same.
-    for key in ("inner_rank", "alpha", "eps_out", "t_in", "check_every", "eps_in", "dropout", "warmup"):
-        assert getattr(given.growth, key) is not None
-    bare = load_config(None, {}, ["growth.preset=paper", f"growth.inner_rank={growth.inner_rank}"])
-    preset, _ = resolve(bare, facts)
-    assert preset.growth == growth
-    assert preset.training.max_steps == training.max_steps
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_the_papers_settings_run(name: str, tiny_folder: Path, data_file: Path, tmp_path: Path) -> None:
-    sets = [f"model.name={tiny_folder.as_posix()}", f"data.train={data_file.as_posix()}", "training.max_steps=2"]
-    arguments = ["finetune", "--config", name, "--output", str(tmp_path / "run"), "--device", "cpu"]
-    assert main([*arguments, *(part for key in sets for part in ("--set", key)), "--set", "training.grad_accum=1"]) == 0
-    assert (tmp_path / "run" / "adapter" / "growth.json").is_file()

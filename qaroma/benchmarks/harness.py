@@ -28,6 +28,7 @@ from qaroma.runs.files import write_atomically
 
 OURS = Path(__file__).parent / "tasks"
 VERSION = 2  # of how a request becomes an answer: answers of two versions are never mixed
+_BULKY = ("doc", "arguments", "doc_hash", "prompt_hash", "target_hash")  # of a sample: its records are at hand
 SEED = 1234  # of the examples before a question, the harness's own
 
 
@@ -85,7 +86,7 @@ def run_benchmark(
         "output": results.as_posix(),
     }
     lines = [
-        json.dumps({"task": task, **sample}, default=str) + "\n"
+        json.dumps({"task": task, **{key: sample[key] for key in sample if key not in _BULKY}}) + "\n"
         for task, samples in asked["samples"].items()
         for sample in samples
     ]
@@ -109,18 +110,24 @@ def _load_tasks(names: Sequence[str], data: str | None) -> dict[str, Any]:
         )
     try:
         loaded: dict[str, Any] = manager.load(list(names))
-    except (OSError, ImportError, ValueError) as error:  # of the hub, a package that a task needs, and the network
+    except ImportError as error:
+        raise QaromaError(f"{', '.join(names)} need a package that is not installed: {_first_line(error)}") from error
+    except (OSError, ValueError) as error:  # of the hub and of what loads its records
         raise QaromaError(
-            f"the records of {', '.join(names)} cannot be had ({str(error).strip().splitlines()[0]}). The harness "
-            "fetches its tasks' records from the hub: check the network and HF_HUB_OFFLINE"
+            f"{', '.join(names)} cannot be loaded ({_first_line(error)}). The harness fetches its tasks' records from "
+            "the hub: check the network and HF_HUB_OFFLINE"
         ) from error
     unsafe = [name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
     if unsafe:
         raise QaromaError(
             f"{', '.join(unsafe)} would run code that the model writes, which qaroma does not do. Leave it out, or "
-            "export the run and score that with lm-eval itself: qaroma export RUN --to merged"
+            "export the run and score that with lm-eval itself: qaroma export RUN --format merged"
         )
     return loaded
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _configure(tasks: Iterable[Any], examples: int | None, max_new_tokens: int | None) -> None:

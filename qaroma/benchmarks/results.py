@@ -33,22 +33,15 @@ def summarise(found: Mapping[str, Any], groups: Mapping[str, Sequence[str]]) -> 
         groups: the names of each group's members.
 
     Returns:
-        ``tasks``: for each ``rows``, ``of`` (records there are), ``metrics`` (by name, as "acc,none": ``value`` and
-        ``interval``, its 95 % interval, None where the harness gives no error) and ``unparsed`` (generated texts in
-        which no answer was found, which count as wrong). ``groups``: for each its metrics' means over its tasks.
+        ``tasks``: for each ``rows``, ``of`` (records there are) and ``metrics``, by name, as "acc,none": ``value``,
+        ``interval`` (95 %; None where the harness gives no error) and ``unparsed`` (generated texts in which that
+        metric's filter found no answer; they count as wrong). ``groups``: for each its metrics' means over its tasks.
     """
     tasks = {}
     for task, samples in found["samples"].items():
-        sizes = found["n-samples"][task]
-        tasks[task] = {
-            "rows": sizes["effective"],
-            "of": sizes["original"],
-            "metrics": {
-                name: {"value": value, "interval": _interval(name, value, found["results"][task], samples)}
-                for name, value in _metrics(found["results"][task]).items()
-            },
-            "unparsed": sum(sample["filtered_resps"] == [_UNPARSED] for sample in samples),
-        }
+        results, sizes = found["results"][task], found["n-samples"][task]
+        metrics = {name: _figure(name, value, results, samples) for name, value in _metrics(results).items()}
+        tasks[task] = {"rows": sizes["effective"], "of": sizes["original"], "metrics": metrics}
     return {"tasks": tasks, "groups": {group: _metrics(found["results"].get(group, {})) for group in groups}}
 
 
@@ -57,15 +50,16 @@ def results_table(figures: Mapping[str, Any]) -> Table:
     tasks = figures["tasks"]
     cut = sum(task["rows"] < task["of"] for task in tasks.values())
     table = Table(title=str(figures["model"]), caption=f"only a part of {cut} test sets was scored" if cut else None)
-    table.add_column("task", no_wrap=True)
+    table.add_column("task", overflow="fold")
     table.add_column("rows", justify="right")
-    table.add_column("metric")
-    table.add_column("value (95 %)", justify="right")
+    table.add_column("metric", overflow="fold")
+    table.add_column("value (95 %)", justify="right", no_wrap=True)
     table.add_column("unparsed", justify="right")
     for name, task in tasks.items():
         first = (name, str(task["rows"]))
         for metric, figure in task["metrics"].items():
-            table.add_row(*first, metric.removesuffix(",none"), _shown(**figure), str(task["unparsed"] or ""))
+            shown = _shown(figure["value"], figure["interval"])
+            table.add_row(*first, metric.removesuffix(",none"), shown, str(figure["unparsed"] or ""))
             first = ("", "")
     table.add_section()
     for group, metrics in figures["groups"].items():
@@ -83,16 +77,21 @@ def _metrics(results: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _interval(
+def _figure(
     name: str, value: float, results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
-) -> list[float] | None:
-    """Wilson's of a share of right answers, else 1.96 of the harness's standard errors on both sides."""
+) -> dict[str, Any]:
+    """A metric with its interval: Wilson's of a share of right answers, else 1.96 standard errors on both sides."""
     metric, filtered = name.split(",", 1)
-    scores = [sample[metric] for sample in samples if sample["filter"] == filtered and metric in sample]
-    if scores and all(isinstance(score, (int, float)) and score in (0, 1) for score in scores):
-        return list(wilson(sum(scores), len(scores)))
+    samples = [sample for sample in samples if sample["filter"] == filtered]
+    scores = [sample[metric] for sample in samples if metric in sample]
     error = results.get(f"{metric}_stderr,{filtered}")
-    return [value - _Z95 * error, value + _Z95 * error] if isinstance(error, (int, float)) else None
+    interval = None
+    if scores and all(isinstance(score, (int, float)) and score in (0, 1) for score in scores):
+        interval = list(wilson(sum(scores), len(scores)))
+    elif isinstance(error, (int, float)):
+        interval = [value - _Z95 * error, value + _Z95 * error]
+    unparsed = sum(sample["filtered_resps"] == [_UNPARSED] for sample in samples)
+    return {"value": value, "interval": interval, "unparsed": unparsed}
 
 
 def _shown(value: float, interval: Sequence[float] | None = None) -> str:

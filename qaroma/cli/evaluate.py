@@ -41,7 +41,7 @@ def _refuse_benchmark(_: click.Context, __: click.Parameter, value: str | None) 
               "remembers.")  # fmt: skip
 @config_option("training.device", text="Where to compute.")
 @click.option("--benchmark", "--tasks", "--scorer", hidden=True, expose_value=False, is_eager=True,
-              callback=_refuse_benchmark)  # fmt: skip
+              callback=_refuse_benchmark, help="Moved to qaroma benchmark.")  # fmt: skip
 @JSON_OPTION
 def command(
     run: str,
