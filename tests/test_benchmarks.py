@@ -351,6 +351,13 @@ def test_generated_answers_are_matched_as_in_the_paper(
     assert "commonsense_boolq" in capsys.readouterr().out
 
 
+def test_long_lists_of_tasks_have_results_of_their_own() -> None:
+    short, one, other = (harness._places("run", True, [*"ab" * n, "c"], None)[1].name for n in (1, 30, 31))
+    assert short == "a+b+c.json"
+    assert one != other
+    assert len(one) == len(other) == 85
+
+
 @pytest.mark.parametrize(
     ("task", "text", "answer"),
     [

@@ -191,8 +191,8 @@ def _identity(tuned: TunedModel, run: str | None) -> dict[str, Any]:
     }
 
 
-def _digest(identity: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _quantization(model: PreTrainedModel) -> str:
@@ -210,7 +210,8 @@ def _places(model: str, is_run: bool, tasks: Sequence[str], output: str | Path |
         folder = Path(output)
     else:
         folder = Path(model) / "benchmarks" if is_run else Path("benchmarks") / _folder_name(model)
-    return folder, folder / f"{'+'.join(tasks)[:80]}.json"
+    name = "+".join(tasks)
+    return folder, folder / f"{name if len(name) <= 80 else f'{name[:63]}-{_digest(name)}'}.json"
 
 
 def _folder_name(model: str) -> str:
