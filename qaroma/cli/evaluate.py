@@ -8,6 +8,7 @@ import click
 
 from qaroma.cli.options import config_option
 from qaroma.cli.output import JSON_OPTION, figures_only, write_figures
+from qaroma.cli.run_arguments import BASE_OPTION, RUN_ARGUMENT
 from qaroma.config.load import parse_source
 from qaroma.errors import QaromaError
 
@@ -28,7 +29,7 @@ def _refuse_benchmark(_: click.Context, __: click.Parameter, value: str | None) 
 
 
 @click.command(epilog=_EPILOG)
-@click.argument("run")
+@RUN_ARGUMENT
 @click.option("--data", required=True, multiple=True, metavar="PATH[:WEIGHT]",
               help="File, folder or hub id whose answers are known. Repeatable.")  # fmt: skip
 @click.option(
@@ -37,8 +38,7 @@ def _refuse_benchmark(_: click.Context, __: click.Parameter, value: str | None) 
 @config_option("data.format")
 @config_option("data.skip_bad_rows")
 @config_option("evaluation.max_new_tokens", text="Longest answer; default: follows the longest expected one.")
-@click.option("--base", metavar="MODEL", help="Base model, where it is no longer found under the name that the run "
-              "remembers.")  # fmt: skip
+@BASE_OPTION
 @config_option("training.device", text="Where to compute.")
 @click.option("--benchmark", "--tasks", "--scorer", hidden=True, expose_value=False, is_eager=True,
               callback=_refuse_benchmark, help="Moved to qaroma benchmark.")  # fmt: skip

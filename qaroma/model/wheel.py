@@ -19,8 +19,6 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from qaroma.errors import QaromaError
 
 _STALE_SECONDS = 24 * 3600
@@ -192,6 +190,7 @@ def _convert(gguf: Path, folder: Path, model: WheelModel) -> None:
     instruct model's end of turn, which is what generation must stop at.
     """
     import torch
+    from rich.console import Console
     from transformers import AutoConfig, GenerationConfig
 
     from qaroma.model.gguf import load_gguf, load_gguf_tokenizer
