@@ -18,6 +18,40 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# What the tests' tokenizer is trained on: words that their rows use, some prose and some code.
+TEXT = '''
+The module keeps the state of a run, and the run keeps the state of every module.
+A question has an answer, and the answer to a question is a word or a number.
+count one and it is one; count two and it is two; count the letters of a word, and it is done.
+What is the colour of the sea? It is blue where it is deep, and green where it is not.
+How many steps are there in a day? There are as many steps as there are stones on the way to the mill.
+The river comes from the hills, turns the wheel of the mill, and goes on to the sea.
+In the morning the miller counts the sacks that stand at the door, and writes the number in a book.
+In the evening he counts them again; where the number is not the same, he asks who has taken one.
+The first sentence of a text says what it is about, the others say why, and the last one says what follows.
+Something that is measured can be compared, and something that is compared can be said to be better or worse.
+An instruction tells what to do, an input what to do it with, and an output what has come of it.
+the same text or other words, the left and the right, the first and the second, the old and the new
+
+class Module:
+    def __init__(self, name: str, state: dict[str, float]) -> None:
+        self.name, self.state = name, state
+
+    def forward(self, values: list[float]) -> list[float]:
+        """Return what the module makes of the values."""
+        if not self.state:
+            return values
+        return [self.state[self.name] * value for value in values]
+
+    def count(self) -> int:
+        return len(self.state)
+
+def test(module: Module, inputs: list[float], outputs: list[float]) -> bool:
+    for value, output in zip(module.forward(inputs), outputs, strict=True):
+        if abs(value - output) > 1e-6:
+            return False
+    return True
+'''
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -42,8 +76,7 @@ def tokenizer():
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    text = (Path(__file__).parent.parent / "qaroma" / "method" / "growth.py").read_text(encoding="utf-8")
-    raw.train_from_iterator(text.splitlines(), trainer)
+    raw.train_from_iterator(TEXT.splitlines(), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
     )

@@ -1,9 +1,10 @@
-"""The commonsense benchmark: its records, both scorers, resumption, figures, and the paper's configurations."""
+"""Benchmarks: requests and scores of the harness equal naive ones, both kinds of task, resumption, figures."""
 
 from __future__ import annotations
 
 import gzip
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +16,28 @@ from rich.console import Console
 from test_training import make_config
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qaroma.benchmarks import likelihood, scorers
-from qaroma.benchmarks.commonsense import TASKS, chosen_tasks, extract, read_tasks
-from qaroma.benchmarks.likelihood import Choice, encode_choice, score_choices
-from qaroma.benchmarks.progress import ScoreFile
-from qaroma.benchmarks.results import results_table, summarise, wilson
 from qaroma.cli import main
-from qaroma.config.load import load_config
-from qaroma.config.presets import DataFacts, resolve
 from qaroma.data.encode import encode_rows
 from qaroma.data.forms import Message
 from qaroma.data.sources import Row
 from qaroma.data.templates import Template
-from qaroma.engine.loss import LMHead
 from qaroma.errors import QaromaError
 from qaroma.inference.open import TunedModel, open_base
 from qaroma.training.finetune import finetune
 
+pytest.importorskip("lm_eval", reason="the extra bench is not installed")
+
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+
+from qaroma.benchmarks import harness
+from qaroma.benchmarks.commonsense import read
+from qaroma.benchmarks.model import HarnessModel, encode_answer
+from qaroma.benchmarks.results import results_table, summarise, wilson
+
 QUIET = Console(quiet=True)
 OUTPUTS = ["the correct answer is answer1", "the correct answer is answer2", "answer1", "answer1 and more of it", "no"]
+TASKS = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Challenge", "ARC-Easy", "openbookqa")
 
 
 def record(question: str, answer: str, candidates: str) -> dict[str, str]:
@@ -77,56 +81,41 @@ def naive(model: Any, prompt: list[int], answer: list[int]) -> float:
 # Records
 
 
-def test_the_first_match_of_the_papers_pattern_counts() -> None:
-    assert extract("boolq", " it is not true but false") == "true"
-    assert extract("piqa", "the correct answer is solution2") == "solution2"
-    assert extract("ARC-Easy", "answer5, answer1") == "answer5"
-    assert extract("social_i_qa", "answer12") == "answer1"
-    assert extract("hellaswag", "ending5 Ending4") is None
-    assert extract("winogrande", "") is None
-
-
-def test_records_are_read_compressed_or_not(folder: Path, tmp_path: Path) -> None:
-    boolq, easy = read_tasks(folder, ["boolq", "ARC-Easy"], rows=4)
-    assert (boolq.size, len(boolq.questions), easy.size, len(easy.questions)) == (10, 4, 7, 4)
-    first = easy.questions[1]
-    assert (first.row, first.answer, first.candidates) == (1, "answer2", ("answer1", "answer2", "answer3", "answer4"))
-    assert first.outputs[2] == "the correct answer is answer3"
-    assert first.turns[-1] == Message("assistant", "the correct answer is answer2")
-    (tmp_path / "ARC-Easy").mkdir()
-    plain = gzip.decompress((folder / "ARC-Easy" / "test.json.gz").read_bytes())
-    (tmp_path / "ARC-Easy" / "test.json").write_bytes(plain)
-    assert read_tasks(tmp_path, ["ARC-Easy"])[0].digest == easy.digest
-    (tmp_path / "ARC-Easy" / "test.json").write_bytes(plain.replace(b"word 6", b"word 7"))
-    assert read_tasks(tmp_path, ["ARC-Easy"], rows=2)[0].digest != easy.digest
+def test_records_are_read_compressed_or_not(folder: Path) -> None:
+    boolq, easy = (read(task, str(folder))["test"] for task in ("boolq", "ARC-Easy"))
+    assert (len(boolq), len(easy)) == (10, 7)
+    assert easy[1] == {
+        "question": "Please choose: word 1word 1\n\nAnswer format: answer1/answer2/answer3/answer4",
+        "choices": ["answer1", "answer2", "answer3", "answer4"],
+        "answer": "answer2",
+        "gold": 1,
+        "outputs": [f"the correct answer is answer{n}" for n in (1, 2, 3, 4)],
+    }
 
 
 @pytest.mark.skipif(not (SHARED_DATA / "commonsense").is_dir(), reason="the real test sets are not on this machine")
 def test_the_real_test_sets_are_whole() -> None:
-    sets = read_tasks(SHARED_DATA / "commonsense", TASKS)
-    assert [task.size for task in sets] == [3270, 1838, 1954, 10042, 1267, 1172, 2376, 500]
+    sets = [read(task, str(SHARED_DATA / "commonsense"))["test"] for task in TASKS]
+    assert [len(documents) for documents in sets] == [3270, 1838, 1954, 10042, 1267, 1172, 2376, 500]
     # Some questions of ARC have three answers and some five.
-    assert {len(question.candidates) for question in sets[5].questions} == {3, 4, 5}
-    assert all(q.outputs[q.candidates.index(q.answer)] == q.turns[-1].content for q in sets[3].questions)
+    assert {len(choices) for choices in sets[5]["choices"]} == {3, 4, 5}
 
 
 def test_what_is_missing_is_named_with_where_to_get_it(folder: Path, tmp_path: Path) -> None:
     fetch = r"git clone https://github.com/AGI-Edgerunners/LLM-Adapters, then --data LLM-Adapters/dataset"
     with pytest.raises(QaromaError, match=f"no folder.*{fetch}"):
-        read_tasks(tmp_path / "nowhere", TASKS)
-    with pytest.raises(QaromaError, match=f"piqa/test.json.*{fetch}, or leave them out with --tasks boolq,ARC-Easy"):
-        read_tasks(folder, TASKS)
-    assert chosen_tasks("arc-easy, boolq,boolq") == ("ARC-Easy", "boolq")
-    assert chosen_tasks(None) == TASKS
-    for text in ("boolq,bolq", ","):
-        with pytest.raises(QaromaError, match="expected some of boolq,piqa"):
-            chosen_tasks(text)
+        read("boolq", str(tmp_path / "nowhere"))
+    with pytest.raises(QaromaError, match=f"lacks piqa/test.json.*it holds ARC-Easy, boolq, which --tasks.*{fetch}"):
+        read("piqa", str(folder))
+    with pytest.raises(QaromaError, match=f"need LLM-Adapters' test sets.*{fetch}"):
+        read("piqa")
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"answer": "maybe", "output": "the correct answer is maybe"}, "'maybe' is none of true/false"),
+        ({"instruction": "Is it?"}, "'true' is none of an Answer format"),
         ({"output": "yes"}, "does not end with the field 'answer'"),
         ({"answer": 1}, "does not end with the field 'answer'"),
         ({"instruction": " "}, "the field 'instruction' is missing or blank"),
@@ -137,10 +126,10 @@ def test_a_record_of_another_kind_is_refused_with_its_place(change: dict, said: 
     good = record("x", "true", "true/false")
     (tmp_path / "boolq" / "test.json").write_text(json.dumps([good, {**good, **change}]), encoding="utf-8")
     with pytest.raises(QaromaError, match=rf"test\.json:2: .*{said}"):
-        read_tasks(tmp_path, ["boolq"])
+        read("boolq", str(tmp_path))
 
 
-# Likelihood
+# Requests
 
 
 TOKENIZERS = {
@@ -153,94 +142,86 @@ TOKENIZERS = {
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_candidates_are_tokenised_as_training_does(name: str) -> None:
-    tokenizer = TOKENIZERS[name]
-    template = Template.choose(tokenizer)
+def test_requests_are_tokenised_as_training_does(name: str) -> None:
+    model = HarnessModel(tuned(TOKENIZERS[name]), batch_size=2)
     for output in OUTPUTS:
         row = Row({"instruction": "Which?", "input": "é: ", "output": output}, "f", 1)
-        (example,) = encode_rows([row], tokenizer, template).examples
-        choice = encode_choice(tokenizer, template, example.conversation, [output, "other"])
+        (example,) = encode_rows([row], model.tokenizer, model.template).examples
+        context = model.apply_chat_template([{"role": "user", "content": example.conversation[0].content}])
+        prompt, answer = model._encode_pair(context, output)
         trained = [token for token in example.labels if token != -100]
-        assert choice.prompt == example.input_ids[: len(example.input_ids) - len(trained)]
-        assert choice.answers[0] == trained[: len(choice.answers[0])]
+        assert prompt == example.input_ids[: len(example.input_ids) - len(trained)]
+        assert answer == trained[: len(answer)]
         # All that is left out is the end of the turn.
-        assert tokenizer.decode(trained[len(choice.answers[0]) :]).strip() == template.turn_end.strip()
+        assert model.tokenizer.decode(trained[len(answer) :]).strip() == model.template.turn_end.strip()
+        # Generation begins from the same tokens.
+        assert model.tok_batch_encode([context])[0].tolist() == [prompt]
 
 
-def test_a_candidate_that_would_join_the_prompt_keeps_it_whole() -> None:
+def test_an_answer_that_would_join_the_prompt_keeps_it_whole() -> None:
     tokenizer = TOKENIZERS["bytes"]
     template = Template.choose(tokenizer, "none")
     prompt, joined = (tokenizer(text).input_ids for text in ("the ans", "the answer"))
     assert joined[: len(prompt)] != prompt
-    choice = encode_choice(tokenizer, template, [Message("user", "the ans")], ["wer", " is"])
+    found, answer = encode_answer(tokenizer, template, [Message("user", "the ans")], "wer")
     row = Row({"instruction": "the ans", "output": "wer"}, "f", 1)
     (example,) = encode_rows([row], tokenizer, template).examples
-    assert choice.prompt == prompt
-    assert example.input_ids[:-1] == prompt + choice.answers[0]
-    assert tokenizer.decode(choice.answers[0]) == "wer"
+    assert found == prompt
+    assert example.input_ids[:-1] == prompt + answer
+    assert tokenizer.decode(answer) == "wer"
+
+
+def test_a_begun_answer_goes_on_and_a_refusal_is_a_sentence() -> None:
+    model = HarnessModel(tuned(TOKENIZERS["bos"]), batch_size=2)
+    question = {"role": "user", "content": "Which?"}
+    whole = model.apply_chat_template([question])
+    begun = model.apply_chat_template([question, {"role": "assistant", "content": "It is"}], False)
+    assert begun == whole + "It is"
+    with pytest.raises(QaromaError, match=r"refuses the conversation.*--no-template"):
+        model.apply_chat_template([question, question])
 
 
 @pytest.mark.parametrize("name", ["bytes", "sentencepiece"])
 @pytest.mark.parametrize("batch", [1, 4])
-def test_scores_equal_the_naive_ones_in_any_batch(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(likelihood, "LOGIT_BYTES", 4 * len(TOKENIZERS[name]) * 3)  # three positions at a time
-    model = tuned(TOKENIZERS[name])
-    turns = [[Message("user", "why " * n)] for n in (5, 1, 9, 2, 3, 3)]
-    choices = [encode_choice(model.tokenizer, model.template, t, OUTPUTS) for t in turns]
-    head = LMHead(model.model)
-    scores: list[list[float]] = []
-    for start in range(0, len(choices), batch):
-        scores += score_choices(model.model, choices[start : start + batch], head)
-    for choice, got in zip(choices, scores, strict=True):
-        expected = [naive(model.model, choice.prompt, answer) for answer in choice.answers]
-        assert got == pytest.approx(expected, rel=1e-4)
-    assert len({round(score, 3) for row in scores for score in row}) == 6 * 5 - 5, "only the equal questions are equal"
+def test_likelihoods_equal_the_naive_ones_in_any_batch(name: str, batch: int) -> None:
+    model = HarnessModel(tuned(TOKENIZERS[name]), batch_size=batch)
+    contexts = [model.apply_chat_template([{"role": "user", "content": "why " * n}]) for n in (5, 1, 9, 2, 3, 3)]
+    pairs = [(context, output) for context in contexts for output in OUTPUTS]
+    found = model.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs])
+    expected = [naive(model.model, *model._encode_pair(*pair)) for pair in pairs]
+    assert [score for score, _ in found] == pytest.approx(expected, rel=1e-4)
+    assert len({round(score, 3) for score, _ in found}) == 6 * 5 - 5, "only the equal questions are equal"
 
 
-def test_candidates_that_begin_alike_share_a_row_and_its_logits() -> None:
-    model = tuned(TOKENIZERS["bytes"]).model
-    choices = [Choice([5, 6, 7], ([1, 2], [1, 3], [1, 4])), Choice([8, 9], ([1], [1, 2, 3], [4, 5]))]
-    seen: dict[str, list[int]] = {"rows": [], "positions": []}
-    head = LMHead(model)
-    logits = head.logits
-
-    def watched(hidden_CD: torch.Tensor) -> torch.Tensor:
-        seen["positions"].append(hidden_CD.shape[0])
-        return logits(hidden_CD)
-
-    head.logits = watched  # type: ignore[method-assign]
-    hook = model.model.register_forward_pre_hook(
-        lambda _, __, named: seen["rows"].append(len(named["input_ids"])), with_kwargs=True
-    )
-    scores = score_choices(model, choices, head)
-    hook.remove()
-    assert seen == {"rows": [3], "positions": [2 + 3 + 2]}  # not 6 rows, and not 3 x 4 positions
-    for choice, got in zip(choices, scores, strict=True):
-        assert got == pytest.approx([naive(model, choice.prompt, answer) for answer in choice.answers], rel=1e-4)
-
-
-def test_a_bf16_model_has_its_logits_in_fp32() -> None:
+def test_logits_are_made_in_fp32_and_only_where_something_scores() -> None:
     """Rounded to bf16, many of them would be equal, and the first candidate would win for no reason."""
-    model = tuned(TOKENIZERS["bytes"]).model.bfloat16()
-    choice = Choice(list(range(9)), tuple([token] for token in range(40, 240)))
-    (scores,) = score_choices(model, [choice], LMHead(model))
+    opened = tuned(TOKENIZERS["bytes"])
+    opened.model.bfloat16()
+    model = HarnessModel(opened, batch_size=4)
+    rows = [([5, 6, 7], [1, 2]), ([8, 9, 4, 3], [1, 2, 3]), ([8, 0, 0], [0, 4])]
+    shapes = []
+    made = model._head.logits
+    model._head.logits = lambda hidden: shapes.append(hidden.shape[0]) or made(hidden)  # type: ignore[method-assign]
+    found = model._loglikelihood_tokens([(None, *row) for row in rows])
+    # Rows of 6, 4 and 4 tokens, the last of which ends with two zeros: 5 positions of 6 may score.
+    assert shapes == [3 * 6]
     with torch.no_grad():
-        hidden = model.model(torch.tensor([choice.prompt])).last_hidden_state[0, -1].float()
-    expected = (model.lm_head.weight.float() @ hidden).log_softmax(0)[40:240]
-    assert scores == pytest.approx(expected.tolist(), rel=1e-5)
-    assert len(set(scores)) > 195
-    assert len(set(expected.bfloat16().tolist())) < 150
+        for (prompt, answer), (score, _) in zip(rows, found, strict=True):
+            hidden = opened.model.model(torch.tensor([prompt + answer])).last_hidden_state[0].float()
+            logits = (hidden @ opened.model.lm_head.weight.float().T).log_softmax(1)
+            places = range(len(prompt) - 1, len(prompt + answer) - 1)
+            assert score == pytest.approx(
+                sum(float(logits[p, t]) for p, t in zip(places, answer, strict=True)), rel=0.02
+            )
+    assert {made(hidden[:1]).dtype for _ in rows} == {torch.float32}
 
 
-def test_both_likelihoods_are_kept_and_may_differ(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    model = tuned(TOKENIZERS["bytes"])
-    monkeypatch.setattr(scorers, "score_choices", lambda *_: [[-3.0, -4.0]])
-    scorer = scorers.Likelihood(model.model, model.tokenizer, model.template)
-    (question,) = read_tasks(folder, ["boolq"], rows=1)[0].questions
-    (scored,) = scorer.score("boolq", [scorers.Item(question, Choice([1], ([1, 2], [1, 2, 3])))])
-    assert (scored["predicted"], scored["predicted_per_token"]) == ("true", "false")
-    assert scored["scores"] == {"true": -3.0, "false": -4.0}
-    assert scored["tokens"] == [2, 3]
+def test_generated_text_ends_at_the_templates_stop_token() -> None:
+    model = HarnessModel(tuned(TOKENIZERS["plain"]), batch_size=2)
+    stop = model.stops[0]
+    ids = model.tokenizer("answer1").input_ids
+    assert model.tok_decode([*ids, stop, *ids]) == "answer1"
+    assert model.model.generation_config.eos_token_id == model.stops
 
 
 # Figures
@@ -252,134 +233,204 @@ def test_wilson_intervals() -> None:
     assert wilson(10, 10) == pytest.approx((0.722467, 1.0), abs=1e-6)
 
 
-def test_the_mean_counts_each_task_once(folder: Path) -> None:
-    sets = read_tasks(folder, ["boolq", "ARC-Easy"], rows=8)
-    scored = {(t.name, q.row): {"answer": q.answer, "predicted": q.answer} for t in sets for q in t.questions}
-    for row in range(6):
-        scored["boolq", row]["predicted"] = None
-    figures = summarise(sets, scored, "generation")
-    assert figures["tasks"]["boolq"] == {
-        "rows": 8, "of": 10, "chance": 0.5, "accuracy": 0.25, "interval": list(wilson(2, 8)), "unparsed": 6,
+def found(name: str, scores: list[float], results: dict[str, Any], filtered: Any = "x") -> dict[str, Any]:
+    """What the harness returns for one task "a" with a metric."""
+    samples = [{"filter": "none", name: score, "filtered_resps": [filtered]} for score in scores]
+    return {
+        "samples": {"a": samples},
+        "n-samples": {"a": {"original": 20, "effective": len(scores)}},
+        "results": {"a": {"alias": "a", "sample_len": 3, **results}},
+    }
+
+
+def test_figures_have_an_interval_that_fits_them() -> None:
+    share = summarise(found("acc", [1.0, 0.0], {"acc,none": 0.5, "acc_stderr,none": 0.3}, "[invalid]"), {})
+    assert share["tasks"]["a"] == {
+        "rows": 2, "of": 20,
+        "metrics": {"acc,none": {"value": 0.5, "interval": list(wilson(1, 2)), "unparsed": 2}},
     }  # fmt: skip
-    assert figures["tasks"]["ARC-Easy"]["accuracy"] == 1.0
-    assert figures["mean_accuracy"] == 0.625
-    table = results_table({**figures, "scorer": "generation", "model": "m"})
+    mean = summarise(found("f1", [0.2, 0.6], {"f1,none": 0.4, "f1_stderr,none": 0.1}), {})
+    assert mean["tasks"]["a"]["metrics"]["f1,none"]["interval"] == pytest.approx([0.204, 0.596], abs=1e-3)
+    bare = summarise(found("ppl", [3.0], {"ppl,none": 20.0, "ppl_stderr,none": "N/A"}), {"g": ["a"]})
+    assert bare["tasks"]["a"]["metrics"] == {"ppl,none": {"value": 20.0, "interval": None, "unparsed": 0}}
+    table = results_table({**share, "model": "m"})
     assert table.caption == "only a part of 1 test sets was scored"
-    assert table.row_count == 3
+    assert list(table.columns[3].cells) == ["50.00  (9.5 - 90.5)"]
+    assert list(results_table({**bare, "model": "m"}).columns[3].cells) == ["20.00"]
 
 
 # The command
 
 
-def evaluate(folder: Path, *arguments: str) -> int:
-    return main(["evaluate", "--benchmark", "commonsense", "--data", str(folder), "--device", "cpu", *arguments])
+def benchmark(folder: Path, *arguments: str) -> int:
+    return main(["benchmark", "--data", str(folder), "--device", "cpu", *arguments])
 
 
 def figures_of(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     capsys.readouterr()
-    assert evaluate(folder, "--json", *arguments) == 0
+    assert benchmark(folder, "--json", *arguments) == 0
     return json.loads(capsys.readouterr().out)
 
 
-TWO = ("--tasks", "boolq,ARC-Easy")
+BOTH = "commonsense_boolq,commonsense_likelihood_arc_easy"
 
 
-@pytest.mark.parametrize("scorer", scorers.SCORERS)
 def test_a_base_is_scored_alike_in_any_batch(
-    scorer: str, folder: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    common = ["--base", str(tiny_folder), *TWO, "--scorer", scorer, "--quantization", "none"]
+    common = ["--base", str(tiny_folder), "--tasks", BOTH, "--quantization", "none"]
     one = figures_of(folder, capsys, *common, "--batch-size", "1", "--output", str(tmp_path / "one"))
     four = figures_of(folder, capsys, *common, "--batch-size", "4", "--output", str(tmp_path / "sub" / "four.json"))
     assert {**one, "output": ""} == {**four, "output": ""}
-    assert json.loads((tmp_path / "one" / "results.json").read_text()) == one
+    assert json.loads(Path(one["output"]).read_text()) == one
     assert json.loads((tmp_path / "sub" / "four.json").read_text()) == four
-    assert (tmp_path / "sub" / "four.jsonl").is_file()
-    assert set(one["tasks"]) == {"boolq", "ARC-Easy"}
-    assert one["quantization"] == "none"
+    answers = [json.loads(line) for line in (tmp_path / "sub" / "four.jsonl").read_text().splitlines()]
+    assert [line["task"] for line in answers] == ["commonsense_boolq"] * 10 + ["commonsense_likelihood_arc_easy"] * 7
+    assert set(one["tasks"]) == set(BOTH.split(","))
+    assert (one["quantization"], one["template"]) == ("none", "chat")
 
 
 def test_an_interrupted_benchmark_goes_on(
     folder: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    common = ["--base", str(tiny_folder), *TWO, "--scorer", "likelihood", "--batch-size", "3"]
+    common = ["--base", str(tiny_folder), "--tasks", "commonsense_likelihood_arc_easy", "--batch-size", "3"]
     whole = figures_of(folder, capsys, *common, "--output", str(tmp_path / "whole"))
-    real, calls = scorers.Likelihood.score, []
+    real, calls = HarnessModel._model_call, []
 
-    def counted(self: Any, task: str, items: Any) -> Any:
-        calls.append(len(items))
-        if len(calls) == 3:
+    def counted(self: Any, inps: torch.Tensor) -> torch.Tensor:
+        calls.append(len(inps))
+        if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(self, task, items)
+        return real(self, inps)
 
-    monkeypatch.setattr(scorers.Likelihood, "score", counted)
-    assert evaluate(folder, *common, "--output", str(tmp_path / "cut")) == 130
+    monkeypatch.setattr(HarnessModel, "_model_call", counted)
+    assert benchmark(folder, *common, "--output", str(tmp_path / "cut")) == 130
     assert "type the same command to go on" in capsys.readouterr().err
-    scores = tmp_path / "cut" / "scores.jsonl"
-    assert len(scores.read_text().splitlines()) == 1 + 2 + 6  # header, two tasks, two batches
-    assert not (tmp_path / "cut" / "results.json").exists()
-    with scores.open("a") as file:
-        file.write('{"task": "boolq", "row": 9, "ans')  # as a kill leaves it
+    assert [path.suffix for path in (tmp_path / "cut").iterdir()] == [".db"]
     calls += [0]
     resumed = figures_of(folder, capsys, *common, "--output", str(tmp_path / "cut"))
-    assert calls[4:] == [3, 1, 3, 3, 1]
+    assert calls[:2] == [3, 3]
+    assert sum(calls[3:]) == 7 - 3, "what was answered before is not asked again"
     assert {**resumed, "output": ""} == {**whole, "output": ""}
-    lines = [json.loads(line) for line in scores.read_text().splitlines()]
-    assert len(lines) == 1 + 2 + 17
+    asked = list(calls)
     assert figures_of(folder, capsys, *common, "--output", str(tmp_path / "cut")) == resumed
-    assert calls[4:] == [3, 1, 3, 3, 1], "nothing is scored twice"
+    assert calls == asked
 
 
-def test_more_rows_and_tasks_go_on_and_anything_else_is_refused(
+def test_answers_of_another_model_are_not_taken(
     folder: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    common = ["--base", str(tiny_folder), "--scorer", "likelihood"]
-    few = figures_of(folder, capsys, *common, "--tasks", "boolq", "--rows", "4")
-    assert few["output"] == "benchmarks/tiny-llama/commonsense-likelihood/results.json"
-    assert figures_of(folder, capsys, *common, *TWO)["tasks"]["boolq"]["rows"] == 10
-    assert figures_of(folder, capsys, *common, "--tasks", "boolq", "--rows", "4") == few
-    assert evaluate(folder, *common, *TWO, "--quantization", "none") == 2
-    told = capsys.readouterr().err
-    assert "holds scores of something else: quantisation nf4-double, now none" in told
-    assert "Type --output with another folder, or delete" in told
-    changed = tmp_path / "changed"
-    (changed / "boolq").mkdir(parents=True)
-    (changed / "boolq" / "test.json").write_text(json.dumps([record("z", "true", "true/false")]), encoding="utf-8")
-    assert evaluate(changed, *common, "--tasks", "boolq") == 2
-    assert "another test set of boolq" in capsys.readouterr().err
+    common = ["--base", str(tiny_folder), "--tasks", "commonsense_likelihood_boolq", "--rows", "2"]
+    figures = figures_of(folder, capsys, *common)
+    assert figures["output"] == "benchmarks/tiny-llama/commonsense_likelihood_boolq.json"
+    assert figures["tasks"]["commonsense_likelihood_boolq"]["rows"] == 2
+    assert figures_of(folder, capsys, *common, "--quantization", "none")["quantization"] == "none"
+    assert len(list((tmp_path / "benchmarks" / "tiny-llama").glob("answers-*.db"))) == 2
 
 
-@pytest.mark.parametrize("text", ["not JSON\n", '{"instruction": "mine"}\n', "[1, 2]\n", ""])
-def test_a_file_of_something_else_is_left_as_it_is(text: str, tmp_path: Path) -> None:
-    file = tmp_path / "mine.jsonl"
-    file.write_text(text, encoding="utf-8")
-    with pytest.raises(QaromaError, match="is not a file of benchmark scores; choose another --output"):
-        ScoreFile(file, {"scorer": "likelihood"})
-    assert file.read_text(encoding="utf-8") == text
-
-
-def test_generated_answers_are_matched_and_the_rest_counted(
+def test_generated_answers_are_matched_as_in_the_paper(
     folder: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: list[dict[str, Any]] = []
+    said = ["it is true, not false", "True", " false", ""]
+    given = []
 
-    def said(model: Any, tokenizer: Any, template: Any, conversations: Any, **options: Any) -> list[str]:
-        given.append(options)
-        return ["True." if "0" in turns[0].content else "it is true, not false" for turns in conversations]
+    def generated(self: Any, requests: Any) -> list[str]:
+        given.extend(request.args for request in requests)
+        return [said[number % 4] for number in range(len(requests))]
 
-    monkeypatch.setattr(scorers, "generate", said)
-    figures = figures_of(
-        folder, capsys, "--base", str(tiny_folder), "--tasks", "boolq", "--output", str(tmp_path), "--batch-size", "8"
-    )
-    assert figures["tasks"]["boolq"]["unparsed"] == 1
-    assert figures["tasks"]["boolq"]["accuracy"] == 0.4
-    assert [options["batch_size"] for options in given] == [8, 2]
-    assert {options["max_new_tokens"] for options in given} == {32}
-    assert evaluate(folder, "--base", str(tiny_folder), "--tasks", "boolq", "--output", str(tmp_path)) == 0
-    out = capsys.readouterr().out
-    assert "commonsense, generation: " in out
-    assert "40.00" in out
+    monkeypatch.setattr(HarnessModel, "generate_until", generated)
+    arguments = ["--base", str(tiny_folder), "--tasks", "commonsense_boolq", "--output", str(tmp_path)]
+    task = figures_of(folder, capsys, *arguments, "--rows", "8")["tasks"]["commonsense_boolq"]
+    # Right are the answers to 0 and 4 (true); to 2 and 6 (true) false was said, to the others nothing.
+    figure = task["metrics"]["exact_match,first_match"]
+    assert (figure["value"], figure["unparsed"]) == (0.25, 4)
+    assert {options["max_gen_toks"] for _, options in given} == {32}
+    assert benchmark(folder, *arguments, "--max-new-tokens", "5") == 0
+    assert given[-1][1]["max_gen_toks"] == 5
+    assert "commonsense_boolq" in capsys.readouterr().out
+
+
+def test_long_lists_of_tasks_have_results_of_their_own() -> None:
+    short, one, other = (harness._places("run", True, [*"ab" * n, "c"], None)[1].name for n in (1, 30, 31))
+    assert short == "a+b+c.json"
+    assert one != other
+    assert len(one) == len(other) == 85
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "answer"),
+    [
+        ("commonsense_piqa", "the correct answer is solution2", "solution2"),
+        ("commonsense_arc_easy", "answer5, answer1", "answer5"),
+        ("commonsense_social_i_qa", "answer12", "answer1"),
+        ("commonsense_hellaswag", "ending5 Ending4", "[invalid]"),
+        ("commonsense_winogrande", "", "[invalid]"),
+    ],
+)
+def test_the_first_match_of_the_papers_pattern_counts(task: str, text: str, answer: str, tmp_path: Path) -> None:
+    for name in TASKS:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.json").write_text(json.dumps([record("x", "yes", "yes/no")]), encoding="utf-8")
+    (loaded,) = harness._load_tasks([task], str(tmp_path))["tasks"].values()
+    loaded.set_config("num_fewshot", 0)
+    loaded.build_all_requests()
+    loaded.instances[0].resps.append(text)
+    loaded.apply_filters()
+    assert loaded.instances[0].filtered_resps == {"first_match": answer}
+
+
+def test_both_groups_hold_the_eight_tasks_and_have_a_mean(tmp_path: Path) -> None:
+    for name in TASKS:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.json").write_text(json.dumps([record("x", "yes", "yes/no")]), encoding="utf-8")
+    chosen = harness._load_tasks(["commonsense", "commonsense_likelihood"], str(tmp_path))
+    lower = [name.lower().replace("-", "_") for name in TASKS]
+    assert chosen["group_map"] == {
+        kind: [f"{kind}_{name}" for name in lower] for kind in ("commonsense", "commonsense_likelihood")
+    }
+    values = {
+        f"commonsense_{name}": {"exact_match,first_match": n / 8, "sample_len": n + 1} for n, name in enumerate(lower)
+    }
+    assert chosen["groups"]["commonsense"].aggregate(values)["exact_match,first_match"] == 3.5 / 8
+
+
+def test_examples_before_a_question_are_turns_of_the_conversation(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task as the harness has them: records from a file, its own delimiter, two filters of one metric."""
+    records = [{"q": f"what is {n}", "a": str(n)} for n in range(6)]
+    (tmp_path / "rows.json").write_text(json.dumps(records), encoding="utf-8")
+    task = {
+        "task": "sums", "dataset_path": "json",
+        "dataset_kwargs": {"data_files": str(tmp_path / "rows.json"), "cache_dir": str(tmp_path / "cache")},
+        "test_split": "train", "fewshot_split": "train", "output_type": "generate_until",
+        "doc_to_text": "Q: {{q}}\nA:", "doc_to_target": "{{a}}", "generation_kwargs": {"until": ["Q:"]},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "filter_list": [
+            {"name": name, "filter": [{"function": "regex", "regex_pattern": pattern}, {"function": "take_first"}]}
+            for name, pattern in {"any": "[0-9]", "none_of": "x"}.items()
+        ],
+    }  # fmt: skip
+    (tmp_path / "sums.yaml").write_text(json.dumps(task), encoding="utf-8")
+    monkeypatch.setattr(harness, "OURS", tmp_path)
+    asked = []
+
+    def generated(self: Any, requests: Any) -> list[str]:
+        asked.extend(request.args[0] for request in requests)
+        return ["it is 1" for _ in requests]
+
+    monkeypatch.setattr(HarnessModel, "generate_until", generated)
+    common = ["--base", str(tiny_folder), "--tasks", "sums", "--rows", "3", "--examples", "2"]
+    metrics = figures_of(tmp_path, capsys, *common, "--output", str(tmp_path / "out"))["tasks"]["sums"]["metrics"]
+    assert metrics["exact_match,any"] == {"value": pytest.approx(1 / 3), "interval": list(wilson(1, 3)), "unparsed": 0}
+    assert metrics["exact_match,none_of"]["unparsed"] == 3
+    chat = asked[0]
+    figures_of(tmp_path, capsys, *common, "--no-template", "--output", str(tmp_path / "out"))
+    raw = asked[3]
+    assert (chat.count("<|im_start|>user"), chat.count("<|im_start|>assistant")) == (3, 3)
+    assert raw.count("\nA:") == 3
+    assert "<|im_start|>" not in raw
 
 
 def test_a_run_is_scored_with_its_adapter(
@@ -389,88 +440,65 @@ def test_a_run_is_scored_with_its_adapter(
     data = tmp_path / "train.json"
     data.write_text(json.dumps([record(f"word {n}", "answer3", "answer1/answer2/answer3") for n in range(40)]))
     finetune(make_config(tiny_folder, data, run, training__max_steps=40), console=QUIET)
-    arguments = ["--scorer", "likelihood", "--tasks", "ARC-Easy"]
-    figures = figures_of(folder, capsys, str(run), *arguments)
-    assert figures["output"] == (run / "benchmarks" / "commonsense-likelihood" / "results.json").as_posix()
-    lines = [json.loads(line) for line in (run / "benchmarks/commonsense-likelihood/scores.jsonl").open()]
-    assert {line["predicted"] for line in lines[2:]} == {"answer3"}, "what it was trained to say"
-    base = figures_of(folder, capsys, "--base", str(tiny_folder), *arguments, "--output", str(tmp_path / "base"))
-    assert base["quantization"] == figures["quantization"] == "nf4-double"
-    assert json.loads((tmp_path / "base" / "scores.jsonl").open().readline())["base"] == lines[0]["base"]
-    assert evaluate(folder, str(run / "adapter_last"), *arguments, "--output", str(tmp_path / "base")) == 2
-    assert "adapter None, now " in capsys.readouterr().err
+    task = "commonsense_likelihood_arc_easy"
+    figures = figures_of(folder, capsys, str(run), "--tasks", task)
+    assert figures["output"] == (run / "benchmarks" / f"{task}.json").as_posix()
+    lines = [json.loads(line) for line in (run / "benchmarks" / f"{task}.jsonl").open()]
+    chosen = {max(range(4), key=lambda n: line["filtered_resps"][n][0]) for line in lines}
+    assert chosen == {2}, "what it was trained to say"
+    # The adapter is part of what answers are kept under.
+    assert benchmark(folder, "--base", str(tiny_folder), "--tasks", task, "--output", str(run / "benchmarks")) == 0
+    assert len(list((run / "benchmarks").glob("answers-*.db"))) == 2
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--data", "d"], "got no RUN"),
-        (["--data", "d", "--base", "m"], "qaroma evaluate --base MODEL --benchmark commonsense"),
-        (
-            ["r", "--data", "d", "--tasks", "boolq", "--scorer", "likelihood"],
-            "got --tasks, --scorer without a benchmark",
-        ),
-        (["--data", "d", "--benchmark", "commonsense"], "got neither RUN nor --base"),
-        (["r", "--data", "d", "--data", "e", "--benchmark", "commonsense"], "got --data 2 times"),
-        (["r", "--data", "d", "--benchmark", "commonsense", "--skip-bad-rows"], "got --skip-bad-rows with --benchmark"),
-        (["r", "--data", "d", "--benchmark", "commonsense", "--quantization", "fp4"], "got --quantization with RUN"),
-        (
-            ["r", "--data", "d", "--benchmark", "commonsense", "--scorer", "likelihood", "--max-new-tokens", "3"],
-            "which generates nothing",
-        ),
-        (["r", "--data", "d", "--benchmark", "commonsense", "--tasks", "x"], "expected some of boolq"),
-        (["r", "--data", "nowhere", "--benchmark", "commonsense"], "there is no folder 'nowhere'"),
-        (["r", "--benchmark", "commonsense"], "--data"),
+        (["--tasks", "commonsense", "--data", "d"], "got neither RUN nor --base"),
+        (["r", "--tasks", "hellaswag", "--quantization", "fp4"], "got --quantization with RUN"),
+        (["r", "--tasks", ","], "got no name in --tasks"),
+        (["r", "--tasks", "commonsense"], "then --data LLM-Adapters/dataset"),
+        (["r", "--tasks", "commonsense", "--data", "nowhere"], "there is no folder 'nowhere'"),
+        (["r"], "--tasks"),
     ],
 )
 def test_contradictions_are_sentences(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", *arguments]) == 2
+    assert main(["benchmark", *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_an_unknown_task_is_answered_with_the_nearest_names(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "TaskManager", partial(TaskManager, include_defaults=False))  # thousands of files
+    assert main(["benchmark", "r", "--tasks", "comonsense_bolq", "--data", "d"]) == 2
+    told = capsys.readouterr().err
+    assert "got the task 'comonsense_bolq'" in told
+    assert "did you mean commonsense_boolq" in told
+    assert "lm-eval ls tasks" in told
+
+
+@pytest.mark.slow
+def test_the_harnesss_own_tasks_are_known(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["benchmark", "r", "--tasks", "gsm8k,helaswag"]) == 2
+    assert "got the task 'helaswag'" in (told := capsys.readouterr().err)
+    assert "hellaswag" in told.split("did you mean")[1]
+
+
+def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert main(["benchmark", "r", "--tasks", "hellaswag"]) == 2
+    assert 'pip install "qaroma[bench]"' in capsys.readouterr().err
+
+
+def test_evaluate_names_the_command_that_benchmarks_moved_to(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["r", "--data", "d", "--benchmark", "commonsense"], ["--scorer", "likelihood", "--base", "m"]):
+        assert main(["evaluate", *arguments]) == 2
+        assert "qaroma benchmark RUN --tasks commonsense" in capsys.readouterr().err
 
 
 def test_an_untuned_base_has_the_template_of_training(tiny_folder: Path) -> None:
     opened = open_base(str(tiny_folder), device="cpu")
     assert opened.template == Template.choose(opened.tokenizer)
     assert not opened.model.training
-
-
-# The paper's configurations
-
-PUBLISHED = {
-    "paper/llama3-8b-commonsense-r1": (1, 2.0, 1e-3, 1000, 100_000),
-    "paper/llama3-8b-commonsense-r8": (8, 16.0, 1e-2, 2000, 80_000),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_the_papers_settings_are_the_published_ones(name: str) -> None:
-    given = load_config(name, {}, [])
-    facts = DataFacts(rows=170_420, lengths=[200] * 100, model_max_length=8192)
-    config, _ = resolve(given, facts)
-    growth, training = config.growth, config.training
-    found = (growth.inner_rank, growth.alpha, growth.eps_out, growth.t_in, training.max_steps)
-    assert found == PUBLISHED[name]
-    assert (training.learning_rate, training.micro_batch * training.grad_accum, config.data.max_length) == (
-        1e-4,
-        32,
-        256,
-    )
-    assert (growth.check_every, growth.eps_in, growth.dropout) == (10, 0.1, 0.1)
-    assert (growth.warmup, growth.restart_warmup, growth.min_lr_ratio) == (100, 50, 0.1)
-    assert growth.target_modules == ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-    assert (training.weight_decay, training.max_grad_norm) == (0.0, 1.0)
-    # The numbers are written out, not left to a preset that may change; the preset gives the same.
-    for key in ("inner_rank", "alpha", "eps_out", "t_in", "check_every", "eps_in", "dropout", "warmup"):
-        assert getattr(given.growth, key) is not None
-    bare = load_config(None, {}, ["growth.preset=paper", f"growth.inner_rank={growth.inner_rank}"])
-    preset, _ = resolve(bare, facts)
-    assert preset.growth == growth
-    assert preset.training.max_steps == training.max_steps
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_the_papers_settings_run(name: str, tiny_folder: Path, data_file: Path, tmp_path: Path) -> None:
-    sets = [f"model.name={tiny_folder.as_posix()}", f"data.train={data_file.as_posix()}", "training.max_steps=2"]
-    arguments = ["finetune", "--config", name, "--output", str(tmp_path / "run"), "--device", "cpu"]
-    assert main([*arguments, *(part for key in sets for part in ("--set", key)), "--set", "training.grad_accum=1"]) == 0
-    assert (tmp_path / "run" / "adapter" / "growth.json").is_file()

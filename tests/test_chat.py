@@ -171,12 +171,13 @@ def test_a_message_larger_than_the_context_is_refused_and_leaves_the_conversatio
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(tuned: TunedModel, capsys: pytest.CaptureFixture[str]) -> None:
-    handler = signal.getsignal(signal.SIGINT)
+    handler, terminate = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     chat = Chat(tuned, Sampling(max_new_tokens=200))
     pieces: list[str] = []
 
     def write(piece: str) -> None:
         pieces.append(piece)
+        assert signal.getsignal(signal.SIGTERM) is terminate  # which ends the program at once, as it always does
         if len(pieces) == 3:
             signal.raise_signal(signal.SIGINT)
 

@@ -60,7 +60,20 @@ def typed(*arguments: str, folder: Path = ROOT, **options: Any) -> subprocess.Co
 
 
 @pytest.fixture
-def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with what the commands name: data, and a run with an adapter."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "v.jsonl", "C:\\b.jsonl"):
+        Path(name).touch()
+    adapter = Path("runs/x/adapter")
+    adapter.mkdir(parents=True)
+    (adapter / "growth.json").touch()
+    Path("runs/x/config.yaml").write_text("model: {name: m}\ndata: {train: a.jsonl}\n", encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def called(here: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Puts recorders in the place of the functions that do the work; holds the last call's arguments."""
     record: dict[str, Any] = {}
 
@@ -152,7 +165,7 @@ def test_finetune_passes_every_flag_on(
         "--model m --data a.jsonl:2 --data C:\\b.jsonl --data-format alpaca --validation v.jsonl --output o "
         "--method lora --rank 4 --max-steps 5 --epochs 2 --learning-rate 1e-3 --micro-batch 3 --max-length 99 "
         "--on-too-long truncate --skip-bad-rows --train-on all --seed 0 --device cpu --quantization fp4 "
-        "--trust-remote-code --resume --set growth.eps_out=1e-3 --set growth.t_in=9 --json"
+        "--trust-remote-code --set growth.eps_out=1e-3 --set growth.t_in=9 --json"
     )
     assert main(["finetune", "--config", str(file), *flags.split(" ")]) == 0
     expected = Config.model_validate(
@@ -172,7 +185,7 @@ def test_finetune_passes_every_flag_on(
         }
     )  # fmt: skip
     assert called["positional"] == (expected,)
-    assert called["resume"] is True
+    assert called["resume"] is False
     out, err = capsys.readouterr()
     assert json.loads(out) == {"steps": 3, "loss": None}
     assert "chatter" in err

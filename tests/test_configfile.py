@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qaroma.config.load import config_fields, dump_config, find_config, load_config, parse_source, shipped_configs
+from qaroma.config.load import config_fields, dump_config, find_config, parse_source, read_settings, shipped_configs
 from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
 
@@ -20,35 +20,35 @@ def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
 
 def problems(path: Path | str | None = None, flags: dict[str, Any] | None = None, sets: tuple[str, ...] = ()) -> str:
     with pytest.raises(QaromaError) as caught:
-        load_config(path, flags or {}, sets)
+        read_settings(path, flags or {}, sets)
     return str(caught.value)
 
 
 def test_flags_override_the_file_and_sets_override_flags(tmp_path: Path) -> None:
     file = write(tmp_path, "training: {seed: 1, micro_batch: 2, grad_accum: 3}\nmodel: {name: a}\n")
     flags = {"training.micro_batch": 20, "training.grad_accum": 30, "model.name": None}
-    config = load_config(file, flags, ["training.grad_accum=300"])
+    config = read_settings(file, flags, ["training.grad_accum=300"])
     assert (config.training.seed, config.training.micro_batch, config.training.grad_accum) == (1, 20, 300)
     assert config.model.name == "a"
 
 
 def test_no_file_gives_the_defaults() -> None:
-    assert load_config(None, {}, []) == Config()
+    assert read_settings(None, {}, []) == Config()
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "growth:\n  # t_in: 3\ndata:\n"])
 def test_empty_files_and_sections_mean_the_defaults(tmp_path: Path, text: str) -> None:
-    assert load_config(write(tmp_path, text), {}, []) == Config()
+    assert read_settings(write(tmp_path, text), {}, []) == Config()
 
 
 def test_a_byte_order_mark_and_non_ascii_text_are_read(tmp_path: Path) -> None:
     file = tmp_path / "bom.yaml"
     file.write_bytes("\ufeffoutput: läufe/é\n".encode())
-    assert load_config(file, {}, []).output == "läufe/é"
+    assert read_settings(file, {}, []).output == "läufe/é"
 
 
 def test_set_reads_yaml_values() -> None:
-    config = load_config(
+    config = read_settings(
         None,
         {},
         ["growth.eps_out=1e-3", "growth.target_modules=[q_proj, v_proj]", "growth.max_rank=", "growth={t_in: 7}"],
@@ -61,12 +61,12 @@ def test_set_reads_yaml_values() -> None:
 
 def test_epochs_typed_over_a_file_with_max_steps_count(tmp_path: Path) -> None:
     file = write(tmp_path, "training: {max_steps: 90}\n")
-    config = load_config(file, {"training.epochs": 2.0}, [])
+    config = read_settings(file, {"training.epochs": 2.0}, [])
     assert (config.training.max_steps, config.training.epochs) == (None, 2.0)
     for keys in [("training.epochs", "training.max_steps"), ("training.max_steps", "training.epochs")]:
-        both = load_config(file, dict.fromkeys(keys, 5), [])
+        both = read_settings(file, dict.fromkeys(keys, 5), [])
         assert (both.training.max_steps, both.training.epochs) == (5, 5.0)
-    last = load_config(file, {"training.max_steps": 5}, ["training.epochs=3"])
+    last = read_settings(file, {"training.max_steps": 5}, ["training.epochs=3"])
     assert (last.training.max_steps, last.training.epochs) == (None, 3.0)
 
 
@@ -94,24 +94,24 @@ def test_data_sources_are_path_or_path_and_weight(text: str, expected: tuple[str
     ["a.jsonl:2", "[a.jsonl:2]", "{path: a.jsonl, weight: 2}", "[{path: a.jsonl, weight: 2.0}]"],
 )
 def test_training_data_may_be_written_in_four_ways(tmp_path: Path, train: str) -> None:
-    sources = load_config(write(tmp_path, f"data:\n  train: {train}\n"), {}, []).data.train
+    sources = read_settings(write(tmp_path, f"data:\n  train: {train}\n"), {}, []).data.train
     assert [(source.path, source.weight) for source in sources] == [("a.jsonl", 2.0)]
 
 
 def test_data_flags_replace_the_sources_of_the_file(tmp_path: Path) -> None:
     file = write(tmp_path, "data: {train: [a, b]}\n")
-    sources = load_config(file, {"data.train": ["c.csv:2", "d.csv"]}, []).data.train
+    sources = read_settings(file, {"data.train": ["c.csv:2", "d.csv"]}, []).data.train
     assert [(source.path, source.weight) for source in sources] == [("c.csv", 2.0), ("d.csv", 1.0)]
 
 
 def test_a_dumped_configuration_reads_back_equal(tmp_path: Path) -> None:
-    config = load_config(
+    config = read_settings(
         None,
         {"data.train": ["C:\\é.jsonl:0.5", "b"], "training.learning_rate": 1e-5, "model.revision": "1e3"},
         ["growth.target_modules=.*_proj", "output='no'", "growth.eps_out=1e-17"],
     )
     file = write(tmp_path, dump_config(config))
-    assert load_config(file, {}, []) == config
+    assert read_settings(file, {}, []) == config
     assert set(config_fields()) >= {"model.name", "data.train", "method", "growth.eps_out", "output"}
 
 
@@ -211,16 +211,16 @@ def test_shipped_configurations_are_found_from_any_folder(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert load_config(name, {}, []).model.name == "smollm2-135m"
+    assert read_settings(name, {}, []).model.name == "smollm2-135m"
     write(tmp_path, "model: {name: local}\n", "quickstart.yaml")
     own = name in ("quickstart", "quickstart.yaml")
-    assert (load_config(name, {}, []).model.name == "local") == own
+    assert (read_settings(name, {}, []).model.name == "local") == own
 
 
 @pytest.mark.parametrize("name", shipped_configs())
 def test_every_shipped_configuration_is_valid(name: str) -> None:
     assert find_config(name).is_file()
-    config = load_config(name, {}, [])
+    config = read_settings(name, {}, [])
     assert config.model.name
     assert config.data.train
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from qaroma.cli import main
-from qaroma.config.load import load_config, shipped_configs, shipped_folder
+from qaroma.config.load import read_settings, shipped_configs, shipped_folder
 from qaroma.config.shipped import list_shipped
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +35,7 @@ def test_the_header_says_memory_time_and_score_and_how_they_are_known(name: str)
 def test_it_runs_on_a_tiny_model(
     name: str, tiny_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = load_config(name, {}, [])
+    config = read_settings(name, {}, [])
     changes = {
         "model.name": tiny_folder, "data.train": stand_in(config.task, data_file, tmp_path), "data.validation": "null",
         "training.max_steps": 2, "training.device": "cpu", "training.micro_batch": 2, "training.grad_accum": 1,
@@ -60,7 +60,7 @@ def test_the_papers_six_matrices_of_an_encoder_layer_are_adapted_and_the_head_is
 
     with torch.device("meta"):
         model = RobertaForSequenceClassification(RobertaConfig(num_hidden_layers=2))
-    wanted = load_config(name, {}, []).growth.target_modules
+    wanted = read_settings(name, {}, []).growth.target_modules
     assert wanted is not None
     found = find_targets(model, wanted)
     assert len(found) == 12

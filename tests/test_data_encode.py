@@ -195,6 +195,15 @@ def test_too_long_examples() -> None:
         limit_length(encoded, 2, "wrap")
 
 
+@pytest.mark.parametrize("on_too_long", ["drop", "truncate", "error"])
+def test_an_example_of_exactly_max_length_stays_whole(on_too_long: str) -> None:
+    tokenizer = TOKENIZERS["chatml"]
+    encoded = _encode(tokenizer, [_row(TURNS)])
+    limited = limit_length(encoded, encoded.lengths[0], on_too_long)
+    assert limited.examples == encoded.examples
+    assert (limited.dropped_too_long, limited.truncated) == (0, 0)
+
+
 def test_no_trained_token_is_an_error() -> None:
     tokenizer = byte_level(None)
     with pytest.raises(QaromaError, match="no token to train on"):
@@ -241,6 +250,13 @@ def test_validation_shares_no_row_with_training() -> None:
     assert not validation.examples
     assert len(train.examples) == 64
     assert split_validation(_encode(tokenizer, _many(1)), share=0.5)[1].examples == []
+
+
+@pytest.mark.parametrize(("rows", "train", "held_out"), [(3, 1, 2), (1, 1, 0)])
+def test_something_always_remains_to_train_on(rows: int, train: int, held_out: int) -> None:
+    encoded = _encode(TOKENIZERS["chatml"], [_row(TURNS, line) for line in range(rows)])
+    parts = split_validation(encoded, share=1.0)
+    assert [len(part.examples) for part in parts] == [train, held_out]
 
 
 def test_the_same_rows_twice_or_the_same_chunks_do_not_leak() -> None:

@@ -15,7 +15,7 @@ from qaroma.errors import QaromaError
 from qaroma.export.exporter import Options, export
 from qaroma.export.gguf_model import write_gguf_model
 from qaroma.export.readers import LlamaCpp
-from qaroma.export.source import load_live, open_source
+from qaroma.export.subject import open_subject
 from qaroma.export.weights import dequantised_tensors
 from qaroma.inference.generate import generate
 from qaroma.inference.open import open_run
@@ -105,15 +105,15 @@ def check_llama_cpp(engine: LlamaCpp, case: Case, name: str, bound: float = 1e-2
 
 def base_gguf(case: Case, folder: Path) -> Path:
     """An f32 GGUF of the base alone, as 4 bits give it back."""
-    source = open_source(case.adapter)
-    model = load_live(source, quantization=None, dtype=torch.float32, device=torch.device("cpu"))
+    subject = open_subject(case.adapter)
+    model = subject.base.model(torch.device("cpu"), dtype=torch.float32)
     write_gguf_model(
         folder,
         dequantised_tensors(model),
         {},
-        source.config,
-        source.tokenizer,
-        source.template,
+        subject.config,
+        subject.tokenizer,
+        subject.template,
         outtype="f32",
         name="b",
     )
@@ -121,8 +121,8 @@ def base_gguf(case: Case, folder: Path) -> Path:
 
 
 def fresh_base(case: Case):
-    source = open_source(case.adapter)
-    return load_live(source, quantization=None, dtype=torch.float32, device=torch.device("cpu"))
+    subject = open_subject(case.adapter)
+    return subject.base.model(torch.device("cpu"), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

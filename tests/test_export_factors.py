@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_config
-from export_adapters import random_delta
+from export_adapters import random_update
 from safetensors.torch import load_file, save_file
 
 from qaroma.errors import QaromaError
 from qaroma.export.compress import compress, compress_factors
-from qaroma.export.delta import Factors, attach_delta, check_shapes, delta_of, detach, linear_shapes
 from qaroma.export.padded import RANKS, padded_rank, write_padded
-from qaroma.runs.adapter import peft_config, write_lora
-from qaroma.runs.peft_lora import read_lora
+from qaroma.method.attach import attach_update, check_shapes, detach, linear_shapes
+from qaroma.method.factors import Factors
+from qaroma.runs.peft_lora import lora_config, read_lora, write_lora
 
 IDS = torch.arange(3, 40)[None]
 
@@ -28,13 +28,13 @@ def logits(model) -> torch.Tensor:
 
 def test_an_update_comes_off_and_goes_on(tiny_model) -> None:
     bare = logits(tiny_model)
-    delta = random_delta(linear_shapes(tiny_model), size=0.5)
-    adapter = attach_delta(tiny_model, delta)
+    update = random_update(linear_shapes(tiny_model), size=0.5)
+    adapter = attach_update(tiny_model, update)
     tuned = logits(tiny_model)
     assert (tuned - bare).abs().max() > 0.1
-    again = delta_of(adapter)
-    assert list(again) == list(delta)
-    for name, factors in delta.items():
+    again = adapter.factors()
+    assert list(again) == list(update)
+    for name, factors in update.items():
         assert torch.equal(again[name].A, factors.A)
         assert torch.equal(again[name].B, factors.B)
     detach(adapter)
@@ -45,38 +45,38 @@ def test_an_update_comes_off_and_goes_on(tiny_model) -> None:
 def test_shapes_of_another_model_are_refused_in_words(tiny_model) -> None:
     from transformers import LlamaForCausalLM
 
-    delta = random_delta(linear_shapes(tiny_model))
-    check_shapes(delta, linear_shapes(tiny_model), "a")
+    update = random_update(linear_shapes(tiny_model))
+    check_shapes(update, linear_shapes(tiny_model), "a")
     with pytest.raises(QaromaError, match=r"a has .*gate_proj of 128 x 64, this model's is 192 x 64; give the base"):
-        check_shapes(delta, linear_shapes(LlamaForCausalLM(tiny_config(intermediate_size=192))), "a")
+        check_shapes(update, linear_shapes(LlamaForCausalLM(tiny_config(intermediate_size=192))), "a")
     with pytest.raises(QaromaError, match=r"a adapts model\.layers\.1\..* which this model does not have"):
-        check_shapes(delta, linear_shapes(LlamaForCausalLM(tiny_config(num_hidden_layers=1))), "a")
+        check_shapes(update, linear_shapes(LlamaForCausalLM(tiny_config(num_hidden_layers=1))), "a")
 
 
 @pytest.mark.parametrize(("rows", "columns", "rank"), [(96, 64, 7), (8, 50, 20), (64, 64, 1)])
 @pytest.mark.parametrize("error", [0.0, 0.05, 0.3])
 def test_compressing_is_truncating_the_svd_of_the_product(rows: int, columns: int, rank: int, error: float) -> None:
-    factors = Factors(torch.randn(rank, columns), torch.randn(rows, rank) * torch.logspace(0, -3, rank))
-    dense = factors.B.double() @ factors.A.double()
+    factors = Factors(torch.randn(rank, columns), torch.randn(rank, rows) * torch.logspace(0, -3, rank)[:, None])
+    dense = factors.B.double().T @ factors.A.double()
     U, values, V = torch.linalg.svd(dense, full_matrices=False)
     kept = next(k for k in range(len(values) + 1) if values[k:].norm() <= max(error, 1e-7) * values.norm())
     found, reached = compress_factors(factors, error)
     assert found.rank == kept
     best = (U[:, :kept] * values[:kept]) @ V[:kept]
-    assert torch.allclose(found.B.double() @ found.A.double(), best, atol=1e-5 * float(values[0]))
+    assert torch.allclose(found.B.double().T @ found.A.double(), best, atol=1e-5 * float(values[0]))
     assert reached == pytest.approx(float(values[kept:].norm() / values.norm()), abs=1e-6)
     assert reached <= max(error, 1e-7)
 
 
 def test_repeated_and_empty_directions_go_without_any_error() -> None:
-    A, B = torch.randn(2, 40), torch.randn(30, 2)
-    twice = Factors(torch.cat([A, 2 * A]), torch.cat([B, -B], 1))
-    nothing = Factors(torch.randn(3, 40), torch.zeros(30, 3))
-    delta = {"one": twice, "two": nothing, "three": Factors.zero((30, 40))}
-    found, told = compress(delta, 0.0)
+    A, B = torch.randn(2, 40), torch.randn(2, 30)
+    twice = Factors(torch.cat([A, 2 * A]), torch.cat([B, -B]))
+    nothing = Factors(torch.randn(3, 40), torch.zeros(3, 30))
+    update = {"one": twice, "two": nothing, "three": Factors.zero((30, 40))}
+    found, told = compress(update, 0.0)
     assert {name: factors.rank for name, factors in found.items()} == {"one": 2, "two": 0, "three": 0}
     assert (told.before, told.after, told.largest_before, told.largest_after) == (7, 2, 4, 2)
-    assert torch.allclose(found["one"].B @ found["one"].A, -B @ A, atol=1e-4)
+    assert torch.allclose(found["one"].B.T @ found["one"].A, -B.T @ A, atol=1e-4)
 
 
 def test_one_of_the_engines_ranks_is_chosen() -> None:
@@ -120,8 +120,8 @@ def read_as_vllm(folder: Path, modules: set[str], max_lora_rank: int) -> dict[st
 @pytest.mark.parametrize(("ranks", "expected"), [(range(5), 8), ((0, 9, 3), 16), ((0,), 8)])
 def test_padded_means_the_same_by_vllms_rules(tiny_model, tmp_path: Path, ranks, expected: int) -> None:
     shapes = linear_shapes(tiny_model)
-    delta = random_delta(shapes, ranks=ranks)
-    told = write_padded(tmp_path, delta, linear=shapes, base="some/base", dtype=torch.float32)
+    update = random_update(shapes, ranks=ranks)
+    told = write_padded(tmp_path, update, linear=shapes, base="some/base", dtype=torch.float32)
     assert told == {"max_lora_rank": expected}
     assert expected in RANKS
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -129,16 +129,16 @@ def test_padded_means_the_same_by_vllms_rules(tiny_model, tmp_path: Path, ranks,
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
     assert config["target_modules"] == sorted(f"{p}_proj" for p in ("q", "k", "v", "o", "gate", "up", "down"))
     read = read_as_vllm(tmp_path, {name.split(".")[-1] for name in shapes} - {"lm_head"}, told["max_lora_rank"])
-    assert set(read) == set(delta)  # modules of rank 0 too
-    for name, factors in delta.items():
-        assert torch.allclose(read[name], factors.B @ factors.A, atol=1e-7), name
+    assert set(read) == set(update)  # modules of rank 0 too
+    for name, factors in update.items():
+        assert torch.allclose(read[name], factors.B.T @ factors.A, atol=1e-7), name
 
 
 def test_some_layers_only_are_named_in_full(tiny_model, tmp_path: Path) -> None:
     shapes = linear_shapes(tiny_model)
-    delta = {name: factors for name, factors in random_delta(shapes).items() if ".1." in name}
-    write_padded(tmp_path, delta, linear=shapes, base=None, dtype=torch.float32)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == list(delta)
+    update = {name: factors for name, factors in random_update(shapes).items() if ".1." in name}
+    write_padded(tmp_path, update, linear=shapes, base=None, dtype=torch.float32)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == list(update)
 
 
 @pytest.mark.parametrize(
@@ -165,10 +165,10 @@ def test_pefts_own_adapters_are_read_as_peft_reads_them(tiny_model, tmp_path: Pa
     loaded = PeftModel.from_pretrained(wrapped.unload(), tmp_path)
     theirs = logits(loaded.eval())
     bare = loaded.unload()
-    delta, _ = read_lora(tmp_path)
-    assert len(delta) == 6
+    update, _ = read_lora(tmp_path)
+    assert len(update) == 6
     before = logits(bare)
-    adapter = attach_delta(bare, delta)
+    adapter = attach_update(bare, update)
     assert (theirs - before).abs().max() > 0.1
     assert torch.allclose(logits(bare), theirs, atol=1e-5)
     detach(adapter)
@@ -186,8 +186,8 @@ def test_pefts_own_adapters_are_read_as_peft_reads_them(tiny_model, tmp_path: Pa
     ],
 )
 def test_other_kinds_of_adapters_are_refused_by_name(tmp_path: Path, changes: dict, words: str) -> None:
-    config = {**peft_config({"a": 1}, None), **changes}
-    write_lora(tmp_path, {"a": (torch.zeros(1, 4), torch.zeros(4, 1))}, config)
+    config = {**lora_config({"a": 1}, None), **changes}
+    write_lora(tmp_path, {"a": Factors.zero((4, 4), rank=1)}, config)
     with pytest.raises(QaromaError, match=words):
         read_lora(tmp_path)
 
@@ -195,7 +195,7 @@ def test_other_kinds_of_adapters_are_refused_by_name(tmp_path: Path, changes: di
 def test_damaged_adapters_are_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises(QaromaError, match=r"holds no PEFT adapter; expected a folder with adapter_config\.json"):
         read_lora(tmp_path)
-    write_lora(tmp_path, {"a": (torch.zeros(1, 4), torch.zeros(4, 1))}, peft_config({"a": 1}, None))
+    write_lora(tmp_path, {"a": Factors.zero((4, 4), rank=1)}, lora_config({"a": 1}, None))
     weights = tmp_path / "adapter_model.safetensors"
     save_file({"base_model.model.a.lora_A.weight": torch.zeros(1, 4)}, weights)
     with pytest.raises(QaromaError, match="is damaged: a has no A and B that fit"):

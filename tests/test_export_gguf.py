@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
-from export_adapters import random_delta
+from export_adapters import random_update
 
 from qaroma.data.forms import Message
 from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
-from qaroma.export.delta import attach_delta, detach, linear_shapes
 from qaroma.export.gguf_adapter import read_gguf_adapter, write_gguf_adapter
 from qaroma.export.gguf_model import rope_factors, write_gguf_model
 from qaroma.export.gguf_names import GgufNames
@@ -23,6 +22,7 @@ from qaroma.export.ollama import modelfile, template_pieces
 from qaroma.export.readers import LlamaCpp, LlamaCppAnswer
 from qaroma.export.selftest import compare_llama_cpp, live_answers
 from qaroma.export.weights import dequantised_tensors
+from qaroma.method.attach import attach_update, detach, linear_shapes
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -65,20 +65,20 @@ def tiny(kind: str, tokenizer=None):
 
 
 def test_an_adapter_comes_back_by_llama_cpps_rules(tiny_model, tmp_path: Path) -> None:
-    delta = random_delta(linear_shapes(tiny_model))
-    assert write_gguf_adapter(tmp_path, delta, tiny_model.config, name="x", dtype=torch.float32) == {"rank": 4}
+    update = random_update(linear_shapes(tiny_model))
+    assert write_gguf_adapter(tmp_path, update, tiny_model.config, name="x", dtype=torch.float32) == {"rank": 4}
     read = read_gguf_adapter(tmp_path / "adapter.gguf", tiny_model.config)
-    assert set(read) == {name for name, factors in delta.items() if factors.rank}
+    assert set(read) == {name for name, factors in update.items() if factors.rank}
     for name, factors in read.items():
         assert factors.rank == 4
-        assert torch.allclose(factors.B @ factors.A, delta[name].B @ delta[name].A, atol=1e-7), name
+        assert torch.allclose(factors.B.T @ factors.A, update[name].B.T @ update[name].A, atol=1e-7), name
 
 
 def test_what_an_adapter_file_says(tiny_model, tmp_path: Path) -> None:
     from gguf import GGUFReader
 
-    delta = random_delta(linear_shapes(tiny_model))
-    write_gguf_adapter(tmp_path, delta, tiny_model.config, name="x", dtype=torch.float16)
+    update = random_update(linear_shapes(tiny_model))
+    write_gguf_adapter(tmp_path, update, tiny_model.config, name="x", dtype=torch.float16)
     reader = GGUFReader(tmp_path / "adapter.gguf")
     said = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     assert said["general.type"] == "adapter"
@@ -179,18 +179,18 @@ def test_llama_cpp_gives_transformers_answers(kind: str, tokenizer, tmp_path: Pa
     model = tiny(kind, tokenizer)
     template = Template.choose(tokenizer)
     bare = live_answers(model, tokenizer, template, PROMPTS, tokens=12)
-    delta = random_delta(linear_shapes(model), size=1.0)
-    adapter = attach_delta(model, delta)
+    update = random_update(linear_shapes(model), size=1.0)
+    adapter = attach_update(model, update)
     live = live_answers(model, tokenizer, template, PROMPTS, tokens=12)
     detach(adapter)
     assert max((one.logits[0] - two.logits[0]).abs().max() for one, two in zip(live, bare, strict=True)) > 0.1
-    for name, update in (("base", {}), ("merged", delta)):
+    for name, added in (("base", {}), ("merged", update)):
         (tmp_path / name).mkdir()
         write_gguf_model(
-            tmp_path / name, dequantised_tensors(model), update, model.config, tokenizer, template,
+            tmp_path / name, dequantised_tensors(model), added, model.config, tokenizer, template,
             outtype="f32", name=name,
         )  # fmt: skip
-    write_gguf_adapter(tmp_path, delta, model.config, name="x", dtype=torch.float32)
+    write_gguf_adapter(tmp_path, update, model.config, name="x", dtype=torch.float32)
     merged = compare_llama_cpp(LlamaCpp(tmp_path / "merged" / "model.gguf"), live, tokenizer, tolerance=1e-3)
     adapted = LlamaCpp(tmp_path / "base" / "model.gguf", tmp_path / "adapter.gguf")
     adapted = compare_llama_cpp(adapted, live, tokenizer, tolerance=1e-3)

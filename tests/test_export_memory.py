@@ -19,20 +19,20 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[2])
 import numpy, gguf, transformers.models.llama.modeling_llama, transformers.integrations.bitsandbytes
-from export_adapters import random_delta
-from qaroma.export.delta import linear_shapes
+from export_adapters import random_update
+from qaroma.method.attach import linear_shapes
 from qaroma.export.gguf_model import _converted
 from qaroma.export.merged import write_merged
 from qaroma.export.weights import dequantised_tensors, merged_tensors, original_tensors
-from qaroma.model.base import load_base, load_config
+from qaroma.model.base import load_base, load_model_config
 
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024
 
 folder, helpers, *wanted = sys.argv[1:]
-config = load_config(folder)
+config = load_model_config(folder)
 model = load_base(folder, compute_dtype=torch.bfloat16, device="cpu")
-delta = random_delta(linear_shapes(model))
+update = random_update(linear_shapes(model))
 sources = {"dequantised": dequantised_tensors(model), "original": original_tensors(folder, config)}
 types = {"f16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
 torch.addmm(torch.zeros(4, 4), torch.ones(4, 4), torch.ones(4, 4))
@@ -49,9 +49,9 @@ for into, kind in (one.split(":") for one in wanted):
     thread = threading.Thread(target=sample)
     thread.start()
     if kind == "merged":
-        write_merged(Path(folder) / "out", sources[into], delta, config, dtype=torch.bfloat16)
+        write_merged(Path(folder) / "out", sources[into], update, config, dtype=torch.bfloat16)
     else:
-        for tensor in merged_tensors(sources[into], delta):
+        for tensor in merged_tensors(sources[into], update):
             if len(tensor.shape) == 2:
                 _converted(tensor, types[kind], None)
     done.set()

@@ -13,6 +13,7 @@ from qaroma.method.adapter import Adapter
 from qaroma.method.attach import attach
 from qaroma.model.base import load_base
 from qaroma.runs.adapter import load_adapter, save_adapter
+from qaroma.runs.adapter_info import AdapterInfo
 
 INPUT = torch.arange(3, 40)[None]
 
@@ -24,9 +25,9 @@ def grown(model, ranks: dict[str, int] | None = None) -> Adapter:
         rank = index % 5 if ranks is None else ranks[name]
         for component in range(rank):
             if component == 0:
-                layer.start_component(adapter.initial_A(layer, adapter.inner_rank))
+                layer.start_component(adapter.initial_A(layer))
             else:
-                layer.restart_component(adapter.initial_A(layer, adapter.inner_rank))
+                layer.restart_component(adapter.initial_A(layer))
             with torch.no_grad():
                 layer.active_B.normal_(std=0.5)
             layer.place_active()
@@ -58,7 +59,7 @@ def test_peft_gives_our_logits(tiny_folder: Path, tmp_path: Path, quantization: 
 
 def test_what_the_folder_holds(tiny_folder: Path, tmp_path: Path) -> None:
     adapter = grown(load(tiny_folder, "none"))
-    save_adapter(adapter, tmp_path / "a", base="some/base", growth={"method": "aroma"})
+    save_adapter(adapter, tmp_path / "a", base="some/base", info=AdapterInfo({}, 1, 2.0, method="aroma"))
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     ranks = {name: rank for name, rank in adapter.ranks().items() if rank}
     assert config["rank_pattern"] == config["alpha_pattern"] == ranks

@@ -22,9 +22,10 @@ from qaroma.export import formats as formats_module
 from qaroma.export import shards
 from qaroma.export.exporter import Options, export
 from qaroma.export.selftest import SelfTest
-from qaroma.export.source import open_source
+from qaroma.export.subject import open_subject
 from qaroma.inference.open import generate_from_run
-from qaroma.runs.adapter import read_growth, save_adapter
+from qaroma.runs.adapter import save_adapter
+from qaroma.runs.adapter_info import AdapterInfo
 from qaroma.training.finetune import finetune
 
 EXACT = Options(dtype="fp32", outtype="f32")
@@ -81,7 +82,7 @@ def test_all_formats_pass_and_hold_what_they_should(run: Path, tmp_path: Path) -
 def test_what_is_merged_is_the_base_and_the_update(adapter: Path, tiny_folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    source = open_source(adapter)
+    subject = open_subject(adapter)
     original = load_file(tiny_folder / "model.safetensors")
     options = Options(merge_into="original", dtype="fp32")
     (one,) = export(adapter, ["merged"], output=tmp_path / "out", options=options)
@@ -89,8 +90,8 @@ def test_what_is_merged_is_the_base_and_the_update(adapter: Path, tiny_folder: P
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert set(merged) == set(original)
     for name, tensor in merged.items():
-        factors = source.delta.get(name.removesuffix(".weight"))
-        wanted = original[name] if factors is None else original[name] + factors.B @ factors.A
+        factors = subject.update.get(name.removesuffix(".weight"))
+        wanted = original[name] if factors is None else original[name] + factors.B.T @ factors.A
         assert torch.allclose(tensor, wanted, atol=1e-6), name
     settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert settings["eos_token_id"] == [2]
@@ -127,8 +128,8 @@ def test_a_compressed_adapter_has_smaller_ranks_and_says_so(adapter: Path, tmp_p
     said: list[str] = []
     (one,) = export(adapter, ["peft"], output=tmp_path / "out", options=Options(compress=0.6), say=said.append)
     assert one.test.passed
-    before = read_growth(adapter)["components"]
-    after = read_growth(tmp_path / "out")["components"]
+    before = AdapterInfo.read(adapter).components
+    after = AdapterInfo.read(tmp_path / "out").components
     assert sum(map(sum, after.values())) < sum(map(sum, before.values()))
     match = re.match(r"compressed: ranks sum to (\d+) instead of (\d+)", said[0])
     assert int(match[2]) == sum(map(sum, before.values()))
@@ -146,17 +147,17 @@ def test_qaroma_itself_goes_on_with_a_peft_export(adapter: Path, tmp_path: Path)
 
 def test_a_checkpoint_is_exported_as_it_stands(run: Path) -> None:
     checkpoints = sorted((run / "checkpoints").iterdir())
-    source = open_source(checkpoints[-1])
-    last = open_source(run / "adapter_last")
-    assert source.growth["step"] == 30
-    assert {name: f.rank for name, f in source.delta.items()} == {name: f.rank for name, f in last.delta.items()}
-    assert max(factors.rank for factors in source.delta.values()) > 1
-    for name, factors in last.delta.items():
-        assert torch.equal(source.delta[name].A, factors.A)
-        assert torch.equal(source.delta[name].B, factors.B)
-    earlier = open_source(checkpoints[0])  # with components that are still training
-    assert earlier.growth["step"] < 30
-    assert any(factors.rank for factors in earlier.delta.values())
+    subject = open_subject(checkpoints[-1])
+    last = open_subject(run / "adapter_last")
+    assert subject.info.step == 30
+    assert {name: f.rank for name, f in subject.update.items()} == {name: f.rank for name, f in last.update.items()}
+    assert max(factors.rank for factors in subject.update.values()) > 1
+    for name, factors in last.update.items():
+        assert torch.equal(subject.update[name].A, factors.A)
+        assert torch.equal(subject.update[name].B, factors.B)
+    earlier = open_subject(checkpoints[0])  # with components that are still training
+    assert earlier.info.step < 30
+    assert any(factors.rank for factors in earlier.update.values())
     (one,) = export(checkpoints[0], ["peft"], output=run / "export-early")
     assert one.test.passed
 
@@ -191,11 +192,11 @@ def test_a_merge_of_a_wrong_scale_fails_even_in_few_bits(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, factor: float
 ) -> None:
     from qaroma.export import gguf_model, merged
-    from qaroma.export.delta import Factors
     from qaroma.export.weights import merged_tensors
+    from qaroma.method.factors import Factors
 
-    def wrong(tensors, delta):
-        return merged_tensors(tensors, {name: Factors(f.A, f.B * factor) for name, f in delta.items()})
+    def wrong(tensors, update):
+        return merged_tensors(tensors, {name: Factors(f.A, f.B * factor) for name, f in update.items()})
 
     monkeypatch.setattr(merged if kind == "merged" else gguf_model, "merged_tensors", wrong)
     with pytest.raises(QaromaError, match=r"self-test FAILED.* \d+\.\d % of the update") as error:
@@ -294,17 +295,14 @@ def test_a_base_that_gguf_has_no_names_for(tmp_path: Path, tokenizer) -> None:
 
 
 def test_values_that_half_precision_cannot_hold(adapter: Path, tmp_path: Path) -> None:
-    source = open_source(adapter)
-    from qaroma.export.delta import attach_delta
+    subject = open_subject(adapter)
+    from qaroma.method.attach import attach_update
     from qaroma.model.base import load_base
 
-    model = load_base(source.base, compute_dtype=torch.float32, device="cpu")
-    big = attach_delta(model, source.delta)
+    model = load_base(subject.base.name, compute_dtype=torch.float32, device="cpu")
+    big = attach_update(model, subject.update)
     next(layer for layer in big.layers.values() if layer.rank).B.fill_(1e6)
-    save_adapter(big, tmp_path / "big", base=source.base, growth={**source.growth, "components": {}})
-    growth = json.loads((tmp_path / "big" / "growth.json").read_text())
-    growth["components"] = source.growth["components"]
-    (tmp_path / "big" / "growth.json").write_text(json.dumps(growth))
+    save_adapter(big, tmp_path / "big", info=subject.info)
     with pytest.raises(QaromaError, match=r"has values that torch\.float16 cannot hold; type --dtype bf16"):
         export(tmp_path / "big", ["merged"], output=tmp_path / "out", options=Options(dtype="fp16"))
     assert not (tmp_path / "out").exists()

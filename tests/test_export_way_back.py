@@ -14,8 +14,8 @@ from test_training import make_config, session_of
 from qaroma.cli import main
 from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
-from qaroma.export.source import open_source
-from qaroma.runs.adapter import read_growth
+from qaroma.export.subject import open_subject
+from qaroma.runs.adapter_info import AdapterInfo
 from qaroma.training.finetune import finetune
 
 QUIET = Console(quiet=True)
@@ -79,10 +79,10 @@ def test_a_run_grows_on_and_keeps_what_was_loaded(
 ) -> None:
     run = tmp_path / "run"
     finetune(config_with(theirs, tiny_folder, data_file, run), console=QUIET)
-    components = read_growth(run / "adapter_last")["components"]
+    components = AdapterInfo.read(run / "adapter_last").components
     assert components["model.layers.0.self_attn.q_proj"][0] == 3
     assert len(components["model.layers.0.self_attn.q_proj"]) > 1
-    first = open_source(run / "adapter_last").delta["model.layers.0.self_attn.q_proj"].A[:3]
+    first = open_subject(run / "adapter_last").update["model.layers.0.self_attn.q_proj"].A[:3]
     from safetensors.torch import load_file
 
     loaded = load_file(theirs / "adapter_model.safetensors")
@@ -127,4 +127,4 @@ def test_the_flag(theirs: Path, tiny_folder: Path, data_file: Path, tmp_path: Pa
     arguments = ["finetune", "--model", str(tiny_folder), "--adapter", str(theirs), "--data", str(data_file)]
     arguments += ["--output", str(run), "--max-steps", "4", "--device", "cpu"]
     assert main(arguments) == 0
-    assert read_growth(run / "adapter")["components"]["model.layers.0.self_attn.q_proj"][0] == 3
+    assert AdapterInfo.read(run / "adapter").components["model.layers.0.self_attn.q_proj"][0] == 3

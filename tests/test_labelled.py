@@ -14,7 +14,7 @@ from rich.console import Console
 
 from qaroma.config.schema import Config
 from qaroma.data.glue import dev_file, glue_task
-from qaroma.data.labelled import encode_labelled
+from qaroma.data.labelled import LabelledExample, LabelledSet, encode_labelled, split_labelled
 from qaroma.data.sources import read_rows
 from qaroma.errors import QaromaError
 from qaroma.inference.open import evaluate_run, open_run
@@ -243,6 +243,16 @@ def test_a_dev_label_that_training_never_has_is_refused(pairs: Path, tmp_path: P
         encode_labelled(read_rows([(str(odd), 1.0)]), tokenizer, "classification", labels=train.labels)
 
 
+def test_no_row_is_on_both_sides_of_the_split() -> None:
+    """Rows of weight 2, from a file that is named twice."""
+    examples = [LabelledExample([n], None, n % 2, f"a.jsonl:{n}", 2.0) for n in range(20)] * 2
+    train, held_out = split_labelled(LabelledSet(examples, ("text",), "label"), share=0.25, at_most=99, seed=0)
+    trained, kept = ([e.origin for e in part.examples] for part in (train, held_out))
+    assert len(set(kept)) == len(kept) == 5
+    assert set(trained) == {e.origin for e in examples} - set(kept)
+    assert all(trained.count(origin) == 4 for origin in trained)
+
+
 def test_whole_numbers_keep_their_order(tmp_path: Path, tokenizer: Any) -> None:
     file = tmp_path / "rows.jsonl"
     rows = [{"text": "a", "label": n} for n in (10, 2, 1, 0)]
@@ -271,6 +281,8 @@ def test_a_task_of_the_wrong_kind_says_what_to_type(encoder_folder: Path, pairs:
         prepare_data(make_config(encoder_folder, pairs, None, evaluation__metric="pearson"))
     with pytest.raises(QaromaError, match=r"glue:mrpc has labels, not answers; type --task classification"):
         prepare_data(make_config(encoder_folder, Path("glue:mrpc"), None, task="causal-lm"))
+    with pytest.raises(QaromaError, match=r"evaluation\.prompts is for --task causal-lm.*leave it out"):
+        prepare_data(make_config(encoder_folder, pairs, None, evaluation__prompts=["hello"]))
 
 
 @pytest.mark.parametrize(("name", "train", "dev"), [("MRPC", 3668, 408), ("RTE", 2490, 277), ("STS-B", 5749, 1500)])

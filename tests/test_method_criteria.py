@@ -133,7 +133,5 @@ def test_a_running_norm_that_rounding_left_below_zero_is_zero() -> None:
 def test_components_that_are_not_finite_stop_the_run_with_a_sentence() -> None:
     method = two_layers()
     method.adapter.layers["0"].A[0, 0] = float("nan")
-    with pytest.raises(
-        QaromaError, match=r"components of 0 are no longer finite numbers .* --learning-rate"
-    ):
+    with pytest.raises(QaromaError, match=r"components of 0 are no longer finite numbers .* --learning-rate"):
         method._measure(["0"])

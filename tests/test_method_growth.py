@@ -52,7 +52,9 @@ def test_product_criterion_takes_the_norm_of_the_change() -> None:
     state = GrowthState.start(["a"], settings(inner_criterion="product", eps_in=0.1), 1)
     state.observe({"a": Measurement(2.0, 100.0)})
     assert state.observe({"a": Measurement(2.0, 100.0, change=0.4)}) == []  # same norm, other direction
-    (event,) = state.observe({"a": Measurement(2.0, 100.0, change=0.1)})
+    assert state.observe({"a": Measurement(4.0, 100.0, change=0.3)}) == []  # beside the norm before, not the new one
+    assert state.modules["a"].inner == pytest.approx(0.15)
+    (event,) = state.observe({"a": Measurement(4.0, 100.0, change=0.2)})
     assert event.inner == pytest.approx(0.05)
 
 
@@ -62,6 +64,29 @@ def test_lockstep_waits_for_the_slowest_and_converged_stays_converged() -> None:
     assert [(e.step, e.module, e.decision) for e in events] == [(40, "fast", "commit"), (40, "slow", "commit")]
     assert state.modules["fast"].component == 2
     assert state.modules["fast"].age == 0
+
+
+def test_a_module_that_converged_stays_converged_though_its_norm_grows_again() -> None:
+    state = GrowthState.start(["early", "late"], settings(), 1)
+    norms = {"early": [1.0, 1.0, 9.0], "late": [1.0, 5.0, 5.0]}  # late converges at the third check
+    for early, late in zip(*norms.values(), strict=True):
+        events = state.observe({"early": Measurement(early, 1e2), "late": Measurement(late, 1e2)})
+    assert [(e.module, e.inner, e.decision) for e in events] == [("early", 8.0, "commit"), ("late", 0.0, "commit")]
+
+
+@pytest.mark.parametrize(("outer", "decision"), [(0.01, "commit"), (0.01 - 1e-12, "done")])
+def test_a_component_of_exactly_eps_out_is_not_small(outer: float, decision: str) -> None:
+    state = GrowthState.start(["a"], settings(eps_out=0.01), 1)
+    state.observe({"a": Measurement(outer, 1.0)})
+    (event,) = state.observe({"a": Measurement(outer, 1.0)})
+    assert (event.outer, event.decision) == (outer, decision)
+
+
+@pytest.mark.parametrize(("now", "converged"), [(1.125, False), (1.125 - 1e-12, True)])
+def test_a_change_of_exactly_eps_in_is_no_convergence(now: float, converged: bool) -> None:
+    state = GrowthState.start(["a"], settings(eps_in=0.125), 1)
+    state.observe({"a": Measurement(1.0, 1e2)})
+    assert bool(state.observe({"a": Measurement(now, 1e2)})) == converged
 
 
 def test_independent_modules_advance_alone() -> None:

@@ -73,7 +73,7 @@ def adapted(dtype: torch.dtype, r: int = 1) -> tuple[Adapter, AdaptedLinear, tor
     model = nn.Sequential(nf4_linear(192, 128, dtype=dtype))
     adapter = Adapter(model, ["0"], inner_rank=r, alpha=2.0 * r)
     layer = adapter.layers["0"]
-    layer.start_component(adapter.initial_A(layer, adapter.inner_rank))
+    layer.start_component(adapter.initial_A(layer))
     return adapter, layer, torch.randn(9, 192).to(dtype)
 
 
@@ -87,7 +87,7 @@ def test_growing_changes_no_output(dtype: torch.dtype) -> None:
         adapter.refresh()
         before = layer(x).detach()
         crosses = rank % BLOCK == 0
-        layer.restart_component(adapter.initial_A(layer, adapter.inner_rank))
+        layer.restart_component(adapter.initial_A(layer))
         after = layer(x).detach()
         assert layer.rank == rank + 1
         if dtype == torch.bfloat16 or not crosses:
@@ -102,6 +102,13 @@ def test_kaiming_uniform_initial_values() -> None:
     assert layer.active_A.abs().max() <= bound
     assert layer.active_A.detach().std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
     assert layer.active_B.count_nonzero() == 0
+
+
+def test_initial_values_are_the_seeds() -> None:
+    first, same, other = (Adapter(nn.Sequential(nn.Linear(192, 128)), ["0"], seed=seed) for seed in (3, 3, 4))
+    drawn = [adapter.initial_A(adapter.layers["0"]) for adapter in (first, same, other)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -125,14 +132,14 @@ def test_dropout_acts_on_the_active_component_only() -> None:
     model = nn.Sequential(nn.Linear(64, 64))
     adapter = Adapter(model, ["0"], inner_rank=1, alpha=2.0, dropout=0.5)
     layer = adapter.layers["0"]
-    layer.start_component(adapter.initial_A(layer, adapter.inner_rank))
+    layer.start_component(adapter.initial_A(layer))
     with torch.no_grad():
         layer.active_B.normal_()
     adapter.refresh()
     x = torch.randn(4, 64)
     layer.train()
     assert not torch.equal(layer(x), layer(x))  # the active component is dropped at random
-    layer.restart_component(adapter.initial_A(layer, adapter.inner_rank))
+    layer.restart_component(adapter.initial_A(layer))
     assert torch.allclose(layer(x), layer.eval()(x), atol=1e-5)  # frozen components never are
     layer.train()(x).sum().backward()
     assert layer.active_B.grad.abs().sum() > 0

@@ -87,6 +87,15 @@ def test_first_update_after_a_reset(mode: str, size: float) -> None:
         assert moved == pytest.approx(min(size, bound or size), rel=0.02)
 
 
+def test_max_update_bounds_both_ways() -> None:
+    flat = FlatAdamW(groups({"a": (3,)}), max_update=1.0)
+    before, flat.steps["a"] = flat.values.clone(), 100_000  # no correction is left
+    flat.first_moment.copy_(torch.tensor([3.0, -3.0, 0.5]))
+    flat.second_moment.fill_(1.0)
+    flat.step({"a": 0.1})
+    torch.testing.assert_close(before - flat.values, torch.tensor([0.1, -0.1, 0.045]), rtol=1e-3, atol=0.0)
+
+
 def test_dropped_groups_leave_nothing_behind() -> None:
     parameters = groups({"a": (3,), "b": (5, 2), "c": (4,)})
     flat = FlatAdamW(parameters)

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qaroma.method.adapter import Adapter
+from qaroma.method.adapter import Adapter, kaiming_A
 from qaroma.method.aroma import GrowthController
+from qaroma.method.base import MethodState
 from qaroma.method.growth import GrowthSettings
 from qaroma.method.probe import ROW_NORM, leading_directions
 
@@ -175,6 +176,11 @@ def test_a_component_begins_along_the_gradients_leading_directions(inner_rank: i
     assert method.trainer.optimiser.gradients.count_nonzero() == 0
 
 
+def test_a_direction_is_as_long_as_a_random_row_is_on_average() -> None:
+    rows = kaiming_A(64, 512, torch.Generator().manual_seed(0))
+    assert rows.norm(dim=1).mean().item() == pytest.approx(ROW_NORM, rel=0.01)
+
+
 def test_later_components_are_probed_and_the_output_stays() -> None:
     x, y = regression(40, 24, 4, noise=0.0)
     method = controller((40, 24), init="gradient")
@@ -188,12 +194,12 @@ def test_later_components_are_probed_and_the_output_stays() -> None:
         events = method.step()
     assert events[0].decision == "commit"
     before, truth = layer(x).detach(), true_directions(method, x, y, 1)
-    moments = [b.clone() for n, b in method.trainer.optimiser.state_tensors().items() if n != "values"]
+    moments = [b.clone() for n, b in method.trainer.optimiser.buffers().items() if n != "values"]
     assert probe(method, x, y) == 2
     assert torch.equal(layer(x), before)
     cosine = (layer.active_A.detach().double() / ROW_NORM * truth).sum().abs()
     assert cosine > 0.9
-    after = [b for n, b in method.trainer.optimiser.state_tensors().items() if n != "values"]
+    after = [b for n, b in method.trainer.optimiser.buffers().items() if n != "values"]
     assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
 
 
@@ -208,7 +214,7 @@ def test_a_probe_leaves_other_modules_alone() -> None:
     method._begun(["1"])  # as if the second had committed
     layers = method.adapter.layers
     with torch.no_grad():
-        layers["1"].restart_component(method.adapter.initial_A(layers["1"], method.adapter.inner_rank))
+        layers["1"].restart_component(method.adapter.initial_A(layers["1"]))
     kept = [layers["0"].active_A.clone(), layers["0"].active_B.clone(), layers["0"].A.clone(), layers["0"].B.clone()]
     fresh = layers["1"].active_A.clone()
     assert probe(method, x, y) == 2
@@ -346,3 +352,42 @@ def test_what_becomes_of_the_last_components_factors(mode: str, rank: int) -> No
     assert (layer.rank, method.trainable_parameters(), method.finished) == (rank, 0, True)
     assert torch.allclose(layer(x), trained if mode == "keep" else base, atol=1e-6)
     assert not torch.allclose(trained, base, atol=1e-3)
+
+
+# Checkpoints.
+
+
+@pytest.mark.parametrize("at", [3, 6, 9, 21])
+def test_a_restored_controller_goes_on_bit_for_bit(at: int) -> None:
+    """With all that a controller carries along: norms, last factors, moments, counts, random values to come."""
+    options = {"inner_rank": 2, "inner_criterion": "product", "check_every": 2, "steps": 30}
+    sizes = ((48, 32), (32, 16))
+
+    def go_on(method: GrowthController, start: int, end: int = 30) -> list:
+        events = []
+        for step in range(start, end):
+            gradients = method.trainer.optimiser.gradients
+            gradients.copy_(torch.randn(gradients.shape, generator=torch.Generator().manual_seed(step)))
+            events += method.step()
+        return events
+
+    method, restored = controller(*sizes, **options), controller(*sizes, seed=1, **options)
+    go_on(method, 0, at)
+    state = method.state()
+    tensors = {name: tensor.clone() for name, tensor in state.tensors.items()}
+    restored.load_state(MethodState(tensors, json.loads(json.dumps(state.values))))
+    x = torch.randn(5, 48)
+    assert torch.equal(restored.adapter.model(x), method.adapter.model(x))
+    events = go_on(method, at)
+    assert events
+    assert go_on(restored, at) == events
+    assert torch.equal(restored.adapter.model(x), method.adapter.model(x))
+
+
+def test_a_new_component_has_no_factors_to_be_compared_with() -> None:
+    method = controller((48, 32), inner_criterion="product")
+    random_steps(method, 4)
+    assert any(name.startswith("previous.") for name in method.state().tensors)
+    (event,) = random_steps(method, 2)
+    assert event.decision == "commit"
+    assert not any(name.startswith("previous.") for name in method.state().tensors)

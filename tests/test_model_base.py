@@ -20,7 +20,7 @@ from qaroma.method.dequantise import dense_weight
 from qaroma.model.base import (
     fingerprint,
     load_base,
-    load_config,
+    load_model_config,
     load_tokenizer,
     resolve_device,
     resolve_dtype,
@@ -172,6 +172,15 @@ def test_the_fingerprint_knows_a_base_in_every_form_and_no_other(tiny_folder, tm
     assert fingerprint(other) not in {fingerprint(longer)} | prints
 
 
+def test_norms_and_embeddings_are_part_of_the_fingerprint(tiny_folder):
+    for name in ("model.norm", "model.layers.1.input_layernorm", "model.embed_tokens"):
+        model = load_base(tiny_folder, quantization="none", device="cpu")
+        before = fingerprint(model)
+        with torch.no_grad():
+            model.get_submodule(name).weight.mul_(1.5)
+        assert fingerprint(model) != before, name
+
+
 def test_the_fingerprint_survives_adapters(tiny_folder):
     from peft import LoraConfig, get_peft_model
 
@@ -224,7 +233,7 @@ def test_a_gpu_without_bf16_is_refused_with_the_way_out(monkeypatch):
 
 
 def test_config_and_tokenizer_load_alone(tiny_folder, tokenizer, tmp_path):
-    assert load_config(tiny_folder).num_hidden_layers == 2
+    assert load_model_config(tiny_folder).num_hidden_layers == 2
     loaded = load_tokenizer(tiny_folder)
     assert loaded("some text").input_ids == tokenizer("some text").input_ids
     assert loaded.model_max_length == 512  # the folder says none; the model's positions are the limit

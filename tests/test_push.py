@@ -19,7 +19,7 @@ from huggingface_hub import constants
 
 from qaroma.cli import main
 from qaroma.errors import QaromaError
-from qaroma.export.push import loading_lines, public_base, public_path, push
+from qaroma.export.push import public_base, public_path, push
 from qaroma.model.base import load_base
 from qaroma.runs.adapter import load_adapter
 
@@ -328,7 +328,7 @@ def test_a_classifier_is_loaded_as_one(hub: Hub, run: Path, tmp_path: Path) -> N
     line = 'base = AutoModelForSequenceClassification.from_pretrained("org/tiny", num_labels=3)'
     card = hub.files["me/x"]["README.md"].decode()
     assert line in card
-    assert line in loading_lines(pushed)
+    assert line in pushed.loading
     assert "AutoModelForCausalLM" not in card
 
 

@@ -19,12 +19,14 @@ from test_training import make_config
 
 from qaroma.cli import main
 from qaroma.errors import QaromaError
-from qaroma.report.keyfigures import best_validation, key_figures, settings, state
+from qaroma.report.keyfigures import key_figures, settings, state
 from qaroma.report.names import module_labels
 from qaroma.report.panels import Line, Panel, choose_modules, growth_panels, running_mean, thinned, training_panels
-from qaroma.report.reading import Series, read_run, read_runs
 from qaroma.report.spectra import component_similarity, read_spectra, similar_modules
 from qaroma.report.write import write_report
+from qaroma.runs.figures import validation_of
+from qaroma.runs.finding import open_run, open_runs
+from qaroma.runs.reading import Series, read_run
 from qaroma.training.finetune import finetune
 
 QUERY, VALUE, UP = (f"model.layers.{{}}.{kind}" for kind in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"))
@@ -140,7 +142,7 @@ def test_a_damaged_log_is_told_by_the_runs_name(log: bytes, tmp_path: Path) -> N
     folder = make_run(tmp_path / "run")
     (folder / "metrics.jsonl").write_bytes(log)
     with pytest.raises(QaromaError, match=r"run is damaged: metrics\.jsonl (cannot be read|holds lines)"):
-        read_run(folder)
+        open_run(folder)
 
 
 def test_series_are_the_log(tmp_path: Path) -> None:
@@ -202,7 +204,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> Non
     for folder in ("mrpc", "rte"):
         (tmp_path / folder).mkdir()
         make_run(tmp_path / folder / "aroma")
-    names = [run.name for run in read_runs([tmp_path / "mrpc" / "aroma", tmp_path / "rte" / "aroma"])]
+    names = [run.name for run in open_runs([tmp_path / "mrpc" / "aroma", tmp_path / "rte" / "aroma"])]
     assert names == ["mrpc/aroma", "rte/aroma"]
 
 
@@ -210,7 +212,7 @@ def test_the_first_figure_shows_parameters_ranks_and_the_tasks_metric(tmp_path: 
     validations = [{"event": "validation", "step": s, "loss": 1.0, "accuracy": s / 20, "f1": 0.1} for s in (0, 6, 12)]
     lines = [*ranks_events(), *(step_line(s) for s in range(1, STEPS + 1)), *validations]
     run = read_run(make_run(tmp_path / "run", lines=lines, task="classification"))
-    panels = {panel.key: panel for panel in growth_panels([run], choose_modules(run), run.main_metric())}
+    panels = {panel.key: panel for panel in growth_panels([run], choose_modules(run), run.metric)}
     assert list(panels) == ["trainable", "rank", "modules", "metric"]
     assert panels["metric"].title == "Validation accuracy"
     assert panels["metric"].lines[0].series == Series([0, 6, 12], [0.0, 0.3, 0.6])
@@ -219,10 +221,13 @@ def test_the_first_figure_shows_parameters_ranks_and_the_tasks_metric(tmp_path: 
     # One module for each way that ranks went, the highest first.
     assert [line.series.values for line in panels["modules"].lines] == [[1, 2, 3, 3], [1, 2, 3, 2], [1, 0, 0, 0]]
     assert [line.label for line in panels["modules"].lines] == ["v_proj 0", "q_proj 1 and 3 alike", "up_proj 1"]
-    assert best_validation(run, "accuracy") == (12, 0.6)
-    assert best_validation(run, "loss") == (6, 1.0)
+    bests = {name: validation_of(run, name) for name in ("accuracy", "loss")}
+    assert {name: best and (best.best_step, best.best) for name, best in bests.items()} == {
+        "accuracy": (12, 0.6),
+        "loss": (6, 1.0),  # the first of equals
+    }
     (run.path / "summary.json").write_text('{"metric": "f1"}', encoding="utf-8")
-    assert read_run(run.path).main_metric() == "f1"
+    assert read_run(run.path).metric == "f1"
 
 
 def test_what_a_run_lacks_is_left_out(tmp_path: Path) -> None:
@@ -241,7 +246,7 @@ def test_what_a_run_lacks_is_left_out(tmp_path: Path) -> None:
 
 
 def test_several_runs_are_lines_with_names(tmp_path: Path) -> None:
-    runs = read_runs([make_run(tmp_path / "with"), make_run(tmp_path / "none", growth={"reset": "none"})])
+    runs = open_runs([make_run(tmp_path / "with"), make_run(tmp_path / "none", growth={"reset": "none"})])
     for panel in [*growth_panels(runs, [MODULES[1]], "loss"), *training_panels(runs)]:
         assert [line.label.removeprefix("v_proj 0, ") for line in panel.lines] == ["with", "none"], panel.key
         assert len({(line.colour, line.style) for line in panel.lines}) == 2
@@ -304,7 +309,7 @@ def test_key_figures_and_settings_are_the_runs(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "run"))
     assert key_figures(run, read_spectra(run)) == {
         "Best validation loss": "0.8 at step 12",
-        "Rank": "1.83 on average, 0 to 3",
+        "Rank of the best adapter": "1.83 on average, 0 to 3",
         "Effective rank": "1.50 on average, 81.8 % of the rank",
         "Trainable parameters": "950 at first, 675 on average, 400 at the end",
         "Time": "1 min 05 s",
@@ -399,7 +404,7 @@ def test_drawing_leaves_matplotlibs_settings_and_pyplot_alone(tmp_path: Path) ->
 
 
 def test_a_panel_of_many_lines_names_them_all() -> None:
-    from qaroma.report.figures import panels_figure
+    from qaroma.report.drawings import panels_figure
 
     lines = [Line(f"run {place}", Series([0, 5], [1.0, place]), place, place % 4) for place in range(12)]
     figure = panels_figure([Panel("a", "A", lines[:1], 5), Panel("b", "B", lines, 5)])

@@ -15,8 +15,8 @@ from headless import NAMES, Browser, Seen, find_browser
 from test_report import MODULES, STEPS, make_run, ranks_events, step_line
 
 from qaroma.report.page import REFRESH_SECONDS, answers_side_by_side, samples_over_time, write_page
-from qaroma.report.reading import read_run
 from qaroma.report.write import write_report
+from qaroma.runs.reading import read_run
 
 EVIL = "<script>document.title = 'taken'</script><img src=x onerror=alert(1)> & 'quoted'"
 HEADINGS = ["Key figures", "Learning", "Growth", "Ranks", "Similarity of the components", "Samples over time",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from qaroma.errors import QaromaError
 from qaroma.runs.checkpoint import Checkpoint, list_checkpoints, load_newest, save_checkpoint
 from qaroma.runs.directory import RunDirectory
-from qaroma.runs.files import directory_written_aside
+from qaroma.runs.files import directory_written_aside, write_atomically
 from qaroma.runs.log import MetricsLog
 from qaroma.training.batches import BatchPlan
 
@@ -64,6 +65,13 @@ def test_a_checkpoint_of_another_base_is_refused(tmp_path: Path) -> None:
         load_newest(tmp_path, fingerprint="g")
 
 
+def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    header = save_checkpoint(tmp_path, checkpoint(1), fingerprint="f", keep=2) / "state.json"
+    header.write_text(json.dumps({**json.loads(header.read_text()), "version": 99}))
+    with pytest.raises(QaromaError, match=r"version 99.*upgrade qaroma"):
+        load_newest(tmp_path, fingerprint="f")
+
+
 def half_written(target: Path) -> None:
     with directory_written_aside(target) as aside:
         (aside / "x").write_text("2")
@@ -84,6 +92,46 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="full"):
         half_written(target)
     assert (target / "x").read_text() == "1"
+
+
+@pytest.fixture
+def system_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What is flushed to the disk and what is moved, by name, in order."""
+    calls: list[tuple[str, str]] = []
+    fsync, replace, rename = os.fsync, os.replace, Path.rename
+
+    def flushed(descriptor: int) -> None:
+        calls.append(("fsync", Path(f"/proc/self/fd/{descriptor}").resolve().name))
+        fsync(descriptor)
+
+    def replaced(source: Path, target: Path) -> None:
+        calls.append(("move", Path(target).name))
+        replace(source, target)
+
+    def renamed(source: Path, target: Path) -> Path:
+        calls.append(("move", Path(target).name))
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", replaced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    return calls
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are read from /proc")
+def test_what_is_moved_into_place_is_on_the_disk_before(tmp_path: Path, system_calls: list[tuple[str, str]]) -> None:
+    write_atomically(tmp_path / "config.yaml", "x: 1\n")
+    assert system_calls == [("fsync", "config.yaml.part"), ("move", "config.yaml")]
+    system_calls.clear()
+    with directory_written_aside(tmp_path / "adapter") as aside:
+        (aside / "a").write_text("1")
+        (aside / "b").write_text("2")
+    assert sorted(system_calls[:2]) == [("fsync", "a"), ("fsync", "b")]
+    assert system_calls[2:] == [("fsync", "adapter.part"), ("move", "adapter"), ("fsync", tmp_path.name)]
+    system_calls.clear()
+    save_checkpoint(tmp_path, checkpoint(1), fingerprint="f", keep=2)
+    assert sorted(system_calls[:2]) == [("fsync", "state.json"), ("fsync", "state.safetensors")]
+    assert system_calls[2:4] == [("fsync", "step-00000001.part"), ("move", "step-00000001")]
 
 
 def test_metrics_are_cut_back_and_survive_a_torn_line(tmp_path: Path) -> None:

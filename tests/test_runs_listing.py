@@ -16,8 +16,11 @@ from test_training import make_config
 
 from qaroma.cli import main
 from qaroma.errors import QaromaError
-from qaroma.report.run_table import FRESH_SECONDS, list_runs, read_run
+from qaroma.report.run_table import state_sentence
 from qaroma.report.side_by_side import compare_runs
+from qaroma.runs.figures import figures_of
+from qaroma.runs.finding import list_runs
+from qaroma.runs.reading import FRESH_SECONDS, read_run
 from qaroma.training.finetune import finetune
 
 
@@ -63,15 +66,18 @@ def write_run(
 
 def test_a_finished_run_gives_its_figures(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "one"))
-    assert (run.state, run.steps, run.total, run.ended) == ("finished", 4, 8, "grown")
-    assert (run.seconds, run.training_seconds) == (12.5, 8.0)
-    assert (run.model, run.data, run.method, run.task) == ("org/base", "a.jsonl", "aroma", "causal-lm")
-    loss = run.validation[0]
+    figures = figures_of(run)
+    assert (run.state, run.step, run.budget, run.ended) == ("finished", 4, 8, "grown")
+    assert (figures.seconds, figures.training_seconds) == (12.5, 8.0)
+    assert (run.setting("model.name"), run.sources(), run.method, run.task) == (
+        "org/base", ["a.jsonl"], "aroma", "causal-lm",
+    )  # fmt: skip
+    loss = figures.validation[0]
     # The untrained model's 0.5 is no result of the run; the best step is where |step - 2| vanishes.
     assert (loss.name, loss.before, loss.best, loss.best_step, loss.last) == ("loss", 0.5, 1.0, 2, 3.0)
-    assert (run.exact_match_before, run.exact_match) == (0.0, 0.75)
-    assert (run.rank_min, run.rank_mean, run.rank_max) == (0, pytest.approx(4 / 3), 3)
-    assert (run.trainable_start, run.trainable_mean, run.trainable_end) == (90, 75, 60)
+    assert (figures.exact_match_before, figures.exact_match) == (0.0, 0.75)
+    assert (figures.rank_min, figures.rank_mean, figures.rank_max) == (0, pytest.approx(4 / 3), 3)
+    assert (figures.trainable_start, figures.trainable_mean, figures.trainable_end) == (90, 75, 60)
     assert run.bytes == sum(file.stat().st_size for file in (tmp_path / "one").rglob("*") if file.is_file())
     assert run.resume is None
 
@@ -80,15 +86,16 @@ def test_an_unfinished_run_says_where_it_stands_and_how_to_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stopped = read_run(write_run(tmp_path / "s", finished=False))
-    assert stopped.sentence() == "stopped at step 4 of 8, resumable from 4"
+    assert state_sentence(stopped) == "stopped at step 4 of 8, resumable from 4"
     assert stopped.resume == f"qaroma finetune --resume --output {(tmp_path / 's').as_posix()}"
-    assert (stopped.rank_mean, stopped.exact_match, stopped.seconds) == (1.5, None, None)
+    figures = figures_of(stopped)
+    assert (figures.rank_mean, figures.exact_match, figures.seconds) == (1.5, None, 8.0)
     begun = write_run(tmp_path / "b", finished=False, steps=0)
     (begun / "metrics.jsonl").write_text(json.dumps({"event": "validation", "step": 0, "loss": 0.5}))
     assert main(["runs", str(begun)]) == 0
     assert "loss 0.5 before training" in capsys.readouterr().out
     running = read_run(write_run(tmp_path / "r", finished=False, age=FRESH_SECONDS / 4))
-    assert (running.sentence(), running.resume) == ("running at step 4 of 8", None)
+    assert (state_sentence(running), running.resume) == ("running at step 4 of 8", None)
 
 
 def test_a_finished_run_that_was_resumed_with_more_steps_is_not_finished(tmp_path: Path) -> None:
@@ -98,7 +105,7 @@ def test_a_finished_run_that_was_resumed_with_more_steps_is_not_finished(tmp_pat
     then = time.time() - 1000
     for name in ("metrics.jsonl", "summary.json", "config.yaml"):
         os.utime(path / name, (then, then))
-    assert read_run(path).sentence() == "stopped at step 5 of 8, resumable from 4"
+    assert state_sentence(read_run(path)) == "stopped at step 5 of 8, resumable from 4"
 
 
 def _without_config(path: Path) -> None:
@@ -121,6 +128,10 @@ def _foreign_metrics(path: Path) -> None:
     (path / "metrics.jsonl").write_text("1\n2\n")
 
 
+def _foreign_events(path: Path) -> None:
+    (path / "metrics.jsonl").write_text('{"event": "ranks", "step": "first"}\n')
+
+
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
@@ -129,6 +140,7 @@ def _foreign_metrics(path: Path) -> None:
         (_foreign_config, "config.yaml is no configuration of a run"),
         (_damaged_metrics, "metrics.jsonl cannot be read"),
         (_foreign_metrics, "metrics.jsonl holds lines that are no records"),
+        (_foreign_events, "metrics.jsonl holds lines of another form"),
     ],
 )
 def test_a_broken_run_is_listed_as_such(
@@ -140,7 +152,7 @@ def test_a_broken_run_is_listed_as_such(
     out = capsys.readouterr().out
     assert f"broken: {problem}" in out
     assert "finished (grown)" in out
-    with pytest.raises(QaromaError, match="cannot be compared"):
+    with pytest.raises(QaromaError, match=f"bad is damaged: {problem}; give another run"):
         compare_runs([tmp_path / "runs" / "good", tmp_path / "runs" / "bad"])
 
 
@@ -149,7 +161,13 @@ def test_a_run_with_half_of_its_files_is_still_listed(tmp_path: Path) -> None:
     (path / "metrics.jsonl").unlink()
     (path / "summary.json").write_text("[")
     (path / "adapter" / "growth.json").write_text("{")
-    assert read_run(path).steps == 0
+    assert read_run(path).step == 0
+
+
+def test_a_resumed_run_took_the_time_of_all_its_commands(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "one")
+    (path / "summary.json").write_text(json.dumps({"steps": 4, "seconds": 12.5, "training_seconds": 40.0}))
+    assert (figures_of(read_run(path)).seconds, figures_of(read_run(path)).training_seconds) == (40.0, 40.0)
 
 
 def test_a_classifier_is_listed_by_its_own_metric(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,7 +177,7 @@ def test_a_classifier_is_listed_by_its_own_metric(tmp_path: Path, capsys: pytest
     lines = [{"event": "validation", "step": step, **found} for step, found in enumerate(figures)]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = read_run(path)
-    assert [(one.name, one.before, one.best, one.best_step, one.last) for one in run.validation] == [
+    assert [(one.name, one.before, one.best, one.best_step, one.last) for one in figures_of(run).validation] == [
         ("f1", 0.4, 0.7, 2, 0.7),
         ("loss", 0.9, 0.2, 1, 0.3),
         ("accuracy", 0.5, 0.9, 1, 0.8),
@@ -248,12 +266,13 @@ def test_a_real_run_is_read_like_its_own_figures(
     path = tmp_path / "runs" / "real"
     figures = finetune(make_config(tiny_folder, data_file, path, training__max_steps=6), console=Console(quiet=True))
     run = read_run(path)
-    assert (run.state, run.steps) == ("finished", figures["steps"])
-    assert (run.metric, run.validation[0].best) == (figures["metric"], figures["metric_best"])
-    assert run.seconds == figures["seconds"]
-    assert 0 < run.training_seconds <= figures["training_seconds"]
-    assert (run.rank_min, run.rank_max) == (figures["rank_min"], figures["rank_max"])
-    assert run.trainable_mean == pytest.approx(figures["trainable_parameters_mean"])
+    found = figures_of(run)
+    assert (run.state, run.step) == ("finished", figures["steps"])
+    assert (run.metric, found.validation[0].best) == (figures["metric"], figures["metric_best"])
+    assert (found.seconds, found.training_seconds) == (figures["seconds"], figures["training_seconds"])
+    assert (found.rank_min, found.rank_max) == (figures["rank_min"], figures["rank_max"])
+    assert found.trainable_start == figures["trainable_parameters_start"]
+    assert found.trainable_mean == figures["trainable_parameters_mean"]
     shutil.rmtree(path / "adapter_last")
     (path / "summary.json").unlink(missing_ok=True)
     assert read_run(path).state == "running"

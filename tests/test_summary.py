@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from qaroma.report.summary import BeforeAfter, RunSummary, Score, next_commands, print_summary, rank_map
+from qaroma.runs.figures import Figures
 
 LLAMA = {
     f"model.layers.{layer}.{module}": layer + column
@@ -21,13 +22,18 @@ RUN = RunSummary(
     adapter="runs/x/adapter",
     base="some/base",
     steps=90,
-    seconds=125.4,
     stopped="the step budget was reached",
     ranks=LLAMA,
-    trainable_start=1_234_567,
-    trainable_mean=98_765.4,
-    trainable_end=0,
-    scores=(Score("exact match", 0.0, 0.97, percent=True), Score("validation loss", None, 0.01234)),
+    figures=Figures(
+        rank_min=0,
+        rank_mean=2.0,
+        rank_max=4,
+        trainable_start=1_234_567,
+        trainable_mean=98_765.4,
+        trainable_end=0,
+        seconds=125.4,
+    ),
+    scores=(Score("exact match", 0.0, 0.97, metric="exact_match"), Score("validation loss", None, 0.01234)),
     examples=(
         BeforeAfter("Play [bold]Bach[/bold].", '{"a": [1]}', "Sure!\nI will.", '{"a": [1]}'),
         BeforeAfter("Dim it.", "{}", "No.", "{x}"),
@@ -122,7 +128,7 @@ def test_summary_shows_scores_examples_ranks_and_parameters() -> None:
         "Play [bold]Bach[/bold].",
         '{"a": [1]}',
         "I will.",
-        "smallest 0, mean 2.0, largest 4",
+        "smallest 0, mean 2.0, largest 4, of the best adapter",
         "1,234,567 at the start, 98,765 on average, 0 at the end",
         "90 steps, 2 min 05 s; the step budget was reached",
         "runs/x/adapter",
@@ -134,7 +140,7 @@ def test_summary_shows_scores_examples_ranks_and_parameters() -> None:
 
 
 def test_summary_without_scores_examples_and_ranks_still_prints() -> None:
-    bare = dataclasses.replace(RUN, ranks={}, scores=(), examples=(), evaluation_data=None)
+    bare = dataclasses.replace(RUN, ranks={}, figures=Figures(), scores=(), examples=(), evaluation_data=None)
     text = summary_text(bare)
     assert 'qaroma generate runs/x "your prompt"' in text
     assert "--data FILE" in text

@@ -9,8 +9,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from qaroma.config.presets import DataFacts, resolve
 from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
+from qaroma.model.found import find_model
 from qaroma.runs.directory import RunDirectory
 from qaroma.training import fit as fit_module
 from qaroma.training.finetune import finetune
@@ -261,7 +263,8 @@ def test_auto_takes_the_fastest_level_that_fits(
     config = Config.model_validate(
         {"model": {"name": str(tmp_path)}, "data": {"max_length": 2048}, "training": {"micro_batch": 1}}
     )
-    assert memory.choose_level(config, torch.device("cuda")) == level
+    resolved, _ = resolve(config, DataFacts(100, [2048], None))
+    assert memory.choose_level(resolved, find_model(tmp_path), torch.device("cuda")) == level
 
 
 def test_what_fits_at_no_level_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,8 +274,9 @@ def test_what_fits_at_no_level_is_a_clear_error(tmp_path: Path, monkeypatch: pyt
     model_config("llama3-8b").save_pretrained(tmp_path)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 3 * 2**30)
     config = Config.model_validate({"model": {"name": str(tmp_path)}, "data": {"max_length": 2048}})
+    resolved, _ = resolve(config, DataFacts(100, [2048], None))
     with pytest.raises(QaromaError, match=r"does not fit in 3\.0 GiB with micro-batches of 8192 tokens"):
-        memory.choose_level(config, torch.device("cpu"))
+        memory.choose_level(resolved, find_model(tmp_path), torch.device("cpu"))
 
 
 def test_the_figure_that_chose_the_best_adapter_stays(tiny_folder: Path, data_file: Path, tmp_path: Path) -> None:
@@ -294,3 +298,30 @@ def test_a_run_that_stopped_at_its_first_step_logs_the_beginning_once(
     finetune(Config.model_validate({"output": str(run)}), resume=True, console=QUIET)
     assert [v["step"] for v in records(run, "validation")].count(0) == 1
     assert [r["step"] for r in records(run, "ranks")].count(0) == 1
+
+
+@pytest.mark.parametrize("memory", ["auto", "1"])
+def test_a_model_is_looked_up_once(
+    tiny_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: str
+) -> None:
+    from transformers import AutoConfig
+
+    from qaroma.model import base, builtin, found
+
+    calls = {"resolve_model": 0, "AutoConfig": 0}
+    resolve_place, read_config = builtin.resolve_model, AutoConfig.from_pretrained
+
+    def counted_place(*arguments):
+        calls["resolve_model"] += 1
+        return resolve_place(*arguments)
+
+    def counted_config(*arguments, **named):
+        calls["AutoConfig"] += 1
+        return read_config(*arguments, **named)
+
+    for module in (base, builtin, found):
+        monkeypatch.setattr(module, "resolve_model", counted_place)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", counted_config)
+    config = make_config(tiny_folder, data_file, tmp_path / "run", training__max_steps=2, training__memory=memory)
+    finetune(config, console=QUIET)
+    assert calls == {"resolve_model": 1, "AutoConfig": 1}

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from qaroma.bench.contestants import Step, examples, peft_step, qaroma_step, random_base, twin
 from qaroma.bench.measure import Spread, matrix_rate, peak_bytes, seconds_per_step, step_flops
-from qaroma.engine.levels import LEVELS
+from qaroma.config.levels import LEVELS
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_base, resolve_device, resolve_dtype
 from qaroma.plan.shapes import SHAPES, model_config
+from qaroma.plan.weightless_model import tensors_of
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,14 @@ class BenchSize:
     frozen: int = 0
 
 
-def bench(
-    model: str, size: BenchSize, *, against: str | None = None, device: str = "auto", dtype: str = "auto"
-) -> dict[str, Any]:
+def bench(model: str, size: BenchSize, *, against: str | None = None, device: str = "auto") -> dict[str, Any]:
     """Time qaroma's training step, alone or in turns with PEFT's QLoRA (r 8).
 
     Args:
         model: a built-in shape with random weights, or a folder, hub id or GGUF file.
         size: of the step and of the measurement.
         against: ``peft``, or None.
-        device, dtype: as in a run.
+        device: as in a run.
 
     Returns:
         Figures: ``tokens_per_second`` and ``peak_bytes`` of each, their ratios, and the share of the
@@ -48,7 +47,8 @@ def bench(
         QaromaError: an unknown model, or peft asked for and not installed.
     """
     target = resolve_device(device)
-    base = _base(model, target, resolve_dtype(dtype, target))
+    dtype = resolve_dtype("auto", target)
+    base = _base(model, target, dtype)
     rows = examples(base.config.get_text_config().vocab_size, rows=size.micro_batch, length=size.length)
     steps: dict[str, Step] = {}
     resident: dict[str, list[Tensor]] = {}
@@ -57,13 +57,13 @@ def bench(
             raise QaromaError(f"got --against {against}; expected peft")
         other = twin(base)
         steps["peft"] = peft_step(other, rows, checkpointing=LEVELS[size.level].checkpointing)
-        resident["peft"] = tensors_of(other)
+        resident["peft"] = list(tensors_of(other))
     flops = step_flops(
         base, tokens=size.length * size.micro_batch, length=size.length, checkpointed=LEVELS[size.level].checkpointing
     )
     step, method = qaroma_step(base, rows, level=size.level, frozen=size.frozen)
     steps = {"qaroma": step, **steps}
-    resident["qaroma"] = tensors_of(base) + list(method.trainer.optimiser.state_tensors().values())
+    resident["qaroma"] = [*tensors_of(base), *method.trainer.optimiser.buffers().values()]
     seconds = seconds_per_step(steps, count=size.steps, rounds=size.rounds, device=target)
     gc.collect()
     tokens = size.length * size.micro_batch
@@ -74,7 +74,7 @@ def bench(
             "tokens_per_second": asdict(Spread.of([tokens / s for s in seconds[name]])),
             "peak_bytes": peak_bytes(step, target, resident[name]),
         }
-    rate = matrix_rate(target, resolve_dtype(dtype, target))
+    rate = matrix_rate(target, dtype)
     figures["matrix_flops_per_second"] = rate
     figures["share_of_matrix_rate"] = flops / Spread.of(seconds["qaroma"]).median / rate
     if against is not None:
@@ -82,18 +82,6 @@ def bench(
         figures["speed_ratio"] = asdict(Spread.of(ratios))
         figures["memory_ratio"] = figures["qaroma"]["peak_bytes"] / figures["peft"]["peak_bytes"]
     return figures
-
-
-def tensors_of(model: Any) -> list[Tensor]:
-    """Every tensor that a model holds, the constants of its 4-bit weights included."""
-    found: list[Tensor] = []
-    for tensor in (*model.parameters(), *model.buffers()):
-        found.append(tensor)
-        state = getattr(tensor, "quant_state", None)
-        while state is not None:
-            found += [state.absmax, state.code]
-            state = state.state2
-    return found
 
 
 def _base(model: str, device: torch.device, dtype: torch.dtype) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qaroma.data.encode import Example
+from qaroma.data.encode import IGNORED, Example
 from qaroma.engine.checkpointing import enable_checkpointing
 from qaroma.engine.levels import apply_level
 from qaroma.engine.placement import compute_device
@@ -17,9 +17,8 @@ from qaroma.errors import QaromaError
 from qaroma.method.aroma import GrowthController
 from qaroma.method.attach import attach
 from qaroma.method.growth import GrowthSettings
-from qaroma.method.lora import PlainLora
 from qaroma.model.bnb import bnb
-from qaroma.plan.base import skeleton
+from qaroma.plan.weightless_model import weightless_model
 from qaroma.tasks.causal_lm import CausalLM
 
 Step = Callable[[], None]
@@ -35,7 +34,7 @@ def random_base(config: Any, *, dtype: torch.dtype, device: torch.device) -> Any
         dtype: compute dtype.
         device: where.
     """
-    model = skeleton(config, dtype=dtype)
+    model = weightless_model(config, dtype=dtype)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             dense = torch.empty(module.out_features, module.in_features, dtype=dtype, device=device).normal_(std=0.02)
@@ -65,43 +64,29 @@ def examples(vocabulary: int, *, rows: int, length: int) -> list[Example]:
     """Random tokens of which every one is trained but the first: the most work for the loss."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (rows, length), generator=generator).tolist()
-    return [Example(row, [-100, *row[1:]]) for row in ids]
+    return [Example(row, [IGNORED, *row[1:]]) for row in ids]
 
 
-def qaroma_step(
-    model: Any,
-    rows: list[Example],
-    *,
-    level: int,
-    frozen: int = 0,
-    rank: int = 1,
-    growing: bool = True,
-) -> tuple[Step, GrowthController | PlainLora]:
-    """qaroma's step: forward, chunked loss, backward, update, growth.
+def qaroma_step(model: Any, rows: list[Example], *, level: int, frozen: int = 0) -> tuple[Step, GrowthController]:
+    """qaroma's step: forward, chunked loss, backward, update, and growth with a check every 10 steps.
 
     Args:
         model: base; an adapter is put on it.
         rows: one micro-batch.
         level: memory level.
         frozen: components that each module has already.
-        rank: inner rank, or LoRA's rank where nothing grows.
-        growing: AROMA with a check every 10 steps, or plain LoRA.
 
     Returns:
         The step, and the method.
     """
-    adapter = attach(model, inner_rank=rank, alpha=2.0 * rank)
+    adapter = attach(model, inner_rank=1, alpha=2.0)
     for layer in adapter.layers.values():
         if frozen:
             A = torch.randn(frozen, layer.in_features, dtype=layer.A.dtype) * 0.01
             B = torch.randn(frozen, layer.out_features, dtype=layer.B.dtype) * 0.01
             layer.load_factors(A, B, [1] * frozen)
-    method: GrowthController | PlainLora
-    if growing:
-        settings = GrowthSettings(t_in=10_000, warmup=1, restart_warmup=1, max_update=1.0)
-        method = GrowthController(adapter, settings, learning_rate=1e-4, total_steps=1_000_000)
-    else:
-        method = PlainLora(adapter, learning_rate=1e-4, total_steps=1_000_000)
+    settings = GrowthSettings(t_in=10_000, warmup=1, restart_warmup=1, max_update=1.0)
+    method = GrowthController(adapter, settings, learning_rate=1e-4, total_steps=1_000_000)
     apply_level(model, level)
     model.train()
     task = CausalLM()
@@ -115,8 +100,9 @@ def qaroma_step(
     return step, method
 
 
-def peft_step(model: Any, rows: list[Example], *, rank: int = 8, checkpointing: bool = True) -> Step:
-    """PEFT's QLoRA step as its users run it: adapters in fp32 on every linear layer, torch's AdamW, full logits.
+def peft_step(model: Any, rows: list[Example], *, checkpointing: bool = True) -> Step:
+    """PEFT's QLoRA step as its users run it: adapters of rank 8 in fp32 on every linear layer, torch's AdamW, full
+    logits.
 
     Raises:
         QaromaError: peft is not installed.
@@ -128,7 +114,7 @@ def peft_step(model: Any, rows: list[Example], *, rank: int = 8, checkpointing: 
     device = compute_device(model)
     if checkpointing:
         enable_checkpointing(model)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     wrapped = get_peft_model(model, config).train()
     optimiser = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.tensor([row.input_ids for row in rows], device=device)

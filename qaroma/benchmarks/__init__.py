@@ -1,1 +1,1 @@
-"""Public test sets, scored as their papers score them: task by task, with an interval, resumable."""
+"""Public test sets, scored by lm-evaluation-harness: its own tasks, and LLM-Adapters' eight as tasks of ours."""

@@ -1,4 +1,4 @@
-"""From scored questions to figures: accuracy with its interval, task by task, and their mean."""
+"""From what the harness found to figures: each task's metrics with their intervals, and the groups' means."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from typing import Any
 
 from rich.table import Table
 
-from qaroma.benchmarks.commonsense import TaskSet
-
 _Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
+_UNPARSED = "[invalid]"  # what the harness's filters make of a text in which they find no answer
 
 
-def wilson(correct: int, total: int) -> tuple[float, float]:
+def wilson(correct: float, total: int) -> tuple[float, float]:
     """The 95 % Wilson score interval of a share, within 0 and 1.
 
     Args:
-        correct: Successes.
-        total: Trials, at least one.
+        correct: successes.
+        total: trials, at least one.
     """
     share, z2 = correct / total, _Z95**2
     middle = (share + z2 / (2 * total)) / (1 + z2 / total)
@@ -26,75 +25,77 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def summarise(
-    sets: Sequence[TaskSet], scored: Mapping[tuple[str, int], Mapping[str, Any]], scorer: str
-) -> dict[str, Any]:
-    """Figures of scored questions.
+def summarise(found: Mapping[str, Any], groups: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Figures of a call of the harness.
 
     Args:
-        sets: The tasks and the questions that count.
-        scored: The record of each question, by task and row, see :mod:`qaroma.benchmarks.scorers`.
-        scorer: ``generation`` or ``likelihood``.
+        found: what ``lm_eval.evaluator.evaluate`` returned, with its samples.
+        groups: the names of each group's members.
 
     Returns:
-        ``tasks``: for each ``rows``, ``of`` (records in its file), ``chance`` (of a blind guess),
-        ``accuracy`` and ``interval``; with generation also ``unparsed`` (texts that name no answer, which
-        count as wrong), with likelihood also ``accuracy_per_token`` and ``interval_per_token``.
-        ``mean_accuracy`` (and ``mean_accuracy_per_token``): the mean over tasks, each counted once.
+        ``tasks``: for each ``rows``, ``of`` (records there are) and ``metrics``, by name, as "acc,none": ``value``,
+        ``interval`` (95 %; None where the harness gives no error) and ``unparsed`` (generated texts in which that
+        metric's filter found no answer; they count as wrong). ``groups``: for each its metrics' means over its tasks.
     """
-    tasks: dict[str, dict[str, Any]] = {}
-    for task in sets:
-        records = [scored[task.name, question.row] for question in task.questions]
-        figures = {
-            "rows": len(records),
-            "of": task.size,
-            "chance": sum(1 / len(question.candidates) for question in task.questions) / len(records),
-            **_accuracy(records, "predicted", ""),
-        }
-        if scorer == "generation":
-            figures["unparsed"] = sum(record["predicted"] is None for record in records)
-        else:
-            figures |= _accuracy(records, "predicted_per_token", "_per_token")
-        tasks[task.name] = figures
-    means = {
-        f"mean_{key}": sum(figures[key] for figures in tasks.values()) / len(tasks)
-        for key in ("accuracy", "accuracy_per_token")
-        if all(key in figures for figures in tasks.values())
-    }
-    return {"tasks": tasks, **means}
+    tasks = {}
+    for task, samples in found["samples"].items():
+        results, sizes = found["results"][task], found["n-samples"][task]
+        metrics = {name: _figure(name, value, results, samples) for name, value in _metrics(results).items()}
+        tasks[task] = {"rows": sizes["effective"], "of": sizes["original"], "metrics": metrics}
+    return {"tasks": tasks, "groups": {group: _metrics(found["results"].get(group, {})) for group in groups}}
 
 
 def results_table(figures: Mapping[str, Any]) -> Table:
-    """What :func:`summarise` gave, with ``scorer`` and ``model``, as a table for people."""
+    """What :func:`summarise` gave, with ``model``, as a table for people."""
     tasks = figures["tasks"]
-    measures = ["", "_per_token"] if figures["scorer"] == "likelihood" else [""]
-    names = {"": "summed" if len(measures) > 1 else "accuracy", "_per_token": "per token"}
-    cut = [task for task in tasks.values() if task["rows"] < task["of"]]
-    table = Table(
-        title=f"commonsense, {figures['scorer']}: {figures['model']}",
-        caption=f"only a part of {len(cut)} test sets was scored" if cut else None,
-    )
-    table.add_column("task", no_wrap=True)
-    for heading in ("rows", "chance", *(f"{names[m]} (95 %)" for m in measures)):
-        table.add_column(heading, justify="right")
-    if figures["scorer"] == "generation":
-        table.add_column("unparsed", justify="right")
+    cut = sum(task["rows"] < task["of"] for task in tasks.values())
+    table = Table(title=str(figures["model"]), caption=f"only a part of {cut} test sets was scored" if cut else None)
+    table.add_column("task", overflow="fold")
+    table.add_column("rows", justify="right")
+    table.add_column("metric", overflow="fold")
+    table.add_column("value (95 %)", justify="right", no_wrap=True)
+    table.add_column("unparsed", justify="right")
     for name, task in tasks.items():
-        shown = [_percent(task[f"accuracy{m}"], *task[f"interval{m}"]) for m in measures]
-        unparsed = [str(task["unparsed"])] if "unparsed" in task else []
-        table.add_row(name, str(task["rows"]), f"{100 * task['chance']:.1f}", *shown, *unparsed)
+        first = (name, str(task["rows"]))
+        for metric, figure in task["metrics"].items():
+            shown = _shown(figure["value"], figure["interval"])
+            table.add_row(*first, metric.removesuffix(",none"), shown, str(figure["unparsed"] or ""))
+            first = ("", "")
     table.add_section()
-    table.add_row(f"mean of {len(tasks)}", "", "", *(f"{100 * figures[f'mean_accuracy{m}']:.2f}" for m in measures))
+    for group, metrics in figures["groups"].items():
+        for metric, value in metrics.items():
+            table.add_row(f"mean of {group}", "", metric.removesuffix(",none"), _shown(value))
     return table
 
 
-def _accuracy(records: Sequence[Mapping[str, Any]], key: str, suffix: str) -> dict[str, Any]:
-    correct = sum(record[key] == record["answer"] for record in records)
+def _metrics(results: Mapping[str, Any]) -> dict[str, float]:
+    """The harness's "metric,filter" entries that are figures; its errors and notes stand between them."""
     return {
-        f"accuracy{suffix}": correct / len(records),
-        f"interval{suffix}": list(wilson(correct, len(records))),
+        name: float(value)
+        for name, value in results.items()
+        if "," in name and "_stderr," not in name and isinstance(value, (int, float))
     }
 
 
-def _percent(share: float, low: float, high: float) -> str:
-    return f"{100 * share:.2f}  ({100 * low:.1f} - {100 * high:.1f})"
+def _figure(
+    name: str, value: float, results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """A metric with its interval: Wilson's of a share of right answers, else 1.96 standard errors on both sides."""
+    metric, filtered = name.split(",", 1)
+    samples = [sample for sample in samples if sample["filter"] == filtered]
+    scores = [sample[metric] for sample in samples if metric in sample]
+    error = results.get(f"{metric}_stderr,{filtered}")
+    interval = None
+    if scores and all(isinstance(score, (int, float)) and score in (0, 1) for score in scores):
+        interval = list(wilson(sum(scores), len(scores)))
+    elif isinstance(error, (int, float)):
+        interval = [value - _Z95 * error, value + _Z95 * error]
+    unparsed = sum(sample["filtered_resps"] == [_UNPARSED] for sample in samples)
+    return {"value": value, "interval": interval, "unparsed": unparsed}
+
+
+def _shown(value: float, interval: Sequence[float] | None = None) -> str:
+    """A share in per cent, anything else as it is."""
+    factor = 100 if 0 <= value <= 1 else 1
+    bounds = "" if interval is None else f"  ({factor * interval[0]:.1f} - {factor * interval[1]:.1f})"
+    return f"{factor * value:.2f}{bounds}"

@@ -6,6 +6,8 @@ import click
 
 from qaroma.cli.options import config_option
 from qaroma.cli.output import JSON_OPTION, figures_only
+from qaroma.config.levels import LEVEL_NAMES
+from qaroma.plan.shapes import require_shape
 
 _EPILOG = """\b
 Examples:
@@ -20,7 +22,7 @@ Examples:
 @click.option("--micro-batch", default=1, show_default=True, type=click.IntRange(min=1), help="Examples of a step.")
 @click.option("--steps", default=3, show_default=True, type=click.IntRange(min=1), help="Steps of one turn.")
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1), help="Turns of each contestant.")
-@click.option("--memory", default="1", show_default=True, type=click.Choice(["0", "1", "2", "3"]), help="Memory level.")
+@click.option("--memory", default="1", show_default=True, type=click.Choice(LEVEL_NAMES), help="Memory level.")
 @click.option("--frozen", default=0, show_default=True, type=click.IntRange(min=0), help="Frozen rank of each module.")
 @click.option("--against", type=click.Choice(["peft"]), help="Measure PEFT's QLoRA (r 8) in turns with ours.")
 @config_option("training.device", text="Where to compute.")
@@ -42,6 +44,8 @@ def command(
     Contestants run in turns in one process, on the very same frozen weights; every figure is the
     median of the turns, with the smallest and the largest.
     """
+    require_shape(model)
+
     from qaroma.bench.bench import BenchSize, bench
 
     size = BenchSize(seq_len, micro_batch, steps, rounds, int(memory), frozen)

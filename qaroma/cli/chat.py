@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 import click
 
 from qaroma.cli.options import config_option
-from qaroma.cli.run_arguments import BASE_OPTION
+from qaroma.cli.run_arguments import BASE_OPTION, TRUST_OPTION
 from qaroma.errors import QaromaError
+from qaroma.model.builtin import require_model
+from qaroma.runs.directory import adapter_folder
 
 if TYPE_CHECKING:
     from qaroma.inference.chat import Chat, Reply
@@ -35,6 +37,7 @@ _HELP = """\
 @click.command(epilog=_EPILOG)
 @click.argument("run", metavar="[RUN]", required=False)
 @BASE_OPTION
+@TRUST_OPTION
 @click.option("--system", metavar="TEXT", help="What stands before the conversation.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, metavar="INTEGER",
               help="Longest answer.")  # fmt: skip
@@ -47,6 +50,7 @@ _HELP = """\
 def command(
     run: str | None,
     base: str | None,
+    trust_remote_code: bool,
     system: str | None,
     max_new_tokens: int,
     temperature: float,
@@ -61,12 +65,17 @@ def command(
     """
     if run is None and base is None:
         raise QaromaError("got no run; expected qaroma chat RUN, or qaroma chat --base MODEL to talk to a base")
+    if run is not None:
+        adapter_folder(run)
+    if base is not None:
+        require_model(base)
+
     from qaroma.inference.chat import Chat, Sampling, open_chat
 
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         click.echo("loading the model", err=True)
-    tuned = open_chat(run, base=base, device=training__device or "auto")
+    tuned = open_chat(run, base=base, device=training__device or "auto", trust_remote_code=trust_remote_code)
     chat = Chat(tuned, Sampling(max_new_tokens, temperature, top_p, seed), system)
     if terminal:
         click.echo("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves", err=True)

@@ -6,10 +6,14 @@ from collections.abc import Sequence
 
 import click
 
-from qaroma.cli.options import CONFIG_OPTION, SET_OPTION, config_options, read_config, require_model_and_data
+from qaroma.cli.options import CONFIG_OPTION, SET_OPTION, config_options, read_config
 from qaroma.cli.output import JSON_OPTION, figures_only
+from qaroma.compare.specs import plan_runs
+from qaroma.config.load import require_model_and_data
 from qaroma.config.schema import Config
+from qaroma.model.builtin import require_model
 from qaroma.runs.directory import quoted
+from qaroma.training.checks import check_sources
 
 _EPILOG = """\b
 Examples:
@@ -68,7 +72,12 @@ def command(
     def make_config(more: Sequence[str]) -> Config:
         return read_config(config, parameters, [*sets, *more])
 
-    require_model_and_data(read_config(config, parameters, sets))
+    asked = read_config(config, parameters, sets)
+    name = require_model_and_data(asked)
+    if not table_only:
+        require_model(name)
+        check_sources(asked)
+    plan_runs(make_config, methods, seeds, output)  # a mistake in them is told before torch is imported
 
     from qaroma.compare.compare import compare
 

@@ -50,7 +50,12 @@ def ls(json_output: bool) -> None:
 @click.option("--force", is_flag=True, help="Overwrite a file that is there.")
 def cp(name: str, destination: Path | None, force: bool) -> None:
     """Copy the configuration NAME to DESTINATION, a file or a folder; default: this folder."""
-    from qaroma.config.shipped import copy_shipped
+    from qaroma.cli.config_file import write_config
+    from qaroma.config.shipped import find_shipped
 
-    written = copy_shipped(name, destination, force=force)
-    click.echo(f"wrote {written.as_posix()}; type next: qaroma finetune --config {written.as_posix()}")
+    source = find_shipped(name)
+    target = destination or Path(source.name)
+    if target.is_dir():
+        target = target / source.name
+    write_config(target, source.read_text(encoding="utf-8"), force=force)
+    click.echo(f"wrote {target.as_posix()}; type next: qaroma finetune --config {target.as_posix()}")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from qaroma.cli.options import config_option
 from qaroma.cli.output import JSON_OPTION, figures_only
-from qaroma.cli.run_arguments import BASE_OPTION, RUN_ARGUMENT
+from qaroma.cli.run_arguments import BASE_OPTION, RUN_ARGUMENT, TRUST_OPTION
+from qaroma.model.builtin import require_model
+from qaroma.runs.directory import require_adapter_or_checkpoint, run_around
 
 if TYPE_CHECKING:
     from qaroma.data.encode import Example
@@ -51,6 +52,7 @@ Examples:
 @click.option("--self-test/--no-self-test", default=True, show_default=True,
               help="Read the export back and compare it with the live model.")  # fmt: skip
 @BASE_OPTION
+@TRUST_OPTION
 @config_option("training.device", text="Where the live model computes.")
 @JSON_OPTION
 def command(
@@ -63,6 +65,7 @@ def command(
     compress: float | None,
     self_test: bool,
     base: str | None,
+    trust_remote_code: bool,
     training__device: str | None,
     json_output: bool,
 ) -> None:
@@ -72,6 +75,10 @@ def command(
     Every export holds the tokenizer, the chat template and a model card, and is read back by another
     way than qaroma's own before it appears.
     """
+    require_adapter_or_checkpoint(run)
+    if base is not None:
+        require_model(base)
+
     from qaroma.export.exporter import Options, export
 
     with figures_only(json_output) as write:
@@ -81,30 +88,30 @@ def command(
             output=output,
             base=base,
             device=training__device or "auto",
+            trust_remote_code=trust_remote_code,
             options=Options(merge_into, dtype, outtype, compress, self_test),
-            validation=_validation(run),
+            validation=_validation(run, trust_remote_code),
             say=click.echo,
         )
         if json_output:
             write({"exports": [one.to_json() for one in exported]})
 
 
-def _validation(run: str) -> Callable[[], Sequence[Example]] | None:
+def _validation(run: str, trust_remote_code: bool) -> Callable[[], Sequence[Example]] | None:
     """The validation examples of the run that a path is or lies in, read when they are wanted."""
-    from qaroma.runs.directory import RunDirectory
-
-    path = Path(run).resolve()
-    found = next((RunDirectory(p) for p in (path, *list(path.parents)[:2]) if RunDirectory(p).exists()), None)
+    found = run_around(run)
     if found is None:
         return None
 
     def read() -> Sequence[Example]:
-        from qaroma.config.load import load_config
+        from qaroma.config.load import read_settings
         from qaroma.errors import QaromaError
         from qaroma.training.prepare import prepare_data
 
         try:
-            return prepare_data(load_config(found.config, {}, [])).validation
+            config = read_settings(found.config, {}, [])
+            config.model.trust_remote_code = trust_remote_code  # what the run's file says is no consent
+            return prepare_data(config).validation
         except QaromaError as error:
             click.echo(f"validation loss not measured: {error}", file=sys.stderr)
             return ()

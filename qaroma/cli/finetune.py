@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from qaroma.cli.options import CONFIG_OPTION, SET_OPTION, config_options, read_config, require_model_and_data
+from qaroma.cli.options import CONFIG_OPTION, SET_OPTION, config_options, read_config
 from qaroma.cli.output import JSON_OPTION, figures_only
+from qaroma.training.checks import check_finetune
 
 _EPILOG = """\b
 Examples:
@@ -56,8 +57,7 @@ def command(
     is printed with its reason.
     """
     settings = read_config(config, parameters, sets)
-    if not resume:  # a run that goes on has them in its own configuration
-        require_model_and_data(settings)
+    check_finetune(settings, resume=resume)
 
     from qaroma.training.finetune import finetune
 

@@ -9,8 +9,10 @@ import click
 
 from qaroma.cli.options import config_option
 from qaroma.cli.output import JSON_OPTION, figures_only
-from qaroma.cli.run_arguments import BASE_OPTION, RUN_ARGUMENT
+from qaroma.cli.run_arguments import BASE_OPTION, RUN_ARGUMENT, TRUST_OPTION
 from qaroma.errors import QaromaError
+from qaroma.model.builtin import require_model
+from qaroma.runs.directory import adapter_folder
 
 _EPILOG = """\b
 Examples:
@@ -25,6 +27,7 @@ Examples:
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="INTEGER",
               help="Longest answer.")  # fmt: skip
 @BASE_OPTION
+@TRUST_OPTION
 @config_option("training.device", text="Where to compute.")
 @JSON_OPTION
 def command(
@@ -32,6 +35,7 @@ def command(
     prompts: tuple[str, ...],
     max_new_tokens: int,
     base: str | None,
+    trust_remote_code: bool,
     training__device: str | None,
     json_output: bool,
 ) -> None:
@@ -39,13 +43,21 @@ def command(
 
     A PROMPT of - reads prompts from stdin, one a line. Answers are greedy: the same each time.
     """
+    adapter_folder(run)
+    if base is not None:
+        require_model(base)
     asked = _prompts(prompts)
 
     from qaroma.inference.open import generate_from_run
 
     with figures_only(json_output) as write:
         answers = generate_from_run(
-            run, asked, max_new_tokens=max_new_tokens, base=base, device=training__device or "auto"
+            run,
+            asked,
+            max_new_tokens=max_new_tokens,
+            base=base,
+            device=training__device or "auto",
+            trust_remote_code=trust_remote_code,
         )
         if json_output:
             pairs = zip(asked, answers, strict=True)

@@ -9,10 +9,17 @@ from pathlib import Path
 
 import click
 
+from qaroma.cli.config_file import write_config
 from qaroma.cli.options import config_option
-from qaroma.config.load import load_config, parse_source
+from qaroma.config.load import parse_source, read_settings
+from qaroma.config.schema import Config
+from qaroma.config.words import memory_size
+from qaroma.data.sources import read_rows
 from qaroma.errors import QaromaError
+from qaroma.model.builtin import require_model
+from qaroma.plan.card import parse_memory
 from qaroma.runs.directory import quoted
+from qaroma.training.checks import check_sources
 
 _EPILOG = """\b
 Examples:
@@ -66,18 +73,20 @@ def command(
         "data.skip_bad_rows": data__skip_bad_rows or None,
         "model.trust_remote_code": model__trust_remote_code or None,
     }
-    _write(load_config(None, flags, []), vram, target, force)
+    config = read_settings(None, flags, [])
+    if vram is not None:
+        _check_size(vram)
+    require_model(model or _FIRST_MODEL)
+    check_sources(config)
+    _write(config, vram, target, force)
 
 
-def _write(config: object, vram: str | None, target: Path, force: bool) -> None:
+def _write(config: Config, vram: str | None, target: Path, force: bool) -> None:
     """Decide, write, and say what was found and what to type next."""
     from rich.console import Console
 
-    from qaroma.config.schema import Config
-    from qaroma.config.shipped import write_config
     from qaroma.plan.configure import data_words, make_start, room_for, start_yaml
 
-    assert isinstance(config, Config)
     with Console(stderr=True).status("looking at the model") as status:
         start = make_start(config, room_for(vram), tell=status.update)
     write_config(target, start_yaml(start, target.as_posix()), force=force)
@@ -89,13 +98,13 @@ def _write(config: object, vram: str | None, target: Path, force: bool) -> None:
     click.echo(f"template: {start.data.template}")
     click.echo(
         f"plan: {training.micro_batch} x {training.grad_accum} examples of at most {resolved.data.max_length} tokens a "
-        f"step, memory level {start.step.settings.level}, {start.step.peak / 2**30:.2f} GiB on {start.room.words}"
+        f"step, memory level {start.step.settings.level}, {memory_size(start.step.peak)} on {start.room.words}"
     )
     click.echo(f"{training.max_steps} steps, inner loops of at most {resolved.growth.t_in}, learning rate "
                f"{training.learning_rate:g}")  # fmt: skip
     click.echo(f"wrote {target.as_posix()}; each line says why. Type next:")
     source = resolved.data.train[0].path
-    click.echo(f"  qaroma data preview --model {quoted(str(resolved.model.name))} --data {quoted(source)}")
+    click.echo(f"  qaroma data preview --model {quoted(resolved.model.name)} --data {quoted(source)}")
     click.echo(f"  qaroma finetune --config {quoted(target.as_posix())}")
 
 
@@ -112,19 +121,15 @@ def _ask(question: str, default: str | None, check: Callable[[str], None]) -> st
 
 
 def _check_model(name: str) -> None:
-    from qaroma.model.base import load_config
+    from qaroma.model.base import load_model_config
 
-    load_config(name)
+    load_model_config(name)
 
 
 def _check_data(text: str) -> None:
-    from qaroma.data.sources import read_rows
-
     read_rows([parse_source(text)])
 
 
 def _check_size(text: str) -> None:
-    from qaroma.plan.report import parse_memory
-
-    if text not in ("this machine", "cpu"):
+    if text.strip().lower() not in ("this machine", "cpu"):
         parse_memory(text)

@@ -14,9 +14,8 @@ import click
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from qaroma.config.load import config_fields, load_config
+from qaroma.config.load import config_fields, read_settings
 from qaroma.config.schema import Config
-from qaroma.errors import QaromaError
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _FIELDS = config_fields()
@@ -93,28 +92,7 @@ def read_config(config: str | None, parameters: Mapping[str, Any], sets: Sequenc
         for name, value in parameters.items()
         if context.get_parameter_source(name) == typed
     }
-    return load_config(config, flags, sets)
-
-
-def require_model_and_data(config: Config) -> str:
-    """The name of the model; a run needs that and data, all else has a default.
-
-    Checked here, so that who forgot one is told before torch is imported.
-
-    Raises:
-        QaromaError: One of the two is missing, or both.
-    """
-    missing = {}
-    if config.model.name is None:
-        missing["no model"] = "--model FOLDER_OR_HUB_ID (smollm2-135m is built in)"
-    if not config.data.train:
-        missing["no data"] = "--data FILE"
-    if config.model.name is None or missing:
-        raise QaromaError(
-            f"got {' and '.join(missing)}; expected {' and '.join(missing.values())}; "
-            "to see a whole run first, type qaroma finetune --config quickstart"
-        )
-    return config.model.name
+    return read_settings(config, flags, sets)
 
 
 def _kind(field: FieldInfo) -> tuple[Any, list[Any]]:

@@ -6,6 +6,8 @@ import click
 
 from qaroma.cli.options import config_option
 from qaroma.cli.output import JSON_OPTION, figures_only
+from qaroma.plan.card import parse_memory, this_card
+from qaroma.plan.shapes import require_shape
 
 _EPILOG = """\b
 Examples:
@@ -42,19 +44,21 @@ def command(
     The step is run on tensors that have a shape and no contents, and every byte that is alive is
     counted: nothing is estimated from a formula.
     """
+    require_shape(model)
+    size = parse_memory(vram) if vram else None
+
     from rich.console import Console
 
-    from qaroma.plan.report import make_plan, parse_memory, print_plan, this_card
+    from qaroma.plan.report import make_plan, print_plan
     from qaroma.plan.trace import StepSettings
 
     with figures_only(json_output) as write:
-        card = parse_memory(vram) if vram else this_card()
         with Console(stderr=True).status("reading the model's shapes") as status:
             plan = make_plan(
                 model,
                 StepSettings(0, seq_len, micro_batch, frozen_rank=rank_frozen),
                 memory=training__memory or "auto",
-                vram=card,
+                vram=this_card() if size is None else size,
                 trust_remote_code=bool(model__trust_remote_code),
                 tell=lambda doing: status.update(doing),
             )

@@ -6,6 +6,8 @@ import click
 
 from qaroma.cli.output import JSON_OPTION, figures_only
 from qaroma.cli.run_arguments import RUN_ARGUMENT
+from qaroma.config.words import file_size
+from qaroma.runs.directory import adapter_folder
 
 _EPILOG = """\b
 Examples:
@@ -39,7 +41,9 @@ def command(
     private is never changed. Sent are the PEFT adapter, growth.json and the card: no checkpoints, no
     metrics, no paths of this machine. Log in first: hf auth login.
     """
-    from qaroma.export.push import loading_lines, push
+    adapter_folder(run)
+
+    from qaroma.export.push import push
 
     with figures_only(json_output) as write:
         pushed = push(
@@ -56,7 +60,7 @@ def command(
             write(pushed.to_json())
             return
     seen = "private" if pushed.private else "public"
-    click.echo(f"{pushed.url} ({seen}), {len(pushed.files)} files, {pushed.bytes / 1e6:,.1f} MB")
+    click.echo(f"{pushed.url} ({seen}), {len(pushed.files)} files, {file_size(pushed.bytes)}")
     click.echo("load it in Python, with PEFT:")
-    for line in loading_lines(pushed):
+    for line in pushed.loading:
         click.echo(f"  {line}")

@@ -22,11 +22,13 @@ def command(folder: str, json_output: bool) -> None:
     For each: model, data, method, whether it is finished or can go on, its best validation figure,
     the share of exact answers, and the mean rank that grew.
     """
-    from qaroma.report.run_table import list_runs, print_runs, table_console
+    from qaroma.report.run_table import print_runs, table_console
+    from qaroma.runs.figures import as_json
+    from qaroma.runs.finding import list_runs
 
     with figures_only(json_output) as write:
         runs = list_runs(folder)
         if json_output:
-            write({"folder": folder, "runs": [run.to_json() for run in runs]})
+            write({"folder": folder, "runs": [as_json(run) for run in runs]})
             return
     print_runs(runs, folder, table_console())

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from qaroma.compare.specs import MethodSpec
-from qaroma.compare.statistics import deviation, mean, median
-from qaroma.method.spectrum import effective_rank
-from qaroma.report.reading import Run, read_run
-from qaroma.runs.adapter import read_factors, read_growth
-from qaroma.runs.directory import RunDirectory
+from qaroma.compare.statistics import deviation, mean
+from qaroma.config.methods import METHODS
+from qaroma.errors import QaromaError
+from qaroma.report.spectra import read_spectra
+from qaroma.runs.figures import figures_of
+from qaroma.runs.reading import Run
 
-LORAS = ("lora", "peft-lora")
 REFERENCE_RANK = 8  # of the LoRA that figures are divided by, where it takes part
 
 
@@ -22,7 +21,7 @@ REFERENCE_RANK = 8  # of the LoRA that figures are divided by, where it takes pa
 class RunFigures:
     """One finished run.
 
-    Parameters are the adapter's alone, ranks those of the last adapter. ``seconds`` is the median step
+    Parameters are the adapter's alone, ranks those of the best adapter. ``seconds`` is the median step
     times the steps, and what passes that choose directions took beside them: a machine that was busy
     for a while does not show.
     """
@@ -59,6 +58,11 @@ class MethodFigures:
     spec: MethodSpec
     runs: Sequence[RunFigures]
     failed: Mapping[int, str]
+
+    @property
+    def family(self) -> str:
+        """The method that it is a variant of."""
+        return METHODS[self.spec.method].family
 
     def by_seed(self, key: str) -> dict[int, float]:
         """One figure of each run that has it, by seed."""
@@ -104,54 +108,38 @@ class MethodFigures:
 
 def reference_of(methods: Sequence[MethodFigures]) -> MethodFigures | None:
     """The LoRA that figures are divided by: that of rank 8, or the first one; None where there is none."""
-    loras = [m for m in methods if m.spec.method in LORAS and m.runs]
+    loras = [m for m in methods if m.family == "lora" and m.runs]
     return next((m for m in loras if m.spec.rank == REFERENCE_RANK), loras[0] if loras else None)
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether a run ended and its last adapter is there."""
-    run = RunDirectory(folder)
-    return run.summary.is_file() and run.adapter_last.is_dir() and run.finished(run.last_step())
+def collect(run: Run, seed: int) -> RunFigures:
+    """The figures of a finished run.
 
-
-def read_figures(folder: Path, seed: int) -> RunFigures:
-    """The figures of a finished run."""
-    log = read_run(folder)
-    summary = log.summary
-    rank, effective, modules = _ranks(RunDirectory(folder).adapter_last)
-    seconds = [float(line["seconds"]) for line in log.steps]
-    step_seconds = median(seconds)
-    beside_steps = max(0.0, summary["training_seconds"] - sum(seconds))
-    start = summary["trainable_parameters_start"]
+    Raises:
+        QaromaError: it has no adapter any more.
+    """
+    figures, spectra = figures_of(run), read_spectra(run)
+    if spectra is None:
+        raise QaromaError(f"{run.path} has no adapter any more; delete the run and type the same command again")
+    judged, step_seconds = figures.of(run.metric), figures.step_seconds or 0.0
+    beside_steps = max(0.0, (figures.training_seconds or 0.0) - sum(run.series("seconds").values))
     return RunFigures(
         seed=seed,
-        run=folder.name,
-        metric=summary["metric"],
-        last=summary["metric_last"],
-        best=summary["metric_best"],
-        exact_match=summary["exact_match"],
-        parameters_start=start,
-        parameters_mean=summary["trainable_parameters_mean"],
-        parameters_end=summary["trainable_parameters_end"],
-        parameters_most=max([start, *(line["trainable_parameters"] for line in log.steps)]),
-        modules=modules,
-        rank=rank,
-        effective_rank=effective,
-        steps=summary["steps"],
-        ended=summary["ended"],
+        run=run.path.name,
+        metric=run.metric,
+        last=judged.last if judged else None,
+        best=judged.best if judged else None,
+        exact_match=figures.exact_match,
+        parameters_start=figures.trainable_start or 0,
+        parameters_mean=figures.trainable_mean or 0.0,
+        parameters_end=figures.trainable_end or 0,
+        parameters_most=figures.trainable_most or 0,
+        modules=len(spectra.ranks),
+        rank=sum(spectra.ranks.values()),
+        effective_rank=sum(spectra.effective.values()),
+        steps=run.step,
+        ended=str(run.ended),
         step_seconds=step_seconds,
-        seconds=step_seconds * summary["steps"] + beside_steps,
-        memory_bytes=summary["memory_bytes"],
+        seconds=step_seconds * run.step + beside_steps,
+        memory_bytes=figures.memory_bytes or 0,
     )
-
-
-def read_logs(methods: Sequence[MethodFigures], folder: Path) -> dict[str, list[Run]]:
-    """The logs of every method's finished runs, for curves."""
-    return {m.spec.label: [read_run(folder / run.run) for run in m.runs] for m in methods if m.runs}
-
-
-def _ranks(adapter: Path) -> tuple[int, float, int]:
-    """Total rank, total effective rank, and number of modules of a saved adapter."""
-    components = read_growth(adapter)["components"]
-    effective = sum(effective_rank(A, B) for A, B in read_factors(adapter).values())
-    return sum(sum(parts) for parts in components.values()), effective, len(components)

@@ -10,20 +10,24 @@ from typing import Any
 
 from rich.console import Console
 
-from qaroma.compare.collect import MethodFigures, read_figures, read_logs, reference_of
+from qaroma.compare.collect import MethodFigures, collect, reference_of
 from qaroma.compare.machine import hardware
 from qaroma.compare.plot import draw
 from qaroma.compare.processes import Folder, carry_out
 from qaroma.compare.specs import MakeConfig, PlannedRun, plan_runs, report, shared_settings
 from qaroma.compare.table import markdown
 from qaroma.compare.verdict import verdict
+from qaroma.config.methods import METHODS
+from qaroma.config.metrics import metric_facts
 from qaroma.config.presets import DataFacts, resolve
-from qaroma.config.schema import PEFT_METHODS, GrowthSection
+from qaroma.config.schema import GrowthSection
 from qaroma.errors import QaromaError
-from qaroma.method.peft_lora import require_peft
 from qaroma.report.style import has_matplotlib
+from qaroma.runs.figures import figures_of
 from qaroma.runs.files import read_json, write_atomically
-from qaroma.training.interrupt import StopRequest
+from qaroma.runs.finding import open_run
+from qaroma.runs.reading import Run, read_run
+from qaroma.runs.stop import StopRequest
 from qaroma.training.prepare import prepare_data
 
 
@@ -92,14 +96,13 @@ def _prepare(make_config: MakeConfig, todo: Sequence[PlannedRun], runs: Sequence
     shared.training.max_steps = todo[0].config.training.max_steps
     data = prepare_data(shared)
     steps = data.config.training.max_steps
-    facts = DataFacts(len(data.train), [data.config.data.max_length or 1], None, len(data.validation))
+    facts = DataFacts(len(data.train), [data.config.data.max_length], None, len(data.validation))
     problems = []
     for planned in runs:
         planned.config.training.max_steps = steps
     for label, planned in {planned.spec.label: planned for planned in todo}.items():
         try:
-            if planned.spec.method in PEFT_METHODS:
-                require_peft(planned.spec.method)
+            METHODS[planned.spec.method].require()
             resolve(planned.config, facts)
         except QaromaError as error:
             problems.append(f"{label}: {error}")
@@ -132,7 +135,7 @@ def _carry_out(todo: Sequence[PlannedRun], place: Folder, command: str, console:
                     failed[planned.name] = reason
                     console.print(f"  failed: {reason}", style="red", highlight=False, markup=False)
                     continue
-                console.print(f"  {_outcome(read_json(place.run(planned).summary))}", highlight=False, markup=False)
+                console.print(f"  {_outcome(read_run(place.run(planned).path))}", highlight=False, markup=False)
                 if stop.requested:
                     raise KeyboardInterrupt
     except KeyboardInterrupt:
@@ -141,11 +144,10 @@ def _carry_out(todo: Sequence[PlannedRun], place: Folder, command: str, console:
     return failed
 
 
-def _outcome(summary: dict[str, Any]) -> str:
-    value = "no validation data"
-    if summary["metric_last"] is not None:
-        value = f"{summary['metric']} {summary['metric_last']:.4g}"
-    return f"{summary['steps']} steps, {summary['ended']}, {value}"
+def _outcome(run: Run) -> str:
+    judged = figures_of(run).of(run.metric)
+    value = f"{judged.name} {metric_facts(judged.name).text(judged.last)}" if judged else "no validation data"
+    return f"{run.step} steps, {run.ended}, {value}"
 
 
 def _remember_hardware(place: Folder, planned: PlannedRun) -> None:
@@ -155,13 +157,33 @@ def _remember_hardware(place: Folder, planned: PlannedRun) -> None:
     write_atomically(place.hardware, json.dumps(known, indent=2))
 
 
-def _write(runs: Sequence[PlannedRun], failed: dict[str, str], place: Folder, command: str) -> dict[str, Any]:
-    """The results of what is finished, written and returned."""
-    methods = []
+def _collected(
+    runs: Sequence[PlannedRun], failed: dict[str, str], place: Folder
+) -> tuple[list[MethodFigures], dict[str, list[Run]]]:
+    """The figures of every method, and the finished runs by its label; one that cannot be read is missing."""
+    methods: list[MethodFigures] = []
+    finished: dict[str, list[Run]] = {}
     for spec in dict.fromkeys(planned.spec for planned in runs):
         own = [planned for planned in runs if planned.spec == spec]
-        figures = [read_figures(place.run(p).path, p.seed) for p in own if place.finished(p)]
-        methods.append(MethodFigures(spec, figures, {p.seed: failed[p.name] for p in own if p.name in failed}))
+        lacking = {planned.seed: failed[planned.name] for planned in own if planned.name in failed}
+        figures = []
+        for planned in own:
+            if not place.finished(planned):
+                continue
+            try:
+                run = open_run(place.run(planned).path)
+                figures.append(collect(run, planned.seed))
+            except QaromaError as error:
+                lacking[planned.seed] = str(error)
+            else:
+                finished.setdefault(spec.label, []).append(run)
+        methods.append(MethodFigures(spec, figures, lacking))
+    return methods, finished
+
+
+def _write(runs: Sequence[PlannedRun], failed: dict[str, str], place: Folder, command: str) -> dict[str, Any]:
+    """The results of what is finished, written and returned."""
+    methods, finished = _collected(runs, failed, place)
     reference, claims = reference_of(methods), verdict(methods)
     known = read_json(place.hardware)
     machines = list(dict.fromkeys(known[planned.name] for planned in runs if planned.name in known))
@@ -180,7 +202,7 @@ def _write(runs: Sequence[PlannedRun], failed: dict[str, str], place: Folder, co
     write_atomically(place.path / "results.json", json.dumps(results, indent=2))
     write_atomically(place.path / "table.md", str(results["table"]))
     if has_matplotlib():
-        draw(read_logs(methods, place.path), str(results["metric"]), place.path)
+        draw(finished, str(results["metric"]), place.path)
     return results
 
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qaroma.compare.statistics import mean
-from qaroma.report.figures import panels_figure
+from qaroma.report.drawings import panels_figure
 from qaroma.report.panels import Line, Panel
-from qaroma.report.reading import Run, Series
 from qaroma.report.style import DASHES, PALETTE, save
+from qaroma.runs.figures import figures_of
+from qaroma.runs.reading import Run, Series
 
 
 def draw(logs: Mapping[str, Sequence[Run]], metric: str, folder: Path) -> list[Path]:
@@ -49,12 +50,12 @@ def _lines(logs: Mapping[str, Sequence[Run]], metric: str | None, last: int) -> 
 def _trainable(run: Run) -> Series:
     """From the start, which the steps do not log."""
     series = run.series("trainable_parameters")
-    start = run.summary.get("trainable_parameters_start")
+    start = figures_of(run).trainable_start
     return series if start is None else Series([0, *series.steps], [start, *series.values])
 
 
 def _mean_series(found: Sequence[Series]) -> Series:
     """The mean at the steps that all have; a run that ended keeps its last value."""
-    values = [dict(zip(series.steps, series.values, strict=True)) for series in found]
+    values = [dict(series.points) for series in found]
     common = sorted(set.intersection(*(set(points) for points in values)))
     return Series(common, [mean([points[step] for points in values]) for step in common])

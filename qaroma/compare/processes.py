@@ -13,13 +13,12 @@ from typing import Any
 
 from rich.console import Console
 
-from qaroma.compare.collect import is_finished
 from qaroma.compare.specs import PlannedRun
-from qaroma.config.load import dump_config, flattened, lies_in, load_config
+from qaroma.config.load import dump_config, flattened, lies_in, read_settings
 from qaroma.config.schema import Config
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.files import write_atomically
-from qaroma.training.interrupt import StopRequest
+from qaroma.runs.stop import StopRequest
 
 # Where a run lies and what it trains on may change between two calls; what is trained may not.
 _MAY_DIFFER = ("output", "checkpoint", "evaluation.report", "training.device", "training.memory", "training.track")
@@ -53,13 +52,15 @@ class Folder:
         return self.path / "logs" / f"{planned.name}.log"
 
     def finished(self, planned: PlannedRun) -> bool:
-        return is_finished(self.run(planned).path)
+        """Whether a run ended and its best adapter is there."""
+        run = self.run(planned)
+        return run.summary.is_file() and run.adapter.is_dir() and run.finished(run.last_step())
 
     def known_steps(self, runs: Sequence[PlannedRun]) -> int | None:
         """The step budget that earlier runs of this comparison were given."""
         for planned in runs:
             if self.run(planned).exists() and self.asked(planned).is_file():
-                return load_config(self.asked(planned), {}, []).training.max_steps
+                return read_settings(self.asked(planned), {}, []).training.max_steps
         return None
 
     def changed(self, planned: PlannedRun) -> list[str]:
@@ -68,7 +69,7 @@ class Folder:
         if not run.exists():
             return []
         exact = asked.is_file()
-        before = _flat(load_config(asked if exact else run.config, {}, []))
+        before = _flat(read_settings(asked if exact else run.config, {}, []))
         return [
             f"{planned.name}: {key} was {before.get(key)}, now {value}"
             for key, value in _flat(planned.config).items()

@@ -7,15 +7,14 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 from qaroma.config.load import config_fields, lies_in
-from qaroma.config.schema import FIXED_RANK, Config
+from qaroma.config.methods import METHODS
+from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
 
 MakeConfig = Callable[[Sequence[str]], Config]  # from additional key=value texts
 
-METHODS: tuple[str, ...] = get_args(Config.model_fields["method"].annotation)
 # What must be the same in every run: without it there is nothing to compare.
 SHARED = ("task", "output", "data", "evaluation", "checkpoint", "model.name", "model.revision", "training.seed",
           "training.max_steps", "training.epochs", "training.micro_batch", "training.grad_accum",
@@ -115,7 +114,7 @@ def parse_spec(text: str, default_rank: int) -> MethodSpec:
         near = difflib.get_close_matches(method, METHODS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(METHODS)}"
         raise QaromaError(f"{text}: no such method: {method!r}; {hint}")
-    fixed = method in FIXED_RANK
+    fixed = not METHODS[method].grows
     if rank is not None and not fixed:
         problems.append(f"{method} finds its ranks; leave out :{rank}, or set a component's with {method}+inner_rank=2")
     elif rank is not None and not (rank.isdecimal() and int(rank) > 0):

@@ -56,8 +56,3 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Differ
     if spreads[0] is not None and spreads[1] is not None:
         error = math.sqrt(spreads[0] ** 2 / len(left) + spreads[1] ** 2 / len(right))
     return Difference(mean(left) - mean(right), error, False, min(len(left), len(right)))
-
-
-def median(values: Sequence[float]) -> float:
-    """The middle value, or the mean of the middle two; 0 of none."""
-    return statistics.median(values) if values else 0.0

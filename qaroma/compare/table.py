@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from qaroma.compare.collect import MethodFigures
 from qaroma.compare.verdict import Claim, number
-from qaroma.report.reading import LOWER_IS_BETTER
+from qaroma.config.metrics import metric_facts
 
 
 def markdown(
@@ -36,14 +36,14 @@ def markdown(
     rows = [_row(method, reference, scored) for method in methods]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    direction = "lower" if metric in LOWER_IS_BETTER else "higher"
     text = [
         *lines,
         "",
-        f"{metric}: {direction} is better; mean ± standard deviation over n seeds, on the whole validation set, after "
-        "the last step and at the best checkpoint. Parameters are the trainable ones of the adapter, a head left out; "
-        "most / and mean / are the largest number at any moment and the mean over the run's steps, beside "
-        f"{to}'s. Ranks are sums over the modules of the last adapter. Time is the median step times the steps.",
+        f"{metric}: {metric_facts(metric).direction} is better; mean ± standard deviation over n seeds, on the whole "
+        "validation set, after the last step and at the best checkpoint. Parameters are the trainable ones of the "
+        "adapter, a head left out; most / and mean / are the largest number at any moment and the mean over the run's "
+        f"steps, beside {to}'s. Ranks are sums over the modules of the best adapter. Time is the median step times the "
+        "steps.",
         "",
         "Claims",
         "",

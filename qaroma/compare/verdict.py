@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qaroma.compare.collect import LORAS, REFERENCE_RANK, MethodFigures
+from qaroma.compare.collect import REFERENCE_RANK, MethodFigures
 from qaroma.compare.statistics import difference
-from qaroma.report.reading import LOWER_IS_BETTER
+from qaroma.config.metrics import metric_facts
 
 MOST_SHARE, MEAN_SHARE = 1 / 8, 1 / 16  # of LoRA's trainable parameters: at every moment, on average
 EFFECTIVE_SHARE = 0.9
@@ -47,11 +47,11 @@ def verdict(methods: Sequence[MethodFigures]) -> list[Claim]:
     were run, (a) is against the best of them. Claims whose methods are missing are left open, saying so.
     """
     done = [m for m in methods if m.runs]
-    ours = [m for m in done if m.spec.method == "aroma"]
+    ours = [m for m in done if m.family == "aroma"]
     if not ours:
         return [Claim(key, "aroma", None, "aroma was not run; add it to --methods") for key in "abc"]
-    loras = [m for m in done if m.spec.method in LORAS and m.spec.rank == REFERENCE_RANK]
-    adaloras = [m for m in done if m.spec.method == "adalora" and m.spec.rank == REFERENCE_RANK]
+    loras = [m for m in done if m.family == "lora" and m.spec.rank == REFERENCE_RANK]
+    adaloras = [m for m in done if m.family == "adalora" and m.spec.rank == REFERENCE_RANK]
     claims = []
     for method in ours:
         claims += [_metric(method, "lora", loras), _metric(method, "adalora", adaloras)]
@@ -67,7 +67,8 @@ def _metric(ours: MethodFigures, family: str, others: Sequence[MethodFigures]) -
     if not scored:
         return Claim("a", label, None, f"{family}:{REFERENCE_RANK} was not run; add it to --methods")
     metric = ours.runs[0].metric
-    sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
+    facts = metric_facts(metric)
+    sign = 1.0 if facts.higher_is_better else -1.0
     best = max(scored, key=lambda m: sign * (m.mean("last") or 0.0))
     found = difference(values, best.by_seed("last"))
     how = "paired by seed" if found.paired else "not paired"
@@ -75,8 +76,7 @@ def _metric(ours: MethodFigures, family: str, others: Sequence[MethodFigures]) -
     if found.error is None:
         return Claim("a", label, None, f"{numbers}: one run of each cannot tell a difference from noise")
     numbers += f": difference {found.mean:+.4g}, standard error {found.error:.2g} ({how}, n = {found.count})"
-    better = "lower" if sign < 0 else "higher"
-    return Claim("a", label, sign * found.mean >= -found.error, f"{numbers}; {better} is better")
+    return Claim("a", label, sign * found.mean >= -found.error, f"{numbers}; {facts.direction} is better")
 
 
 def _parameters(ours: MethodFigures, loras: Sequence[MethodFigures]) -> Claim:

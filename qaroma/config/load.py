@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 _YAML_SUFFIXES = (".yaml", ".yml")
 _WEIGHT = re.compile(r"(?P<path>.+):(?P<weight>[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?)")
 _EXPECTED = {
@@ -39,7 +39,7 @@ _BOUNDS = {"greater_than": ("above", "gt"), "greater_than_equal": ("at least", "
 Location = tuple[str | int, ...]
 
 
-def load_config(path: str | Path | None, flags: Mapping[str, Any], sets: Sequence[str]) -> Config:
+def read_settings(path: str | Path | None, flags: Mapping[str, Any], sets: Sequence[str]) -> Config:
     """The validated configuration of a run.
 
     Args:
@@ -73,10 +73,29 @@ def load_config(path: str | Path | None, flags: Mapping[str, Any], sets: Sequenc
 
 
 def dump_config(config: Config) -> str:
-    """The configuration as YAML, every setting written out; :func:`load_config` reads it back equal."""
+    """The configuration as YAML, every setting written out; :func:`read_settings` reads it back equal."""
     values = config.model_dump(mode="json")
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
     return text
+
+
+def require_model_and_data(config: Config) -> str:
+    """The name of the model; a run needs that and data, all else has a default.
+
+    Raises:
+        QaromaError: one of the two is missing, or both.
+    """
+    missing = {}
+    if config.model.name is None:
+        missing["no model"] = "--model FOLDER_OR_HUB_ID (smollm2-135m is built in)"
+    if not config.data.train:
+        missing["no data"] = "--data FILE"
+    if config.model.name is None or missing:
+        raise QaromaError(
+            f"got {' and '.join(missing)}; expected {' and '.join(missing.values())}; "
+            "to see a whole run first, type qaroma finetune --config quickstart"
+        )
+    return config.model.name
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

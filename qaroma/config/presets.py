@@ -12,7 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qaroma.config.schema import FIXED_RANK, PEFT_METHODS, Config, GrowthSection
+from qaroma.config.methods import METHODS
+from qaroma.config.schema import (
+    Config,
+    GrowingSection,
+    MeasuredGrowthSection,
+    ResolvedConfig,
+    ResolvedGrowthSection,
+)
 from qaroma.errors import QaromaError
 from qaroma.method.growth import GrowthSettings
 
@@ -36,7 +43,7 @@ EPS_OUT_UPDATE = 0.1
 CRITERIA = ("growth.check_every", "growth.eps_in", "growth.eps_out", "growth.inner_criterion",
             "growth.outer_criterion", "growth.on_converged", "growth.check_first")  # fmt: skip
 
-Decide = Callable[[str, Any, str], None]
+Decide = Callable[[str, Any, str], Any]  # key, value and reason; gives the value that stands
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,11 @@ class Decision:
     reason: str
 
 
-def resolve(config: Config, facts: DataFacts) -> tuple[Config, list[Decision]]:
-    """Fill in every ``None`` of a configuration.
+def resolve(config: Config, facts: DataFacts) -> tuple[ResolvedConfig, list[Decision]]:
+    """Decide every setting that a configuration leaves open.
 
     Args:
-        config: as the user gave it; not changed.
+        config: as the user gave it, a model and data named; not changed.
         facts: of the encoded data.
 
     Returns:
@@ -74,30 +81,29 @@ def resolve(config: Config, facts: DataFacts) -> tuple[Config, list[Decision]]:
     Raises:
         QaromaError: settings that contradict each other.
     """
-    resolved = config.model_copy(deep=True)
+    settled = config.model_copy(deep=True)
     decisions: list[Decision] = []
+    method = METHODS[config.method]
 
-    def decide(key: str, value: Any, reason: str) -> None:
-        if config.method == "relora" and key in CRITERIA:
-            return
+    def decide(key: str, value: Any, reason: str) -> Any:
         section_name, _, name = key.partition(".")
-        section = getattr(resolved, section_name)
-        if getattr(section, name) is None:
-            setattr(section, name, value)
-            decisions.append(Decision(key, value, reason))
+        section = getattr(settled, section_name)
+        given = getattr(section, name)
+        if given is not None or (not method.criteria and key in CRITERIA):
+            return given
+        setattr(section, name, value)
+        decisions.append(Decision(key, value, reason))
+        return value
 
-    if config.model.adapter is not None and config.method in PEFT_METHODS:
+    if config.model.adapter is not None and not method.ours:
         raise QaromaError(
             f"got model.adapter with method {config.method}, which begins anew; type --method aroma or --method lora"
         )
-    _decide_length(resolved, facts, decide)
+    max_length = _decide_length(config, facts, decide)
     if config.data.packing:
-        facts = _packed(facts, resolved.data.max_length or MAX_LENGTH)
-    _decide_steps(resolved, facts, decide)
-    steps = resolved.training.max_steps
-    assert steps is not None
-    grows = config.method not in FIXED_RANK
-    PRESETS[config.growth.preset if grows else "fixed"](resolved, steps, decide)
+        facts = _packed(facts, max_length)
+    steps = _decide_steps(config, facts, decide)
+    PRESETS[config.growth.preset if method.grows else "fixed"](settled, steps, decide)
     tenth = max(1, round(steps / 10))
     batch = config.training.micro_batch * config.training.grad_accum
     # A validation row costs a third of a training row: forward only.
@@ -105,43 +111,76 @@ def resolve(config: Config, facts: DataFacts) -> tuple[Config, list[Decision]]:
     reason = "a tenth of the run" if tenth >= affordable else "keeps validation to a seventh of the time"
     decide("training.evaluate_every", max(tenth, affordable), reason)
     decide("checkpoint.every", tenth, "a tenth of the run")
-    if grows:
-        growth_settings(resolved.growth, config.method)
+    resolved = _as_resolved(settled)
+    if isinstance(resolved.growth, GrowingSection):
+        growth_settings(resolved.growth)
     return resolved, decisions
 
 
-def growth_settings(growth: GrowthSection, method: str = "aroma") -> GrowthSettings:
+def _as_resolved(settled: Config) -> ResolvedConfig:
+    """The type that says of a configuration that nothing is open."""
+    method = METHODS[settled.method]
+    kind: type[ResolvedGrowthSection] = GrowingSection if method.grows else ResolvedGrowthSection
+    if method.criteria:
+        kind = MeasuredGrowthSection
+    values = settled.model_dump()
+    return ResolvedConfig.model_validate({**values, "growth": kind.model_validate(values["growth"])})
+
+
+def growth_settings(growth: GrowingSection) -> GrowthSettings:
     """The resolved section as the method takes it.
 
     Args:
-        growth: resolved for this method.
-        method: ``aroma``, or ``relora``, which has no criteria.
+        growth: resolved for a method that grows; without criteria where it is no measured one.
 
     Raises:
         QaromaError: settings that contradict each other.
     """
-    if growth.max_rank is not None and growth.inner_rank is not None and growth.max_rank < growth.inner_rank:
+    if growth.max_rank is not None and growth.max_rank < growth.inner_rank:
         raise QaromaError(
             f"max_rank {growth.max_rank} holds no component of inner_rank {growth.inner_rank}; "
             f"type --set growth.max_rank={growth.inner_rank} or more, or a smaller growth.inner_rank"
         )
-    names = GrowthSettings.__dataclass_fields__
-    given = {name: value for name, value in growth.model_dump().items() if name in names and value is not None}
     try:
-        return GrowthSettings(**given, criteria=method != "relora")
+        settings = GrowthSettings(
+            criteria=False,
+            t_in=growth.t_in,
+            init=growth.init,
+            schedule=growth.schedule,
+            reset=growth.reset,
+            max_rank=growth.max_rank,
+            warmup=growth.warmup,
+            restart_warmup=growth.restart_warmup,
+            min_lr_ratio=growth.min_lr_ratio,
+            max_update=growth.max_update,
+        )
     except ValueError as error:
         raise QaromaError(f"{error}; change growth.t_in or the warm-ups, or leave them to the preset") from error
+    if not isinstance(growth, MeasuredGrowthSection):
+        return settings
+    return replace(
+        settings,
+        criteria=True,
+        check_every=growth.check_every,
+        eps_in=growth.eps_in,
+        eps_out=growth.eps_out,
+        inner_criterion=growth.inner_criterion,
+        outer_criterion=growth.outer_criterion,
+        on_converged=growth.on_converged,
+        check_first=growth.check_first,
+    )
 
 
-def _decide_length(config: Config, facts: DataFacts, decide: Decide) -> None:
-    """The smallest multiple of 64 that holds 99 % of the examples, within the model and 2,048."""
+def _decide_length(config: Config, facts: DataFacts, decide: Decide) -> int:
+    """The longest example: the smallest multiple of 64 that holds 99 % of the examples, within the model and 2,048."""
     ordered = sorted(facts.lengths)
     needed = ordered[math.ceil(0.99 * len(ordered)) - 1] if ordered else 64
     bound = min(MAX_LENGTH, facts.model_max_length or MAX_LENGTH)
-    if config.data.packing:
-        decide("data.max_length", bound, "packing fills rows of any length: the longest within bounds")
     value = min(max(64, math.ceil(needed / 64) * 64), bound)
-    decide("data.max_length", value, f"99 % of the examples have at most {needed} tokens (bound {bound})")
+    reason = f"99 % of the examples have at most {needed} tokens (bound {bound})"
+    if config.data.packing:
+        value, reason = bound, "packing fills rows of any length: the longest within bounds"
+    return int(decide("data.max_length", value, reason))
 
 
 def _packed(facts: DataFacts, max_length: int) -> DataFacts:
@@ -150,82 +189,72 @@ def _packed(facts: DataFacts, max_length: int) -> DataFacts:
     return replace(facts, rows=max(1, math.ceil(share * sum(facts.lengths) / max_length)))
 
 
-def _decide_steps(config: Config, facts: DataFacts, decide: Decide) -> None:
+def _decide_steps(config: Config, facts: DataFacts, decide: Decide) -> int:
+    """The step budget: as given, of the epochs, as published, or of the number of rows."""
     batch = config.training.micro_batch * config.training.grad_accum
     per_epoch = max(1, math.ceil(facts.rows / batch))
-    if config.training.max_steps is not None:
-        return
     epochs = config.training.epochs
-    if epochs is not None:
-        decide("training.max_steps", math.ceil(epochs * per_epoch), f"{epochs:g} epochs of {per_epoch} steps")
-        return
-    llama = config.task == "causal-lm" and config.method not in FIXED_RANK
-    if config.growth.preset == "paper" and llama:
-        published = PAPER[8 if config.growth.inner_rank == 8 else 1]["steps"]
-        decide("training.max_steps", int(published), "published step budget")
-        return
+    llama = config.task == "causal-lm" and METHODS[config.method].grows
     steps = math.ceil(EPOCHS * facts.rows / batch)
     reason = f"{EPOCHS:g} epochs of {facts.rows} rows, {batch} a step"
-    if steps < MIN_STEPS:
+    if epochs is not None:
+        steps, reason = math.ceil(epochs * per_epoch), f"{epochs:g} epochs of {per_epoch} steps"
+    elif config.growth.preset == "paper" and llama:
+        steps, reason = int(PAPER[8 if config.growth.inner_rank == 8 else 1]["steps"]), "published step budget"
+    elif steps < MIN_STEPS:
         steps = min(MIN_STEPS, MAX_EPOCHS * per_epoch)
         reason = f"{facts.rows} rows are few: {steps / per_epoch:.0f} epochs"
-    decide("training.max_steps", steps, reason)
+    return int(decide("training.max_steps", steps, reason))
 
 
 def _decide_auto(config: Config, steps: int, decide: Decide) -> None:
-    growth = config.growth
     decide("growth.target_modules", "all-linear", "every linear layer but the head")
-    decide("growth.inner_rank", 1, "rank-one components")
-    inner_rank = growth.inner_rank or 1
+    inner_rank = decide("growth.inner_rank", 1, "rank-one components")
     decide("growth.alpha", 2.0 * inner_rank, "2 x inner rank, as the paper for LLaMA")
     longest = min(1000, max(2, round(steps / COMPONENTS)))
-    decide("growth.t_in", longest, f"{COMPONENTS} inner loops in {steps} steps, at most 1000")
-    t_in = growth.t_in or 1
+    t_in = decide("growth.t_in", longest, f"{COMPONENTS} inner loops in {steps} steps, at most 1000")
     decide("growth.warmup", min(100, t_in // 10), "a tenth of t_in, at most 100")
     decide("growth.restart_warmup", min(50, t_in // 10), "a tenth of t_in, at most 50")
     decide("growth.check_every", min(10, max(1, t_in // 8)), "eight checks in an inner loop, at least every 10 steps")
     rate = float(f"{min(1e-2, max(1e-4, 0.12 / t_in)):.1e}")
-    decide("training.learning_rate", rate, "0.12 / t_in, within 1e-4 .. 1e-2: a short inner loop needs larger steps")
-    rate = config.training.learning_rate or rate
+    reason = "0.12 / t_in, within 1e-4 .. 1e-2: a short inner loop needs larger steps"
+    rate = decide("training.learning_rate", rate, reason)
     if config.task != "causal-lm":
         decide("training.head_learning_rate", min(rate, 1e-3), "the adapter's, at most 1e-3: the head is a full matrix")
     eps_out = float(f"{0.02 * rate * t_in:.1e}")
-    _decide_outer(config, eps_out, "a fiftieth of learning rate x t_in, the most that one element can move", decide)
+    _decide_outer(eps_out, "a fiftieth of learning rate x t_in, the most that one element can move", decide)
     decide("growth.max_update", 1.0, "guards the steps after a reset")
     _decide_common(decide)
 
 
 def _decide_paper(config: Config, steps: int, decide: Decide) -> None:
-    growth, llama = config.growth, config.task == "causal-lm"
+    llama = config.task == "causal-lm"
     model = "paper, LLaMA3-8B" if llama else "paper, RoBERTa-base"
     modules = (PAPER_MODULES, model) if llama else ("all-linear", "paper: all of an encoder's")
     decide("growth.target_modules", *modules)
-    decide("growth.inner_rank", 1, model)
-    inner_rank = growth.inner_rank or 1
+    inner_rank = decide("growth.inner_rank", 1, model)
     published = PAPER[8 if inner_rank == 8 else 1] if llama else PAPER_ENCODER
     decide("growth.alpha", published["alpha"] if llama else published["alpha"] * inner_rank, model)
     decide("growth.t_in", int(published["t_in"]), model)
-    _decide_outer(config, published["eps_out"], model, decide)
+    _decide_outer(published["eps_out"], model, decide)
     decide("growth.warmup", 100, "paper")
     decide("growth.restart_warmup", 50, "paper")
     decide("growth.check_every", 10, "paper")
     decide("growth.dropout", 0.1, "paper")
-    decide("training.learning_rate", 1e-4, "paper")
-    _decide_head_rate(config, decide)
+    _decide_head_rate(config, decide("training.learning_rate", 1e-4, "paper"), decide)
     _decide_common(decide)
 
 
-def _decide_outer(config: Config, eps_out: float, reason: str, decide: Decide) -> None:
+def _decide_outer(eps_out: float, reason: str, decide: Decide) -> None:
     """The outer criterion and its bound, which is ``eps_out`` as a share of the weight."""
-    decide("growth.outer_criterion", "weight", "eq. 6")
-    if config.growth.outer_criterion == "update":
+    if decide("growth.outer_criterion", "weight", "eq. 6") == "update":
         eps_out, reason = EPS_OUT_UPDATE, "a tenth of the update so far: one more makes it half a percent larger"
     decide("growth.eps_out", eps_out, reason)
 
 
-def _decide_head_rate(config: Config, decide: Decide) -> None:
+def _decide_head_rate(config: Config, rate: float, decide: Decide) -> None:
     if config.task != "causal-lm":
-        decide("training.head_learning_rate", config.training.learning_rate, "the adapter's")
+        decide("training.head_learning_rate", rate, "the adapter's")
 
 
 def _decide_common(decide: Decide) -> None:
@@ -244,8 +273,7 @@ def _decide_fixed(config: Config, steps: int, decide: Decide) -> None:
     """One rule for LoRA, PEFT's LoRA and AdaLoRA, so that what differs between them is the method."""
     decide("growth.target_modules", "all-linear", "every linear layer but the head")
     decide("growth.alpha", 2.0 * config.rank, "2 x rank")
-    decide("training.learning_rate", 2e-4, "usual for LoRA")
-    _decide_head_rate(config, decide)
+    _decide_head_rate(config, decide("training.learning_rate", 2e-4, "usual for LoRA"), decide)
     decide("growth.warmup", min(100, steps // 20), "a twentieth of the run, at most 100")
     decide("growth.dropout", 0.0, "none")
     decide("growth.min_lr_ratio", 0.1, "as aroma's")

@@ -4,12 +4,13 @@ A run is configured by one YAML file and by flags that override it. The classes 
 list of what can be set: the loader refuses what they do not name, `--help` prints their
 descriptions, and the run directory keeps the resolved result. A value of ``None`` means "decided
 from the data, the model or the device", and what was decided is printed with its reason
-(see :mod:`qaroma.config.presets`).
+(see :mod:`qaroma.config.presets`). The resolved sections at the end are the same settings once that is done:
+what a run needs is never ``None`` there, and nothing changes any more.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import (
     BaseModel,
@@ -22,8 +23,14 @@ from pydantic import (
     PositiveInt,
 )
 
-PEFT_METHODS = ("peft-lora", "adalora")  # methods on PEFT's own layers
-FIXED_RANK = ("lora", *PEFT_METHODS)  # methods that take their rank from the configuration
+from qaroma.config.levels import LEVEL_CHOICES, LEVELS
+from qaroma.config.methods import DEFAULT_METHOD, FIXED_RANK, METHODS, MethodName
+from qaroma.config.metrics import LabelMetric
+
+if TYPE_CHECKING:
+    MemoryLevel: TypeAlias = str
+else:
+    MemoryLevel = Literal[LEVEL_CHOICES]
 
 
 class Section(BaseModel):
@@ -160,10 +167,11 @@ class TrainingSection(Section):
     grad_accum: PositiveInt = Field(4, description="Forward passes in one optimiser step.")
     weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay of the active factors.")
     max_grad_norm: PositiveFloat = Field(1.0, description="Gradients are clipped to this norm.")
-    memory: Annotated[Literal["auto", "0", "1", "2", "3"], BeforeValidator(str)] = Field(
+    memory: Annotated[MemoryLevel, BeforeValidator(str)] = Field(
         "auto",
-        description="Memory level: 0 fastest, 1 recomputes activations, 2 uses host memory too, 3 packs the head; "
-        "auto: the fastest that fits.",
+        description="Memory level: "
+        + ", ".join(f"{number} {level.title}" for number, level in enumerate(LEVELS))
+        + "; auto: the fastest that fits.",
     )
     evaluate_every: PositiveInt | None = Field(
         None, description="Steps between validations; None is a tenth of the run, or more where validation takes long."
@@ -181,7 +189,7 @@ class EvaluationSection(Section):
 
     data: str | None = Field(None, description="File or hub id whose answers are generated greedily.")
     rows: PositiveInt = Field(100, description="At most so many of its rows.")
-    metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman"] | None = Field(
+    metric: LabelMetric | None = Field(
         None,
         description="Figure that chooses the best adapter of a task with labels; None is GLUE's, or the usual one.",
     )
@@ -208,25 +216,107 @@ class CheckpointSection(Section):
 class Config(Section):
     """One fine-tuning run."""
 
-    @property
-    def component_rank(self) -> int:
-        """The rank that every module begins with: the method's own, or that of one component."""
-        return self.rank if self.method in FIXED_RANK else self.growth.inner_rank or 1
-
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
     task: Literal["causal-lm", "classification", "regression"] = Field(
         "causal-lm",
         description="causal-lm: answers or text; classification and regression: a label for a text or a pair of texts.",
     )
-    method: Literal["aroma", "relora", "lora", "peft-lora", "adalora"] = Field(
-        "aroma",
-        description="aroma grows ranks until each layer has enough; for comparison, in the same loop: relora (a new "
-        "component every t_in steps, no criteria), lora (ours), peft-lora and adalora (PEFT's).",
+    method: MethodName = Field(
+        DEFAULT_METHOD,
+        description=f"{DEFAULT_METHOD} {METHODS[DEFAULT_METHOD].summary}; for comparison, in the same loop: "
+        + ", ".join(f"{name} ({row.summary})" for name, row in METHODS.items() if name != DEFAULT_METHOD)
+        + ".",
     )
-    rank: PositiveInt = Field(8, description="Rank of the methods lora, peft-lora and adalora; aroma needs none.")
+    rank: PositiveInt = Field(8, description=f"Rank of the methods {', '.join(FIXED_RANK)}; the others need none.")
     growth: GrowthSection = Field(default_factory=GrowthSection)
     training: TrainingSection = Field(default_factory=TrainingSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     output: str | None = Field(None, description="Run directory; None is runs/<model>-<data>.")
+
+
+class ResolvedModelSection(ModelSection):
+    """The base, named."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+
+
+class ResolvedDataSection(DataSection):
+    """The data, with the length that follows from it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    max_length: PositiveInt
+
+
+class ResolvedGrowthSection(GrowthSection):
+    """What every method has; of the rest, a method of fixed rank takes nothing."""
+
+    model_config = ConfigDict(frozen=True)
+
+    target_modules: str | list[str]
+    alpha: PositiveFloat
+    dropout: NonNegativeFloat = Field(lt=1.0)
+    warmup: NonNegativeInt
+    min_lr_ratio: NonNegativeFloat = Field(le=1.0)
+
+
+class GrowingSection(ResolvedGrowthSection):
+    """What every method has that grows component by component."""
+
+    inner_rank: PositiveInt
+    t_in: PositiveInt
+    restart_warmup: NonNegativeInt
+    init: Literal["kaiming", "gradient"]
+    schedule: Literal["lockstep", "independent"]
+    reset: Literal["prune", "full", "none"]
+
+
+class MeasuredGrowthSection(GrowingSection):
+    """What a method has that measures convergence, as AROMA does."""
+
+    check_every: PositiveInt
+    eps_in: PositiveFloat
+    eps_out: NonNegativeFloat
+    inner_criterion: Literal["norm", "product"]
+    outer_criterion: Literal["weight", "update"]
+    on_converged: Literal["discard", "keep"]
+    check_first: bool
+
+
+class ResolvedTrainingSection(TrainingSection):
+    """The length of the run and its rate, decided."""
+
+    model_config = ConfigDict(frozen=True)
+
+    learning_rate: PositiveFloat
+    max_steps: PositiveInt
+    evaluate_every: PositiveInt
+
+
+class ResolvedCheckpointSection(CheckpointSection):
+    """When checkpoints are written, decided."""
+
+    model_config = ConfigDict(frozen=True)
+
+    every: PositiveInt
+
+
+class ResolvedConfig(Config):
+    """One fine-tuning run, every open setting decided (:func:`qaroma.config.presets.resolve`)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    @property
+    def component_rank(self) -> int:
+        """The rank that every module begins with: that of one component where ranks grow, or the configured one."""
+        return self.growth.inner_rank if isinstance(self.growth, GrowingSection) else self.rank
+
+    model: ResolvedModelSection
+    data: ResolvedDataSection
+    growth: ResolvedGrowthSection
+    training: ResolvedTrainingSection
+    checkpoint: ResolvedCheckpointSection

@@ -1,4 +1,4 @@
-"""The configurations that come with qaroma: what each is for and needs, and a copy to change.
+"""The configurations that come with qaroma: what each is for and needs.
 
 A shipped configuration begins with a comment. Its first sentence says what the run is; a paragraph
 that begins with MEASURED, PLANNED or NOT RUN says what memory and time it takes and what it scores,
@@ -14,7 +14,6 @@ from pathlib import Path
 
 from qaroma.config.load import shipped_configs, shipped_folder
 from qaroma.errors import QaromaError
-from qaroma.runs.files import write_atomically
 
 _KINDS = re.compile(r"(MEASURED|PLANNED|NOT RUN)\b")
 
@@ -33,46 +32,21 @@ def list_shipped() -> list[Shipped]:
     return [_described(name) for name in shipped_configs()]
 
 
-def copy_shipped(name: str, destination: Path | None = None, *, force: bool = False) -> Path:
-    """Copy a shipped configuration to where it can be changed.
+def find_shipped(name: str) -> Path:
+    """The file of a shipped configuration.
 
     Args:
         name: as :func:`list_shipped` gives it.
-        destination: a file or a folder; None is the current folder.
-        force: overwrite a file that is there.
-
-    Returns:
-        The copy.
 
     Raises:
-        QaromaError: no such configuration, a file stands in the way, or it cannot be written.
+        QaromaError: no such configuration.
     """
     stem, known = name.removesuffix(".yaml").removeprefix("configs/"), shipped_configs()
     if stem not in known:
         near = [one for one in known if difflib.get_close_matches(Path(stem).name, [Path(one).name], cutoff=0.7)]
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise QaromaError(f"got {name}; {hint}expected one that comes with qaroma: {', '.join(known)}")
-    source = shipped_folder() / f"{stem}.yaml"
-    target = destination or Path(source.name)
-    if target.is_dir():
-        target = target / source.name
-    write_config(target, source.read_text(encoding="utf-8"), force=force)
-    return target
-
-
-def write_config(target: Path, text: str, *, force: bool) -> None:
-    """Write a configuration; one that is there stays unless ``force``.
-
-    Raises:
-        QaromaError: a file stands in the way, or it cannot be written.
-    """
-    if target.exists() and not force:
-        raise QaromaError(f"{target} is there already and is left as it was; type --force, or name another file")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(target, text)
-    except OSError as error:
-        raise QaromaError(f"cannot write {target} ({error.strerror}); name another file") from error
+    return shipped_folder() / f"{stem}.yaml"
 
 
 def _described(name: str) -> Shipped:

@@ -59,8 +59,8 @@ def glue_task(source: str) -> GlueTask | None:
     return next((GLUE[name] for name in map(_normal, (path.name, path.parent.name)) if name in GLUE), None)
 
 
-def read_glue(source: str, weight: float = 1.0) -> tuple[RowSet, RowSet]:
-    """Training rows, each with that weight, and dev rows of ``glue:NAME`` from the hub.
+def read_glue(source: str) -> tuple[RowSet, RowSet]:
+    """Training rows and dev rows of ``glue:NAME`` from the hub.
 
     Raises:
         QaromaError: The hub cannot be reached.
@@ -78,8 +78,8 @@ def read_glue(source: str, weight: float = 1.0) -> tuple[RowSet, RowSet]:
             "train.jsonl and dev.jsonl with --data"
         ) from error
     train, dev = (
-        RowSet([Row(dict(v), f"{source}/{split}", number, times) for number, v in enumerate(table[split], start=1)])
-        for split, times in (("train", weight), (task.dev, 1.0))
+        RowSet([Row(dict(v), f"{source}/{split}", number, 1.0) for number, v in enumerate(table[split], start=1)])
+        for split in ("train", task.dev)
     )
     return train, dev
 
@@ -91,11 +91,11 @@ def dev_file(source: str) -> str | None:
     return str(found[0]) if len(found) == 1 else None
 
 
-def read_train(source: str, weight: float = 1.0) -> RowSet:
+def read_train(source: str) -> RowSet:
     """Training rows of a file or folder; of a folder, ``train.*`` alone where it stands beside samples of it."""
     folder = Path(source)
     whole = sorted(folder.glob("train.*")) if folder.is_dir() else []
-    return read_rows([(str(whole[0]) if whole else source, weight)])
+    return read_rows([(str(whole[0]) if whole else source, 1.0)])
 
 
 def _normal(name: str) -> str:

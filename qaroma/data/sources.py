@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, TypeAlias, cast
+from typing import IO, Any, Literal, TypeAlias, cast
 
 from qaroma.errors import QaromaError
 
@@ -99,15 +99,34 @@ def read_rows(sources: Sequence[tuple[str, float]], *, seed: int = 0) -> RowSet:
     return found
 
 
+def require_source(name: str) -> None:
+    """Look whether a source is there, without reading it; what the hub has is asked when it is read.
+
+    Args:
+        name: path, hub id, or ``demo:...``; ``glue:...`` is :mod:`qaroma.data.glue`'s.
+
+    Raises:
+        QaromaError: a file or folder that is missing, or a file of an unknown kind.
+    """
+    path = Path(name).expanduser()
+    if name.startswith("demo:"):
+        _demo_split(name)
+    elif path.is_dir() or name.startswith("glue:"):
+        return
+    elif path.exists():
+        _known_suffix(path)
+    elif not _HUB_ID.fullmatch(name) or _data_suffix(path):
+        raise QaromaError(f"there is no file or folder '{name}'. {_near(path)}")
+
+
 def _read_source(name: str, seed: int, found: RowSet) -> Iterator[tuple[str, int, dict[str, Any] | str]]:
     """Yield (file, line, value) of one source; problems and notes are added to ``found``."""
+    require_source(name)
     if name.startswith("demo:"):
         yield from _demo_rows(name, seed)
         return
     path = Path(name).expanduser()
     if not path.exists():
-        if not _HUB_ID.fullmatch(name) or _data_suffix(path):
-            raise QaromaError(f"there is no file or folder '{name}'. {_near(path)}")
         yield from _hub_rows(name, path)
         return
     for file in _files_of_folder(path, found) if path.is_dir() else [path]:
@@ -115,14 +134,23 @@ def _read_source(name: str, seed: int, found: RowSet) -> Iterator[tuple[str, int
             yield str(file), line, value
 
 
+def _demo_split(name: str) -> tuple[Literal["train", "test"], int]:
+    """Which rows of the demonstration a name means, and how many."""
+    from qaroma.data import demo
+
+    splits: dict[str, tuple[Literal["train", "test"], int]] = {
+        "demo:calendar": ("train", demo.TRAIN_ROWS),
+        "demo:calendar-test": ("test", demo.TEST_ROWS),
+    }
+    if name not in splits:
+        raise QaromaError(f"there is no demonstration '{name}'; expected one of {', '.join(splits)}.")
+    return splits[name]
+
+
 def _demo_rows(name: str, seed: int) -> Iterator[tuple[str, int, dict[str, Any]]]:
     from qaroma.data import demo
 
-    splits = {"demo:calendar": ("train", demo.TRAIN_ROWS), "demo:calendar-test": ("test", demo.TEST_ROWS)}
-    if name not in splits:
-        raise QaromaError(f"there is no demonstration '{name}'; expected one of {', '.join(splits)}.")
-    split, count = splits[name]
-    for line, value in enumerate(demo.rows("test" if split == "test" else "train", count, seed), start=1):
+    for line, value in enumerate(demo.rows(*_demo_split(name), seed), start=1):
         yield name, line, dict(value)
 
 
@@ -149,6 +177,18 @@ def _data_suffix(path: Path) -> str:
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
 
 
+def _known_suffix(path: Path) -> str:
+    """The data suffix of a file.
+
+    Raises:
+        QaromaError: none that is read here.
+    """
+    suffix = _data_suffix(path)
+    if not suffix:
+        raise QaromaError(f"'{path}' has no known suffix; expected one of {', '.join(SUFFIXES)} (also .gz).")
+    return suffix
+
+
 def _near(path: Path) -> str:
     """A sentence about a missing path: names like it, or which folder is missing."""
     parent = path.parent
@@ -166,9 +206,7 @@ def _near(path: Path) -> str:
 def _read_file(path: Path, bad: list[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Yield (line, value) of one file, compressed or not."""
     readers: dict[str, _Reader] = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _txt}
-    suffix = _data_suffix(path)
-    if not suffix:
-        raise QaromaError(f"'{path}' has no known suffix; expected one of {', '.join(SUFFIXES)} (also .gz).")
+    suffix = _known_suffix(path)
     try:
         with path.open("rb") as raw:
             stream = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if path.name.lower().endswith(".gz") else raw

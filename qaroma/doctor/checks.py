@@ -15,6 +15,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from qaroma.config.words import memory_size
+
 Level = Literal["ok", "note", "problem"]
 
 CUDA_WHEELS = "https://download.pytorch.org/whl/cu128"
@@ -128,9 +130,9 @@ def gpu(card: Card | None) -> Finding:
     if card is None:
         found = "none: training runs on the CPU: fine for SmolLM2 (135M), not for an 8B model"
         return Finding("GPU", "note", found, "to see what a card would hold: qaroma plan --model llama3-8b --vram 8GiB")
-    found = f"{card.name}, {_size(card.free)} of {_size(card.total)} free"
+    found = f"{card.name}, {memory_size(card.free, 1)} of {memory_size(card.total, 1)} free"
     if card.total - card.free > CROWDED * card.total:
-        held = f"{_size(card.total - card.free)} are held by other programs"
+        held = f"{memory_size(card.total - card.free, 1)} are held by other programs"
         return Finding("GPU", "note", found, f"{held}; nvidia-smi names them: close them before a large run")
     return Finding("GPU", "ok", found)
 
@@ -184,7 +186,7 @@ def attention(device: str, kernels: Sequence[str]) -> Finding:
 
 def host_memory(available: int, total: int) -> Finding:
     """Whether the host's memory is enough for the smallest run."""
-    found = f"{_size(available)} of {_size(total)} free"
+    found = f"{memory_size(available, 1)} of {memory_size(total, 1)} free"
     if available < QUICKSTART_BYTES:
         return Finding("host memory", "problem", found, "close other programs: the quickstart takes 1.9 GiB")
     return Finding("host memory", "ok", found)
@@ -199,7 +201,7 @@ def disk(what: str, folder: str, free: int, writable: bool) -> Finding:
         free: bytes.
         writable: this user may write there.
     """
-    name, found = f"disk for {what}", f"{_size(free)} free in {folder}"
+    name, found = f"disk for {what}", f"{memory_size(free, 1)} free in {folder}"
     elsewhere = "set HF_HOME to a folder on another disk" if what == "models" else "work in a folder on another disk"
     if not writable:
         return Finding(name, "problem", f"{found}, but it cannot be written", f"mend its permissions, or {elsewhere}")
@@ -248,7 +250,3 @@ def failed(name: str, error: BaseException, advice: str) -> Finding:
     text = " ".join(str(error).split())
     text = text if len(text) <= 200 else text[:200] + "..."
     return Finding(name, "problem", f"{type(error).__name__}: {text}", advice)
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import re
@@ -11,7 +10,6 @@ import subprocess
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import Requirement
@@ -19,6 +17,7 @@ from packaging.requirements import Requirement
 from qaroma.config.load import shipped_folder
 from qaroma.doctor import checks
 from qaroma.doctor.checks import Card, Finding
+from qaroma.model.waiting import Answer
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +41,7 @@ def examine() -> list[Finding]:
             found = checks.failed(name, error, advice)
         findings.extend(found if isinstance(found, list) else [found])
 
-    hub = _Answer(_ask_hub)
+    hub = Answer(_ask_hub)
     look("Python", _python, "install qaroma again")
     look("packages", _packages, "install qaroma again")
     look("torch", _torch, f"{_AGAIN} torch")
@@ -158,12 +157,11 @@ def _bitsandbytes() -> Finding:
     return checks.nf4(str(device), *nf4_errors(device))
 
 
-def nf4_errors(device: torch.device, rows: int = 256, columns: int = 512) -> tuple[float, float]:
+def nf4_errors(device: torch.device) -> tuple[float, float]:
     """Quantise a random weight to NF4, multiply with it, and compare.
 
     Args:
         device: where.
-        rows, columns: of the weight.
 
     Returns:
         The relative error of the product (Frobenius norms) to the product with the weight as it was,
@@ -174,8 +172,8 @@ def nf4_errors(device: torch.device, rows: int = 256, columns: int = 512) -> tup
     from qaroma.model.bnb import bnb
 
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(rows, columns, generator=generator).to(device)
-    inputs = torch.randn(16, columns, generator=generator).to(device)
+    weight = torch.randn(256, 512, generator=generator).to(device)
+    inputs = torch.randn(16, 512, generator=generator).to(device)
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4")
     product = bnb.matmul_4bit(inputs, packed.t(), quant_state=state)
     unpacked = bnb.functional.dequantize_4bit(packed, state)
@@ -234,28 +232,6 @@ def _disks() -> list[Finding]:
     return findings
 
 
-class _Answer:
-    """What a function returns, asked for at once and waited for no longer than some seconds.
-
-    Name resolution knows no timeout, hence the thread.
-    """
-
-    def __init__(self, ask: Callable[[], Any]) -> None:
-        self._values: list[Any] = []
-
-        def run() -> None:
-            with contextlib.suppress(Exception):  # no answer; who needs the library says what is wrong with it
-                self._values.append(ask())
-
-        self._thread = Thread(target=run, daemon=True)
-        self._thread.start()
-
-    def get(self) -> Any:
-        """The value, or None where none came in time."""
-        self._thread.join(_SECONDS)
-        return self._values[0] if self._values else None
-
-
 def _ask_hub() -> tuple[bool, str | None]:
     """Whether the hub answers, and whose the token is that it was asked with."""
     from huggingface_hub import HfApi, constants, get_token
@@ -275,9 +251,9 @@ def _ask_hub() -> tuple[bool, str | None]:
         return False, None
 
 
-def _hub(answer: _Answer) -> list[Finding]:
+def _hub(answer: Answer[tuple[bool, str | None]]) -> list[Finding]:
     from huggingface_hub import constants, get_token
 
-    reachable, user = answer.get() or (False, None)
+    reachable, user = answer.get(_SECONDS) or (False, None)
     offline = bool(constants.is_offline_mode())
     return [checks.hub(offline, reachable), checks.login(get_token() is not None, reachable, user)]

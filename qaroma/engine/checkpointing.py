@@ -7,35 +7,23 @@ layer ahead of its use, so that two of them are on the device at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-_booked: Callable[[Tensor], None] | None = None
 
+class ToHost(Protocol):
+    """The way by which tensors leave the device: :func:`to_host`, or one that takes note of them."""
 
-@contextmanager
-def host_memory_booked(book: Callable[[Tensor], None]) -> Iterator[None]:
-    """Treat the CPU as if it were a GPU with a host beside it.
-
-    For counting memory without a GPU: inside, :func:`to_host` makes a real copy and calls ``book``
-    with it, so that a counter can tell the host's bytes from the device's.
-    """
-    global _booked
-    before, _booked = _booked, book
-    try:
-        yield
-    finally:
-        _booked = before
+    def __call__(self, tensor: Tensor, stream: Any = None) -> Tensor: ...
 
 
 def to_host(tensor: Tensor, stream: Any = None) -> Tensor:
-    """A copy in host memory: the one way by which anything leaves the device.
+    """A copy in host memory.
 
     Args:
         tensor: on a GPU; a CPU tensor is returned as it is, since it lies in host memory already.
@@ -53,19 +41,18 @@ def to_host(tensor: Tensor, stream: Any = None) -> Tensor:
             host.copy_(tensor, non_blocking=True)
         tensor.record_stream(stream)
         return host
-    if _booked is not None:
-        host = tensor.clone()
-        _booked(host)
-        return host
     return tensor
 
 
 class _Parked:
     """One layer's input on the host, and its way back."""
 
-    def __init__(self, tensor: Tensor, streams: tuple[Any, Any] | None, previous: _Parked | None) -> None:
+    def __init__(
+        self, tensor: Tensor, streams: tuple[Any, Any] | None, previous: _Parked | None, copy_out: ToHost
+    ) -> None:
         self.device, self.streams, self.previous = tensor.device, streams, previous
-        self.host: Tensor | None = to_host(tensor, streams[0] if streams else None)
+        self.host: Tensor | None = copy_out(tensor, streams[0] if streams else None)
+        self.copied = self.host is not tensor
         self.returning: Tensor | None = None
 
     def fetch(self) -> None:
@@ -73,7 +60,7 @@ class _Parked:
         if self.returning is not None or self.host is None:
             return
         if self.streams is None:
-            self.returning = self.host.clone() if _booked is not None else self.host
+            self.returning = self.host.clone() if self.copied else self.host
             return
         out, back = self.streams
         back.wait_stream(out)  # the copy to the host must have ended
@@ -96,9 +83,14 @@ class _Parked:
 
 
 class OffloadedInputs:
-    """Hooks that keep the layers' inputs in host memory between forward and backward pass."""
+    """Hooks that keep the layers' inputs in host memory between forward and backward pass.
 
-    def __init__(self) -> None:
+    Args:
+        copy_out: brings them there.
+    """
+
+    def __init__(self, copy_out: ToHost = to_host) -> None:
+        self.copy_out = copy_out
         self._last: _Parked | None = None
         self._streams: tuple[Any, Any] | None = None
 
@@ -109,21 +101,22 @@ class OffloadedInputs:
             streams = (torch.cuda.Stream(tensor.device), torch.cuda.Stream(tensor.device))  # type: ignore[no-untyped-call]
             self._streams = streams
         # The first layer's input does not depend on anything trained and begins a new chain.
-        self._last = _Parked(tensor, self._streams, self._last if tensor.requires_grad else None)
+        self._last = _Parked(tensor, self._streams, self._last if tensor.requires_grad else None, self.copy_out)
         return self._last
 
     def unpack(self, kept: Tensor | _Parked) -> Tensor:
         return kept.take() if isinstance(kept, _Parked) else kept
 
 
-def enable_checkpointing(model: Any, *, offload: bool = False) -> None:
+def enable_checkpointing(model: Any, *, offload: bool = False, copy_out: ToHost = to_host) -> None:
     """Recompute every decoder layer in the backward pass.
 
     Args:
         model: transformers model; its layers say themselves where a checkpoint begins.
         offload: keep the layers' inputs in host memory; on a CPU nothing moves.
+        copy_out: brings them there.
     """
-    inputs = OffloadedInputs() if offload else None
+    inputs = OffloadedInputs(copy_out) if offload else None
 
     def run(function: Callable[..., Any], *args: Any) -> Any:
         if inputs is None:

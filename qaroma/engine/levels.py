@@ -1,52 +1,18 @@
-"""Memory levels: bundles of techniques, from the fastest (0) to the smallest (3)."""
+"""Putting a model into a memory level (:mod:`qaroma.config.levels` says what each switches on)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-from qaroma.engine.checkpointing import disable_checkpointing, enable_checkpointing
+from qaroma.config.levels import LEVELS
+from qaroma.engine.checkpointing import ToHost, disable_checkpointing, enable_checkpointing, to_host
 from qaroma.engine.placement import move_embeddings_to_host, quantise_head
 from qaroma.engine.tiled import tile_tokenwise, untile
 
 
-@dataclass(frozen=True)
-class Level:
-    """What a level switches on; the loss is computed in chunks at every level.
-
-    ``summary`` is what ``qaroma plan`` and ``finetune`` print.
-    """
-
-    summary: str
-    checkpointing: bool = False
-    offload: bool = False
-    tiled: bool = False
-    host_embeddings: bool = False
-    packed_head: bool = False
-
-
-LEVELS = (
-    Level("every activation is kept"),
-    Level("activations are recomputed, layer by layer", checkpointing=True),
-    Level(
-        "recomputed; layer inputs and embeddings in host memory; MLPs and norms tile by tile",
-        checkpointing=True,
-        offload=True,
-        tiled=True,
-        host_embeddings=True,
-    ),
-    Level(
-        "as 2, with the output head in 4 bits",
-        checkpointing=True,
-        offload=True,
-        tiled=True,
-        host_embeddings=True,
-        packed_head=True,
-    ),
-)
-
-
-def apply_level(model: Any, level: int, *, quant_type: str = "nf4", double_quantization: bool = True) -> None:
+def apply_level(
+    model: Any, level: int, *, quant_type: str = "nf4", double_quantization: bool = True, copy_out: ToHost = to_host
+) -> None:
     """Put a model into a memory level; a later call may go further down.
 
     What a level saves comes at a price in time, and at level 3 in exactness: the head's logits are
@@ -54,19 +20,20 @@ def apply_level(model: Any, level: int, *, quant_type: str = "nf4", double_quant
 
     Args:
         model: transformers model, with or without an adapter on; changed in place.
-        level: index into :data:`LEVELS`.
+        level: index into :data:`qaroma.config.levels.LEVELS`.
         quant_type, double_quantization: of the head at level 3.
+        copy_out: brings to the host what levels 2 and 3 keep there.
     """
     chosen = LEVELS[level]
     if chosen.packed_head:
         quantise_head(model, quant_type, double_quantization=double_quantization)
     if chosen.host_embeddings:
-        move_embeddings_to_host(model)
+        move_embeddings_to_host(model, copy_out)
     if chosen.tiled:
         tile_tokenwise(model)
     else:
         untile(model)
     if chosen.checkpointing:
-        enable_checkpointing(model, offload=chosen.offload)
+        enable_checkpointing(model, offload=chosen.offload, copy_out=copy_out)
     else:
         disable_checkpointing(model)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qaroma.engine.checkpointing import to_host
+from qaroma.engine.checkpointing import ToHost, to_host
 
 
 class HostEmbedding(nn.Module):
@@ -16,13 +16,14 @@ class HostEmbedding(nn.Module):
     Args:
         inner: the embedding; moved to the host.
         device: where its output goes.
+        copy_out: brings the table to the host.
     """
 
-    def __init__(self, inner: nn.Module, device: torch.device) -> None:
+    def __init__(self, inner: nn.Module, device: torch.device, copy_out: ToHost = to_host) -> None:
         super().__init__()
         self.inner, self.device = inner, device
         table: nn.Parameter = inner.weight  # type: ignore[assignment]
-        inner.weight = nn.Parameter(to_host(table.data), requires_grad=False)
+        inner.weight = nn.Parameter(copy_out(table.data), requires_grad=False)
         inner.to("cpu")
 
     @property
@@ -35,11 +36,12 @@ class HostEmbedding(nn.Module):
         return rows.to(self.device, non_blocking=True)
 
 
-def move_embeddings_to_host(model: Any) -> bool:
+def move_embeddings_to_host(model: Any, copy_out: ToHost = to_host) -> bool:
     """Put the input embeddings into host memory.
 
     Args:
         model: transformers model; changed in place.
+        copy_out: brings the table there.
 
     Returns:
         Whether it was done: not where the head shares the table and must have it on the device.
@@ -52,7 +54,7 @@ def move_embeddings_to_host(model: Any) -> bool:
         return False
     # The embeddings may have been loaded to the host already: the other parameters tell where the model computes.
     device = next(p.device for p in model.parameters() if p is not embedding.weight)
-    model.set_input_embeddings(HostEmbedding(embedding, device))
+    model.set_input_embeddings(HostEmbedding(embedding, device, copy_out))
     return True
 
 

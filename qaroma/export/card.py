@@ -4,40 +4,39 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qaroma import __version__
 from qaroma.export.compress import Compression
 from qaroma.export.selftest import SelfTest
-from qaroma.export.source import Source
 from qaroma.model.builtin import SMOLLM2_HUB_ID, hub_answers, resolve_model
+from qaroma.runs.adapter_info import AdapterInfo
 
 RANK_MAP = "rank_map.svg"
 UNKNOWN = "not known"
 _WHEN = ("before", "after")  # training
 
+FOLDER = "FOLDER"  # stands for where the reader has put the files
+
 _LOADING = {
     "peft": """In PEFT (`pip install peft`):
 
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    {in_peft}
 
-    base = AutoModelForCausalLM.from_pretrained("{base}")
-    model = PeftModel.from_pretrained(base, "FOLDER")
-
-In qaroma: `qaroma generate FOLDER "a prompt"`. Other engines ignore the rank of each module and scale
+In qaroma: {in_qaroma}. Other engines ignore the rank of each module and scale
 it wrongly: give them the format `padded`.""",
     "padded": """In vLLM:
 
-    vllm serve {base} --enable-lora --max-lora-rank {max_lora_rank} --lora-modules tuned=FOLDER
+    vllm serve {base} --enable-lora --max-lora-rank {max_lora_rank} --lora-modules tuned={place}
 
 In SGLang:
 
-    python -m sglang.launch_server --model-path {base} --lora-paths tuned=FOLDER
+    python -m sglang.launch_server --model-path {base} --lora-paths tuned={place}
 
-In Ollama: a Modelfile with `FROM` the base and `ADAPTER FOLDER`. In PEFT: as any LoRA, with
-`PeftModel.from_pretrained(base, "FOLDER")`.""",
+In Ollama: a Modelfile with `FROM` the base and `ADAPTER {place}`. In PEFT: as any LoRA, with
+`PeftModel.from_pretrained(base, "{place}")`.""",
     "gguf-adapter": """In llama.cpp, on a GGUF of the base:
 
     llama-cli -m base.gguf --lora adapter.gguf
@@ -45,7 +44,7 @@ In Ollama: a Modelfile with `FROM` the base and `ADAPTER FOLDER`. In PEFT: as an
 In LM Studio and Ollama: beside the base's GGUF (Ollama: `ADAPTER ./adapter.gguf` in a Modelfile).""",
     "merged": """In transformers, vLLM, SGLang or anything else that reads a checkpoint:
 
-    model = AutoModelForCausalLM.from_pretrained("FOLDER")""",
+    model = AutoModelForCausalLM.from_pretrained("{place}"{options})""",
     "gguf": """In Ollama:
 
     ollama create {name} -f Modelfile && ollama run {name}
@@ -82,71 +81,140 @@ def licence_of(base: str, revision: str | None = None) -> str:
     return str(data.get("license") or UNKNOWN) if data else UNKNOWN
 
 
-def model_card(
-    source: Source,
-    kind: str,
-    *,
-    ranks: Mapping[str, int],
-    test: SelfTest | None,
-    licence: str,
-    written: Mapping[str, Any],
-    compression: Compression | None = None,
-    losses: Mapping[str, float] | None = None,
-) -> str:
-    """The text of ``README.md``.
+@dataclass(frozen=True)
+class CardFacts:
+    """What a model card tells of an adapter, whatever its form.
 
-    Args:
-        source: what was exported.
-        kind: the format.
+    Attributes:
+        name: of the adapter, for people.
+        info: what it remembers.
+        base: its base as readers find it; ``base_on_hub`` says whether that is an id on the hub.
         ranks: rank of each module, as exported.
-        test: the self-test; None where it was not run.
         licence: of the base.
+        data: the run's data sources, as they may be read; empty where they are not known.
+        records: the run's metrics log.
+        template: kind of the chat template.
+        repo: ``NAMESPACE/NAME`` where the files lie on the hub; None in a folder.
+    """
+
+    name: str
+    info: AdapterInfo
+    base: str
+    ranks: Mapping[str, int]
+    licence: str
+    data: Sequence[str] = ()
+    records: Sequence[Mapping[str, Any]] = ()
+    template: str = "none"
+    base_on_hub: bool = True
+    repo: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an export came to.
+
+    Attributes:
+        test: the self-test; None where it was not run.
         written: what the format's writer returned.
         compression: where redundant directions were dropped.
         losses: validation loss by the base merged into.
     """
-    base = source.public_base
-    head = ["---", f"base_model: {base}", f"library_name: {_LIBRARY[kind]}"]
-    head += [f"license: {licence}"] if licence != UNKNOWN else []
-    head += ["tags: [lora, aroma, qaroma]", "---", "", f"# {source.name}", ""]
-    growth = source.growth
-    held = growth["base"]
+
+    test: SelfTest | None = None
+    written: Mapping[str, Any] = field(default_factory=dict)
+    compression: Compression | None = None
+    losses: Mapping[str, float] = field(default_factory=dict)
+
+
+def model_card(facts: CardFacts, kind: str, outcome: Outcome | None = None) -> str:
+    """The text of ``README.md``.
+
+    Args:
+        facts: of the adapter.
+        kind: the format.
+        outcome: of an export; None where there was none.
+    """
+    outcome = outcome or Outcome()
+    info, held = facts.info, facts.info.base
+    head = ["---"]
+    head += [f"base_model: {facts.base}"] if facts.base_on_hub else []  # the hub would look for a folder's name
+    head += [f"library_name: {_LIBRARY[kind]}"]
+    head += [f"license: {facts.licence}"] if facts.licence != UNKNOWN else []
+    head += ["tags: [lora, aroma, qaroma]", "---", "", f"# {facts.name}", ""]
     lines = [
-        f"{base}, fine-tuned with qaroma {__version__} ({growth.get('method', 'lora')}) on a base held in "
-        f"{held['quantization']}; format `{kind}`.",
+        f"{facts.base}, fine-tuned with qaroma {__version__} ({info.method or 'lora'}) on a base held in "
+        f"{held.quantization if held else UNKNOWN}; format `{kind}`.",
         "",
-        f"- Base model: {base} (fingerprint {held['fingerprint']}); its licence: {licence}",
-        *[f"- {line}" for line in _data_lines(source.settings())],
-        *[f"- {line}" for line in _growth_lines(source.records(), growth, ranks)],
-        *[f"- {line}" for line in _metric_lines(source.records())],
-        *_compression_lines(compression),
-        *_loss_lines(losses),
-        f"- Chat template: {source.template.kind}",
-        f"- Self-test: {test.sentence() if test else 'not run'}",
+        f"- Base model: {facts.base} (fingerprint {held.fingerprint if held else UNKNOWN}); its licence: "
+        f"{facts.licence}",
+        f"- Data: {', '.join(facts.data) or 'not known (the adapter lies outside its run)'}",
+        *[f"- {line}" for line in _growth_lines(facts.records, info.step, facts.ranks)],
+        *[f"- {line}" for line in _metric_lines(facts.records)],
+        *_compression_lines(outcome.compression),
+        *_loss_lines(outcome.losses),
+        f"- Chat template: {facts.template}",
+        f"- Self-test: {outcome.test.sentence() if outcome.test else 'not run'}",
         "",
         f"![Rank by layer and module]({RANK_MAP})",
         "",
         "## How to load it",
         "",
-        _LOADING[kind].format(
-            base=source.public_base, name=source.name.lower(), max_lora_rank=written.get("max_lora_rank")
-        ),
+        _loading(facts, kind, outcome.written),
         "",
     ]
     return "\n".join(head + lines)
 
 
-def _data_lines(settings: Mapping[str, Any]) -> list[str]:
-    data = settings.get("data") or {}
-    sources = [
-        one["path"] + (f" (weight {one['weight']:g})" if one["weight"] != 1 else "") for one in data.get("train", [])
+def _loading(facts: CardFacts, kind: str, written: Mapping[str, Any]) -> str:
+    place, info = facts.repo or FOLDER, facts.info
+    local = place.rpartition("/")[2]
+    use = f"`qaroma evaluate {local} --data FILE`" if info.task.outputs else f'`qaroma generate {local} "a prompt"`'
+    return _LOADING[kind].format(
+        base=facts.base,
+        place=place,
+        name=facts.name.lower(),
+        max_lora_rank=written.get("max_lora_rank"),
+        in_peft="\n    ".join(lines_for_peft(info, facts.base, place)),
+        in_qaroma=use if facts.repo is None else f"`hf download {place} --local-dir {local}`, then {use}",
+        options=_trust(info),
+    )
+
+
+def lines_for_peft(info: AdapterInfo, base: str, place: str, revision: str | None = None) -> list[str]:
+    """Python lines that load an adapter in PEFT.
+
+    Args:
+        info: what the adapter remembers.
+        base: name of its base.
+        place: folder or repository of the adapter.
+        revision: its branch; None is the main one.
+    """
+    auto = "AutoModelForCausalLM" if info.task.outputs is None else "AutoModelForSequenceClassification"
+    outputs = "" if info.task.outputs is None else f", num_labels={info.task.outputs}"
+    branch = "" if revision is None else f', revision="{revision}"'
+    return [
+        "from peft import PeftModel",
+        f"from transformers import {auto}",
+        f'base = {auto}.from_pretrained("{base}"{outputs}{_trust(info)})',
+        f'model = PeftModel.from_pretrained(base, "{place}"{branch})',
     ]
-    return [f"Data: {', '.join(sources)}"] if sources else ["Data: not known (the adapter lies outside its run)"]
 
 
-def _growth_lines(
-    records: Sequence[Mapping[str, Any]], growth: Mapping[str, Any], ranks: Mapping[str, int]
-) -> list[str]:
+def _trust(info: AdapterInfo) -> str:
+    return ", trust_remote_code=True" if info.base is not None and info.base.needs_remote_code else ""
+
+
+def data_sources(settings: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Path and weight of each training source in a run's configuration."""
+    return [(str(one["path"]), float(one["weight"])) for one in (settings.get("data") or {}).get("train") or []]
+
+
+def source_text(path: str, weight: float) -> str:
+    """A data source for people."""
+    return path + (f" (weight {weight:g})" if weight != 1 else "")
+
+
+def _growth_lines(records: Sequence[Mapping[str, Any]], step: int | None, ranks: Mapping[str, int]) -> list[str]:
     values = list(ranks.values())
     zero = sum(rank == 0 for rank in values)
     lines = [
@@ -159,7 +227,7 @@ def _growth_lines(
         committed = sum(event["decision"] == "commit" for event in events)
         lines.append(
             f"Growth: {committed} components committed in {len(events)} growth events, {steps[-1]['step']} steps; "
-            f"this adapter is of step {growth.get('step', steps[-1]['step'])}"
+            f"this adapter is of step {step or steps[-1]['step']}"
         )
         first, last = steps[0]["trainable_parameters"], steps[-1]["trainable_parameters"]
         lines.append(f"Trainable parameters: {first:,} at the start, {last:,} at the end")
@@ -191,7 +259,7 @@ def _compression_lines(compression: Compression | None) -> list[str]:
     ]
 
 
-def _loss_lines(losses: Mapping[str, float] | None) -> list[str]:
+def _loss_lines(losses: Mapping[str, float]) -> list[str]:
     if not losses:
         return []
     shown = ", ".join(f"{loss:.4f} merged into the {name} base" for name, loss in losses.items())

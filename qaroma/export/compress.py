@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qaroma.export.delta import Delta, Factors
+from qaroma.method.factors import Factors, Update
 from qaroma.method.spectrum import product_svd
 
 _ROUNDING = 1e-7  # singular values below this share of the largest are fp32 rounding of the factors
@@ -39,21 +39,21 @@ class Compression:
 
 
 def compress_factors(factors: Factors, error: float) -> tuple[Factors, float]:
-    """The update of smallest rank within a relative error, ||B A - B' A'||_F <= error ||B A||_F.
+    """The update of smallest rank within a relative error, ||B^T A - B'^T A'||_F <= error ||B^T A||_F.
 
-    Equivalent to truncating ``torch.linalg.svd(B @ A)``; by Eckart and Young no update of that rank
+    Equivalent to truncating ``torch.linalg.svd(B.T @ A)``; by Eckart and Young no update of that rank
     is nearer. Each kept singular value is shared by both factors, as its square root.
 
     Args:
-        factors: A (R, N) and B (M, R).
+        factors: A (R, N) and B (R, M).
         error: 0 drops nothing but directions of no size.
 
     Returns:
-        The factors, A' (K, N) and B' (M, K), and the relative error reached.
+        The factors, A' (K, N) and B' (K, M), and the relative error reached.
     """
     if factors.rank == 0:
         return factors, 0.0
-    left_MR, values_R, right_RN = product_svd(factors.A, factors.B.T)
+    left_MR, values_R, right_RN = product_svd(*factors)
     squares = values_R.square()
     total = squares.sum()
     if total == 0:
@@ -64,20 +64,20 @@ def compress_factors(factors: Factors, error: float) -> tuple[Factors, float]:
     rank = int((dropped > allowed).sum())
     root_K = values_R[:rank].sqrt()
     A_KN = root_K[:, None] * right_RN[:rank]
-    B_MK = left_MR[:, :rank] * root_K
-    return Factors(A_KN.float().contiguous(), B_MK.float().contiguous()), float((dropped[rank] / total).sqrt())
+    B_KM = root_K[:, None] * left_MR[:, :rank].T
+    return Factors(A_KN.float().contiguous(), B_KM.float().contiguous()), float((dropped[rank] / total).sqrt())
 
 
-def compress(delta: Delta, error: float) -> tuple[dict[str, Factors], Compression]:
+def compress(update: Update, error: float) -> tuple[dict[str, Factors], Compression]:
     """:func:`compress_factors` for every module.
 
     Args:
-        delta: the update.
+        update: the update.
         error: relative error allowed in each module, 0 or more and below 1.
     """
     compressed, errors = {}, [0.0]
-    for name, factors in delta.items():
+    for name, factors in update.items():
         compressed[name], reached = compress_factors(factors, error)
         errors.append(reached)
-    before, after = ([f.rank for f in each.values()] for each in (delta, compressed))
+    before, after = ([f.rank for f in each.values()] for each in (update, compressed))
     return compressed, Compression(error, sum(before), sum(after), max(before), max(after), max(errors))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,19 +13,20 @@ from typing import Any
 from safetensors import SafetensorError
 
 from qaroma import __version__
+from qaroma.config.words import file_size
 from qaroma.data.encode import Example
 from qaroma.errors import QaromaError
 from qaroma.export import card
 from qaroma.export.chat_template import complete_jinja
 from qaroma.export.compress import Compression, compress
-from qaroma.export.delta import Factors
 from qaroma.export.formats import DTYPES, FORMATS, Format
-from qaroma.export.live import Bench
+from qaroma.export.live import LiveModel
 from qaroma.export.rank_map import rank_map_svg
 from qaroma.export.selftest import SelfTest
-from qaroma.export.source import Source, open_source
+from qaroma.export.subject import Subject, open_subject, records_of, settings_of
+from qaroma.method.factors import Factors
 from qaroma.model.base import resolve_device
-from qaroma.runs.files import directory_written_aside
+from qaroma.runs.files import directory_written_aside, disk_full
 
 MARKER = "export.json"
 FAILED = ".failed"
@@ -80,6 +80,7 @@ def export(
     output: str | Path | None = None,
     base: str | None = None,
     device: str = "auto",
+    trust_remote_code: bool = False,
     options: Options | None = None,
     validation: Callable[[], Sequence[Example]] | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -92,6 +93,7 @@ def export(
         output: the folder of one format, or the parent of several; None is ``export/`` in the run.
         base: where the base lies now, if not where it was.
         device: where the live model computes.
+        trust_remote_code: run Python code that comes with the base.
         options: see :class:`Options`.
         validation: gives the run's validation examples, for the losses of a merge.
         say: takes a line for people.
@@ -104,25 +106,25 @@ def export(
             another name.
     """
     options = options or Options()
-    source = open_source(run, base=base)
-    delta, compression = source.delta, None
+    subject = open_subject(run, base=base, trust_remote_code=trust_remote_code)
+    update, compression = subject.update, None
     if options.compress is not None:
-        delta, compression = compress(source.delta, options.compress)
+        update, compression = compress(subject.update, options.compress)
         say(
             f"compressed: ranks sum to {compression.after} instead of {compression.before}, largest "
             f"{compression.largest_after} instead of {compression.largest_before}, "
             f"relative error {compression.reached:.2g}"
         )
-    chosen = _possible(formats, source, delta, options, say)
-    folders = {one.name: _folder(source, one.name, output, len(chosen) > 1 or "all" in formats) for one in chosen}
+    chosen = _possible(formats, subject, update, options, say)
+    folders = {one.name: _folder(subject, one.name, output, len(chosen) > 1 or "all" in formats) for one in chosen}
     for folder in folders.values():
         _check_free(folder)
-    bench = Bench(source, delta, resolve_device(device), options.merge_into, validation)
-    bench.model()  # the wrong base is told before anything is written
-    licence = card.licence_of(source.base, source.revision)
+    tuned = LiveModel(subject, update, resolve_device(device), options.merge_into, validation)
+    tuned.model()  # the wrong base is told before anything is written
+    licence = card.licence_of(subject.base.name, subject.base.revision)
     found = []
     for one in chosen:
-        exported = _export_one(one, bench, folders[one.name], options, compression, licence)
+        exported = _export_one(one, tuned, folders[one.name], options, compression, licence)
         for line in _lines(exported):
             say(line)
         found.append(exported)
@@ -130,18 +132,18 @@ def export(
 
 
 def _possible(
-    names: Sequence[str], source: Source, delta: dict[str, Factors], options: Options, say: Callable[[str], None]
+    names: Sequence[str], subject: Subject, update: dict[str, Factors], options: Options, say: Callable[[str], None]
 ) -> list[Format]:
     """The formats that were asked for; with ``all``, those that this base can be written as."""
     if "all" not in names:
         chosen = [_format(name) for name in dict.fromkeys(names)]
         for one in chosen:
-            one.check(source, delta, options.outtype)
+            one.check(subject, update, options.outtype)
         return chosen
     chosen = []
     for one in FORMATS.values():
         try:
-            one.check(source, delta, options.outtype)
+            one.check(subject, update, options.outtype)
         except QaromaError as error:
             say(f"{one.name}: left out, since {error}")
         else:
@@ -155,9 +157,9 @@ def _format(name: str) -> Format:
     return FORMATS[name]
 
 
-def _folder(source: Source, name: str, output: str | Path | None, several: bool) -> Path:
+def _folder(subject: Subject, name: str, output: str | Path | None, several: bool) -> Path:
     if output is None:
-        parent = source.run.path if source.run else source.folder
+        parent = subject.run.path if subject.run else subject.folder
         return Path(os.path.relpath(parent)) / "export" / name if _near(parent) else parent / "export" / name
     return Path(output) / name if several else Path(output)
 
@@ -173,23 +175,20 @@ def _check_free(folder: Path) -> None:
 
 
 def _export_one(
-    one: Format, bench: Bench, folder: Path, options: Options, compression: Compression | None, licence: str
+    one: Format, tuned: LiveModel, folder: Path, options: Options, compression: Compression | None, licence: str
 ) -> Exported:
-    source = bench.source
+    subject = tuned.subject
     dtype = DTYPES[options.dtype] if options.dtype else one.dtype
     with _explained(folder), directory_written_aside(folder) as aside:
-        written = one.write(bench, aside, dtype, options.outtype)
-        source.tokenizer.save_pretrained(aside)
-        (aside / "chat_template.jinja").write_text(complete_jinja(source.template), encoding="utf-8")
-        (aside / "template.json").write_text(json.dumps(source.template.to_json(), indent=2), encoding="utf-8")
-        test = one.test(bench, aside, dtype, options.outtype) if options.self_test else None
-        losses = bench.losses() if one.merges else {}
-        ranks = {name: factors.rank for name, factors in bench.delta.items()}
-        (aside / card.RANK_MAP).write_text(rank_map_svg(ranks), encoding="utf-8")
-        text = card.model_card(
-            source, one.name, ranks=ranks, test=test, licence=licence, written=written,
-            compression=compression, losses=losses,
-        )  # fmt: skip
+        written = one.write(tuned, aside, dtype, options.outtype)
+        subject.tokenizer.save_pretrained(aside)
+        (aside / "chat_template.jinja").write_text(complete_jinja(subject.template), encoding="utf-8")
+        (aside / "template.json").write_text(json.dumps(subject.template.to_json(), indent=2), encoding="utf-8")
+        test = one.test(tuned, aside, dtype, options.outtype) if options.self_test else None
+        losses = tuned.losses() if one.merges else {}
+        facts = _facts(subject, tuned.update, licence)
+        (aside / card.RANK_MAP).write_text(rank_map_svg(facts.ranks), encoding="utf-8")
+        text = card.model_card(facts, one.name, card.Outcome(test, written, compression, losses))
         (aside / "README.md").write_text(text, encoding="utf-8")
         size = sum(file.stat().st_size for file in aside.iterdir())
         exported = Exported(one.name, folder, size, test, written, losses)
@@ -198,6 +197,19 @@ def _export_one(
         if test is not None and not test.passed:
             raise QaromaError(f"{one.name}: self-test {test.sentence()}; {_kept(aside, folder)}")
     return exported
+
+
+def _facts(subject: Subject, update: Mapping[str, Factors], licence: str) -> card.CardFacts:
+    return card.CardFacts(
+        name=subject.name,
+        info=subject.info,
+        base=subject.public_base,
+        ranks={name: factors.rank for name, factors in update.items()},
+        licence=licence,
+        data=[card.source_text(*one) for one in card.data_sources(settings_of(subject.run))],
+        records=records_of(subject.run),
+        template=subject.template.kind,
+    )
 
 
 def _kept(aside: Path, folder: Path) -> str:
@@ -216,7 +228,7 @@ def _explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        full = disk_full(error)
         if not full and not isinstance(error, OSError):
             raise
         reason = "the disk is full" if full else (getattr(error, "strerror", None) or str(error))
@@ -225,7 +237,7 @@ def _explained(folder: Path) -> Iterator[None]:
 
 def _lines(exported: Exported) -> list[str]:
     """What is printed of an export."""
-    lines = [f"{exported.format}: {exported.folder.as_posix()}, {exported.bytes / 1e6:,.1f} MB"]
+    lines = [f"{exported.format}: {exported.folder.as_posix()}, {file_size(exported.bytes)}"]
     if "max_lora_rank" in exported.written:
         lines.append(f"  start the engine with: --max-lora-rank {exported.written['max_lora_rank']}")
     if exported.losses:

@@ -10,14 +10,12 @@ from typing import Any
 import torch
 
 from qaroma.export import gguf_adapter, gguf_model
-from qaroma.export.delta import Factors
 from qaroma.export.gguf_names import GgufNames
 from qaroma.export.gguf_vocab import pre_tokenizer_name
-from qaroma.export.live import Bench
-from qaroma.export.merged import write_generation_settings, write_merged
+from qaroma.export.live import LiveModel
+from qaroma.export.merged import copy_code, write_generation_settings, write_merged
 from qaroma.export.ollama import modelfile
 from qaroma.export.padded import padded_rank, write_padded
-from qaroma.export.per_module import write_per_module
 from qaroma.export.readers import LlamaCpp, in_peft, installed, load_gguf_model, load_merged, on_hooks
 from qaroma.export.selftest import (
     LOG_PROBABILITY_TOLERANCE,
@@ -27,17 +25,19 @@ from qaroma.export.selftest import (
     compare_model,
     share_arrived,
 )
-from qaroma.export.source import Source
+from qaroma.export.subject import Subject
 from qaroma.export.weights import checkpoint_tensors, gguf_tensors
+from qaroma.method.factors import Factors
+from qaroma.runs.adapter import write_adapter_files
 from qaroma.runs.peft_lora import read_lora
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _OUTTYPE_TOLERANCE = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "q8_0": "q8_0"}
 
-Check = Callable[[Source, dict[str, Factors], str], None]
-Write = Callable[[Bench, Path, torch.dtype, str], dict[str, Any]]
-Test = Callable[[Bench, Path, torch.dtype, str], SelfTest]
+Check = Callable[[Subject, dict[str, Factors], str], None]
+Write = Callable[[LiveModel, Path, torch.dtype, str], dict[str, Any]]
+Test = Callable[[LiveModel, Path, torch.dtype, str], SelfTest]
 
 
 @dataclass(frozen=True)
@@ -61,86 +61,94 @@ class Format:
     test: Test
 
 
-def _no_check(source: Source, delta: dict[str, Factors], outtype: str) -> None:
+def _no_check(subject: Subject, update: dict[str, Factors], outtype: str) -> None:
     """Everything can be written so."""
 
 
-def _check_padded(source: Source, delta: dict[str, Factors], outtype: str) -> None:
-    padded_rank(max(factors.rank for factors in delta.values()))
+def _check_padded(subject: Subject, update: dict[str, Factors], outtype: str) -> None:
+    padded_rank(max(factors.rank for factors in update.values()))
 
 
-def _check_gguf_adapter(source: Source, delta: dict[str, Factors], outtype: str) -> None:
-    names = GgufNames(source.config)
-    for module in delta:
+def _check_gguf_adapter(subject: Subject, update: dict[str, Factors], outtype: str) -> None:
+    names = GgufNames(subject.config)
+    for module in update:
         names.tensor(f"{module}.weight")
 
 
-def _check_gguf(source: Source, delta: dict[str, Factors], outtype: str) -> None:
-    _check_gguf_adapter(source, delta, outtype)
+def _check_gguf(subject: Subject, update: dict[str, Factors], outtype: str) -> None:
+    _check_gguf_adapter(subject, update, outtype)
     gguf_model.check_outtype(outtype)
-    gguf_model.check_positions(source.config)
-    pre_tokenizer_name(source.tokenizer)
+    gguf_model.check_positions(subject.config)
+    pre_tokenizer_name(subject.tokenizer)
 
 
-def _write_peft(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
-    source = bench.source
-    write_per_module(folder, bench.delta, base=source.public_base, dtype=dtype, growth=source.growth)
+def _write_peft(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
+    subject = tuned.subject
+    components = {
+        name: parts if sum(parts) == tuned.update[name].rank else [tuned.update[name].rank]  # compressed
+        for name, parts in subject.info.components.items()
+    }
+    components = {name: [rank for rank in parts if rank] for name, parts in components.items()}
+    info = replace(subject.info, components=components)
+    write_adapter_files(folder, tuned.update, info, base=subject.public_base, dtype=dtype)
     return {}
 
 
-def _write_padded(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
-    return write_padded(folder, bench.delta, linear=bench.source.shapes, base=bench.source.public_base, dtype=dtype)
+def _write_padded(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
+    return write_padded(folder, tuned.update, linear=tuned.subject.shapes, base=tuned.subject.public_base, dtype=dtype)
 
 
-def _write_gguf_adapter(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
-    source = bench.source
-    return gguf_adapter.write_gguf_adapter(folder, bench.delta, source.config, name=source.name, dtype=dtype)
+def _write_gguf_adapter(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
+    subject = tuned.subject
+    return gguf_adapter.write_gguf_adapter(folder, tuned.update, subject.config, name=subject.name, dtype=dtype)
 
 
-def _write_merged(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
-    source = bench.source
-    told = write_merged(folder, bench.tensors(), bench.delta, source.config, dtype=dtype)
-    write_generation_settings(folder, source.tokenizer, source.template.stop_token_ids(source.tokenizer))
-    return {"merged_into": bench.merge_into, "weights_bytes": told["bytes"]}
+def _write_merged(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
+    subject = tuned.subject
+    told = write_merged(folder, tuned.tensors(), tuned.update, subject.config, dtype=dtype)
+    write_generation_settings(folder, subject.tokenizer, subject.template.stop_token_ids(subject.tokenizer))
+    if subject.base.trust_remote_code:
+        copy_code(subject.base.name, folder)
+    return {"merged_into": tuned.merge_into, "weights_bytes": told["bytes"]}
 
 
-def _write_gguf(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
-    source = bench.source
+def _write_gguf(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
+    subject = tuned.subject
     gguf_model.write_gguf_model(
-        folder, bench.tensors(), bench.delta, source.config, source.tokenizer, source.template,
-        outtype=outtype, name=source.name,
+        folder, tuned.tensors(), tuned.update, subject.config, subject.tokenizer, subject.template,
+        outtype=outtype, name=subject.name,
     )  # fmt: skip
-    text = modelfile(source.template, source.tokenizer, source.config, model=gguf_model.FILE)
+    text = modelfile(subject.template, subject.tokenizer, subject.config, model=gguf_model.FILE)
     (folder / "Modelfile").write_text(text, encoding="utf-8")
-    return {"merged_into": bench.merge_into, "outtype": outtype}
+    return {"merged_into": tuned.merge_into, "outtype": outtype}
 
 
-def _test_lora(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -> SelfTest:
+def _test_lora(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> SelfTest:
     """In PEFT itself, or by PEFT's rules in plain torch where it is not installed."""
     tolerance = LOGIT_TOLERANCE[_NAMES[dtype]]
-    live = bench.answers()
+    live = tuned.answers()
     if installed("peft"):
-        with in_peft(bench.model(), folder) as model:
+        with in_peft(tuned.model(), folder) as model:
             return compare_model(model, live, engine="PEFT", tolerance=tolerance)
-    with on_hooks(bench.model(), read_lora(folder)[0]):
+    with on_hooks(tuned.model(), read_lora(folder)[0]):
         engine = "PEFT's rules in plain torch (peft is not installed)"
-        return compare_model(bench.model(), live, engine=engine, tolerance=tolerance)
+        return compare_model(tuned.model(), live, engine=engine, tolerance=tolerance)
 
 
-def _test_gguf_adapter(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -> SelfTest:
+def _test_gguf_adapter(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> SelfTest:
     """Read with gguf-py and applied by llama.cpp's rules; llama.cpp itself would need a GGUF of the base."""
-    read = gguf_adapter.read_gguf_adapter(folder / gguf_adapter.FILE, bench.source.config)
-    with on_hooks(bench.model(), read):
+    read = gguf_adapter.read_gguf_adapter(folder / gguf_adapter.FILE, tuned.subject.config)
+    with on_hooks(tuned.model(), read):
         tolerance = LOGIT_TOLERANCE[_NAMES[dtype]]
         engine = "gguf-py, by llama.cpp's rules"
-        return compare_model(bench.model(), bench.answers(), engine=engine, tolerance=tolerance)
+        return compare_model(tuned.model(), tuned.answers(), engine=engine, tolerance=tolerance)
 
 
-def _test_merged(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -> SelfTest:
-    live = bench.merged_answers()
-    share = share_arrived(checkpoint_tensors(folder), bench.tensors(), bench.delta)
-    device, arithmetic = bench.room_for_dense(_NAMES[dtype])
-    model = load_merged(folder, arithmetic, device)
+def _test_merged(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> SelfTest:
+    live = tuned.merged_answers()
+    share = share_arrived(checkpoint_tensors(folder), tuned.tensors(), tuned.update)
+    device, arithmetic = tuned.room_for_dense(_NAMES[dtype])
+    model = load_merged(folder, arithmetic, device, trust_remote_code=tuned.subject.base.trust_remote_code)
     tolerance = LOGIT_TOLERANCE[_NAMES[dtype]]
     if arithmetic != torch.float32:
         tolerance *= 2  # rounding of the sums comes on top of that of the weights
@@ -148,17 +156,17 @@ def _test_merged(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -
     return replace(test, share=share)
 
 
-def _test_gguf(bench: Bench, folder: Path, dtype: torch.dtype, outtype: str) -> SelfTest:
+def _test_gguf(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> SelfTest:
     """In llama.cpp where it is installed, else through transformers' own GGUF reader."""
-    source, path = bench.source, folder / gguf_model.FILE
-    live = bench.merged_answers()
-    share = share_arrived(gguf_tensors(path, source.config), bench.tensors(), bench.delta)
+    subject, path = tuned.subject, folder / gguf_model.FILE
+    live = tuned.merged_answers()
+    share = share_arrived(gguf_tensors(path, subject.config), tuned.tensors(), tuned.update)
     kind = _OUTTYPE_TOLERANCE[outtype]
     if installed("xllamacpp"):
         engine = LlamaCpp(path, context=max(len(one.ids) for one in live))
-        test = compare_llama_cpp(engine, live, source.tokenizer, tolerance=LOG_PROBABILITY_TOLERANCE[kind])
+        test = compare_llama_cpp(engine, live, subject.tokenizer, tolerance=LOG_PROBABILITY_TOLERANCE[kind])
     else:
-        device, _ = bench.room_for_dense("fp32")
+        device, _ = tuned.room_for_dense("fp32")
         model = load_gguf_model(path, device)
         test = compare_model(model, live, engine="transformers' GGUF reader", tolerance=LOGIT_TOLERANCE[kind])
     return replace(test, share=share)

@@ -2,6 +2,7 @@
 
 llama.cpp multiplies B A by ``adapter.lora.alpha`` over that tensor's own rank. Ranks differ here, so
 every pair is zero-padded to one rank R and alpha is R: the factor is 1 and ours stands in B.
+The file holds B as (M, R); it is turned here.
 """
 
 from __future__ import annotations
@@ -12,19 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from qaroma.export.delta import Delta, Factors
 from qaroma.export.gguf_names import GgufNames
 from qaroma.export.padded import pad
+from qaroma.method.factors import Factors, Update
 
 FILE = "adapter.gguf"
 
 
-def write_gguf_adapter(folder: Path, delta: Delta, config: Any, *, name: str, dtype: torch.dtype) -> dict[str, Any]:
+def write_gguf_adapter(folder: Path, update: Update, config: Any, *, name: str, dtype: torch.dtype) -> dict[str, Any]:
     """Write ``adapter.gguf``; modules of rank 0 are left out.
 
     Args:
         folder: an existing directory.
-        delta: the update.
+        update: the update.
         config: the base's transformers configuration.
         name: what the adapter is called in the file.
         dtype: fp32, fp16 or bf16, of the factors.
@@ -38,7 +39,7 @@ def write_gguf_adapter(folder: Path, delta: Delta, config: Any, *, name: str, dt
     from gguf import GGUFType, GGUFWriter, Keys
 
     names = GgufNames(config)
-    pairs = {module: factors for module, factors in delta.items() if factors.rank} or dict(list(delta.items())[:1])
+    pairs = {module: factors for module, factors in update.items() if factors.rank} or dict(list(update.items())[:1])
     rank = max(1, *(factors.rank for factors in pairs.values()))
     writer = GGUFWriter(folder / FILE, names.architecture.name)
     writer.add_type(GGUFType.ADAPTER)
@@ -47,9 +48,9 @@ def write_gguf_adapter(folder: Path, delta: Delta, config: Any, *, name: str, dt
     writer.add_name(name)
     for module, factors in pairs.items():
         A, B = pad(factors, rank)
-        order = names.row_order(f"{module}.weight", B.shape[0])
+        order = names.row_order(f"{module}.weight", B.shape[1])
         tensor = names.tensor(f"{module}.weight")
-        for suffix, values in (("lora_a", A), ("lora_b", B if order is None else B[order])):
+        for suffix, values in (("lora_a", A), ("lora_b", B.T if order is None else B.T[order])):
             data, kind = _stored(values, dtype)
             writer.add_tensor(f"{tensor}.{suffix}", data, raw_dtype=kind)
     writer.write_header_to_file()
@@ -81,7 +82,7 @@ def read_gguf_adapter(path: Path, config: Any) -> dict[str, Factors]:
         order = names.row_order(f"{module}.weight", B.shape[0])
         if order is not None:
             B = B[order.argsort()]
-        found[module] = Factors(A, B * (alpha / A.shape[0]))
+        found[module] = Factors(A, B.T * (alpha / A.shape[0]))
     return found
 
 

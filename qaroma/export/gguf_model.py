@@ -11,10 +11,10 @@ import torch
 
 from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
-from qaroma.export.delta import Delta
 from qaroma.export.gguf_names import GgufNames
 from qaroma.export.gguf_vocab import add_vocabulary
 from qaroma.export.weights import StoredTensor, merged_tensors
+from qaroma.method.factors import Update
 
 FILE = "model.gguf"
 OUTTYPES = ("f32", "bf16", "f16", "q8_0", "q4_k_m")
@@ -23,7 +23,7 @@ OUTTYPES = ("f32", "bf16", "f16", "q8_0", "q4_k_m")
 def write_gguf_model(
     folder: Path,
     tensors: list[StoredTensor],
-    delta: Delta,
+    update: Update,
     config: Any,
     tokenizer: Any,
     template: Template,
@@ -36,7 +36,7 @@ def write_gguf_model(
     Args:
         folder: an existing directory.
         tensors: the base's, from :mod:`qaroma.export.weights`.
-        delta: the update; empty writes the base itself.
+        update: the update; empty writes the base itself.
         config, tokenizer: the base's, from transformers.
         template: of the run.
         outtype: one of :data:`OUTTYPES`, of the matrices; vectors are f32 always.
@@ -60,7 +60,7 @@ def write_gguf_model(
     writer.add_file_type(_file_type(outtype))
     _add_hyper_parameters(writer, config)
     add_vocabulary(writer, tokenizer, template, config.vocab_size)
-    stored = merged_tensors(tensors, delta)
+    stored = merged_tensors(tensors, update)
     factors = rope_factors(config)
     kinds = [_kind_of(tensor, kind) for tensor in stored]
     if factors is not None:

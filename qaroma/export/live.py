@@ -14,11 +14,12 @@ import torch
 from qaroma.data.encode import Example
 from qaroma.engine.placement import compute_device
 from qaroma.errors import QaromaError
-from qaroma.export.delta import Factors, attach_delta, detach
 from qaroma.export.selftest import Answered, live_answers
-from qaroma.export.source import Source, load_live
+from qaroma.export.subject import Subject, records_of, settings_of
 from qaroma.export.weights import StoredTensor, dequantised_tensors, original_tensors
 from qaroma.inference.answer_test import read_conversations
+from qaroma.method.attach import attach_update, detach
+from qaroma.method.factors import Factors
 from qaroma.tasks.causal_lm import CausalLM
 from qaroma.tasks.evaluation import evaluate_loss
 
@@ -30,12 +31,12 @@ _SPARE = 1.15  # of the memory that weights take, for activations and buffers
 _GENERAL_PROMPTS = ("What is the capital of France?", "Write one sentence about the sea.", "Count from 1 to 12.")
 
 
-class Bench:
+class LiveModel:
     """A base in fp32 arithmetic with an update that can be put on and taken off.
 
     Args:
-        source: what is exported.
-        delta: its update, compressed or not.
+        subject: what is exported.
+        update: its update, compressed or not.
         device: where the live model computes.
         merge_into: ``original`` or ``dequantised``.
         validation: gives the run's validation examples; None where there are none.
@@ -43,13 +44,13 @@ class Bench:
 
     def __init__(
         self,
-        source: Source,
-        delta: dict[str, Factors],
+        subject: Subject,
+        update: dict[str, Factors],
         device: torch.device,
         merge_into: str,
         validation: Callable[[], Sequence[Example]] | None,
     ) -> None:
-        self.source, self.delta, self.device = source, delta, device
+        self.subject, self.update, self.device = subject, update, device
         self.merge_into = merge_into
         self._validation = validation
         self._examples: Sequence[Example] | None = None
@@ -61,7 +62,7 @@ class Bench:
     def model(self) -> Any:
         """The base as training held it, without an adapter."""
         if self._model is None:
-            self._model = load_live(self.source, quantization=None, dtype=torch.float32, device=self.device)
+            self._model = self.subject.base.model(self.device, dtype=torch.float32)
         return self._model
 
     def tensors(self) -> list[StoredTensor]:
@@ -70,8 +71,8 @@ class Bench:
             return dequantised_tensors(self.model())
         self.model()  # whose fingerprint says whether it is the right base
         if not self._tensors:
-            source = self.source
-            self._tensors = original_tensors(source.base, source.config, revision=source.revision)
+            base = self.subject.base
+            self._tensors = original_tensors(base.name, self.subject.config, revision=base.revision)
         return self._tensors
 
     def answers(self) -> list[Answered]:
@@ -91,7 +92,7 @@ class Bench:
         if self._validation is None:
             return {}
         self._meet("dequantised", self.model, loss=True)
-        if self._has_room(self._dense_bytes(torch.bfloat16)) and self.source.growth["base"]["quantization"] != "none":
+        if self._has_room(self._dense_bytes(torch.bfloat16)) and self.subject.base.info.quantization != "none":
             self._meet("original", self._dense, loss=True)
         return dict(self._losses)
 
@@ -117,7 +118,7 @@ class Bench:
 
     def _dense(self) -> Any:
         device, dtype = self.room_for_dense("bf16")
-        return load_live(self.source, quantization="none", dtype=dtype, device=device)
+        return self.subject.base.model(device, dtype=dtype, quantization="none")
 
     def _meet(self, name: str, load: Callable[[], Any], *, answers: bool = False, loss: bool = False) -> None:
         """Ask one of the two models what is wanted of it and not known yet, while it is loaded."""
@@ -125,11 +126,11 @@ class Bench:
         examples = self._validation_examples() if loss and name not in self._losses else ()
         if not answers and not examples:
             return
-        model, source = load(), self.source
+        model, subject = load(), self.subject
         with self._wearing(model):
             if answers:
-                prompts = sample_prompts(source)
-                self._answers[name] = live_answers(model, source.tokenizer, source.template, prompts)
+                prompts = sample_prompts(subject)
+                self._answers[name] = live_answers(model, subject.tokenizer, subject.template, prompts)
             if examples:
                 self._losses[name] = self._loss(model, examples)
         del model
@@ -138,7 +139,7 @@ class Bench:
     @contextmanager
     def _wearing(self, model: Any) -> Iterator[None]:
         """The update on a model, inside the block."""
-        adapter = attach_delta(model, self.delta)
+        adapter = attach_update(model, self.update)
         try:
             yield
         finally:
@@ -152,14 +153,14 @@ class Bench:
         return self._examples
 
     def _loss(self, model: Any, examples: Sequence[Example]) -> float:
-        task = CausalLM(self.source.tokenizer.pad_token_id or 0)
+        task = CausalLM(self.subject.tokenizer.pad_token_id or 0)
         device = compute_device(model)
         batches = (task.collate(examples[i : i + _MICRO_BATCH]) for i in range(0, len(examples), _MICRO_BATCH))
         return evaluate_loss(lambda batch: task.loss(model, batch.to(device)), batches, model).mean
 
     def _dense_bytes(self, dtype: torch.dtype) -> int:
-        config = self.source.config.get_text_config()
-        linear = sum(rows * columns for rows, columns in self.source.shapes.values())
+        config = self.subject.config.get_text_config()
+        linear = sum(rows * columns for rows, columns in self.subject.shapes.values())
         table = config.vocab_size * config.hidden_size
         return int((linear + table) * dtype.itemsize * _SPARE)
 
@@ -173,12 +174,12 @@ def _free(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def sample_prompts(source: Source) -> list[str]:
+def sample_prompts(subject: Subject) -> list[str]:
     """Prompts that a run was tested with, else the first of its data, else general ones."""
-    for record in source.records():
+    for record in records_of(subject.run):
         if record.get("event") == "answers":
             return [str(prompt) for prompt in record["prompts"][:PROMPTS]]
-    data = source.settings().get("data") or {}
+    data = settings_of(subject.run).get("data") or {}
     for place in [data.get("validation"), *(one["path"] for one in data.get("train", []))]:
         if place is None:
             continue

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qaroma.export.delta import Delta
 from qaroma.export.shards import MAX_SHARD_BYTES, write_shards
 from qaroma.export.weights import StoredTensor, merged_tensors
+from qaroma.method.factors import Update
+from qaroma.model.builtin import resolve_model
 
 
 def write_merged(
     folder: Path,
     tensors: list[StoredTensor],
-    delta: Delta,
+    update: Update,
     config: Any,
     *,
     dtype: torch.dtype,
@@ -27,7 +29,7 @@ def write_merged(
     Args:
         folder: an existing directory.
         tensors: the base's, from :mod:`qaroma.export.weights`.
-        delta: the update.
+        update: the update.
         config: the base's transformers configuration.
         dtype: bf16, fp16 or fp32, of every weight.
         max_shard_bytes: of one file.
@@ -38,7 +40,7 @@ def write_merged(
     Raises:
         QaromaError: the update does not fit the tensors, or a value the dtype cannot hold.
     """
-    total = write_shards(folder, merged_tensors(tensors, delta), dtype, max_shard_bytes=max_shard_bytes)
+    total = write_shards(folder, merged_tensors(tensors, update), dtype, max_shard_bytes=max_shard_bytes)
     plain = plain_config(config, dtype)
     # A head that was held in 4 bits apart from the embeddings is a tensor of its own from then on.
     plain.tie_word_embeddings = plain.tie_word_embeddings and all(t.name != "lm_head.weight" for t in tensors)
@@ -69,3 +71,15 @@ def write_generation_settings(folder: Path, tokenizer: Any, stops: list[int]) ->
 
     settings = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     GenerationConfig(eos_token_id=stops, **settings).save_pretrained(folder)
+
+
+def copy_code(base: str, folder: Path) -> None:
+    """Copy the Python files that a local base brings; a configuration from the hub says where they are.
+
+    Args:
+        base: name of the base as the user gave it.
+        folder: of the merged checkpoint.
+    """
+    place = Path(resolve_model(base).folder_or_id)
+    for file in place.glob("*.py") if place.is_dir() else ():
+        shutil.copy(file, folder)

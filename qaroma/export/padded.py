@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from qaroma.errors import QaromaError
-from qaroma.export.delta import Delta, Factors
-from qaroma.runs.adapter import peft_config, write_lora
+from qaroma.method.factors import Factors, Update
+from qaroma.runs.peft_lora import lora_config, write_lora
 
 RANKS = (8, 16, 32, 64, 128, 256)
 
@@ -37,20 +36,20 @@ def padded_rank(largest: int) -> int:
     )
 
 
-def pad(factors: Factors, rank: int) -> tuple[Tensor, Tensor]:
-    """A (rank, N) and B (M, rank), zeros where the module's own rank is smaller."""
-    more = rank - factors.rank
-    return F.pad(factors.A, (0, 0, 0, more)), F.pad(factors.B, (0, more))
+def pad(factors: Factors, rank: int) -> Factors:
+    """The same update at a rank that is not smaller, the rest zeros."""
+    rows = (0, 0, 0, rank - factors.rank)
+    return Factors(F.pad(factors.A, rows), F.pad(factors.B, rows))
 
 
 def write_padded(
-    folder: Path, delta: Delta, *, linear: Collection[str], base: str | None, dtype: torch.dtype
+    folder: Path, update: Update, *, linear: Collection[str], base: str | None, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Write every target module, rank-0 ones too, at one rank.
 
     Args:
         folder: an existing directory.
-        delta: the update.
+        update: the update.
         linear: names of all the model's linear layers.
         base: name of the base model, for the configuration.
         dtype: of the factors.
@@ -61,15 +60,15 @@ def write_padded(
     Raises:
         QaromaError: a module of too large a rank.
     """
-    rank = padded_rank(max(factors.rank for factors in delta.values()))
-    config = peft_config(dict.fromkeys(delta, rank), base)
-    config |= {"rank_pattern": {}, "alpha_pattern": {}, "target_modules": target_names(delta, linear)}
-    write_lora(folder, {name: pad(factors, rank) for name, factors in delta.items()}, config, dtype)
+    rank = padded_rank(max(factors.rank for factors in update.values()))
+    config = lora_config(dict.fromkeys(update, rank), base)
+    config |= {"rank_pattern": {}, "alpha_pattern": {}, "target_modules": target_names(update, linear)}
+    write_lora(folder, {name: pad(factors, rank) for name, factors in update.items()}, config, dtype)
     return {"max_lora_rank": rank}
 
 
-def target_names(delta: Delta, linear: Collection[str]) -> list[str]:
+def target_names(update: Update, linear: Collection[str]) -> list[str]:
     """The last parts of the modules' names, which every engine knows, where they mean exactly these modules."""
-    ends = sorted({name.rpartition(".")[2] for name in delta})
+    ends = sorted({name.rpartition(".")[2] for name in update})
     meant = {name for name in linear if name.rpartition(".")[2] in ends}
-    return ends if meant == set(delta) else list(delta)
+    return ends if meant == set(update) else list(update)

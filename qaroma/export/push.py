@@ -11,24 +11,21 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from qaroma import __version__
-from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
 from qaroma.export import card
 from qaroma.export.hub_failures import TOKENS_PAGE, explained
 from qaroma.export.rank_map import rank_map_svg
-from qaroma.export.source import Source
-from qaroma.inference.open import adapter_folder, task_of
+from qaroma.export.subject import records_of, run_of, settings_of
 from qaroma.model.builtin import portable_name
-from qaroma.runs.adapter import read_growth
-from qaroma.runs.directory import CONFIG, GROWTH, WEIGHTS, RunDirectory
+from qaroma.runs.adapter_info import AdapterInfo
+from qaroma.runs.directory import CONFIG, GROWTH, WEIGHTS, RunDirectory, adapter_folder
 
 GGUF = "adapter.gguf"
-_CAUSAL, _CLASSIFIER = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _CACHE_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
@@ -46,7 +43,7 @@ class Pushed:
         files: what was sent.
         bytes: of all files.
         base: the base's id on the hub, None where it is not known.
-        labels: outputs of a classifier (1: a regression); None for a language model.
+        loading: Python lines that load it in PEFT.
     """
 
     url: str
@@ -57,25 +54,11 @@ class Pushed:
     files: tuple[str, ...]
     bytes: int
     base: str | None
-    labels: int | None
+    loading: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
         return asdict(self)
-
-
-class _PublicSource(Source):
-    """A source whose model card names local data by the file's name alone."""
-
-    def settings(self) -> dict[str, Any]:
-        settings = super().settings()
-        data = settings.get("data") or {}
-        train = [{**one, "path": public_path(one["path"])} for one in data.get("train") or []]
-        return {**settings, "data": {**data, "train": train}}
-
-    @property
-    def public_base(self) -> str:
-        return self.base
 
 
 def push(
@@ -107,12 +90,13 @@ def push(
         QaromaError: no adapter, no login, no right to write, a name that is not valid, a repository that is
             seen by others than asked for, or a hub that does not answer.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     folder = adapter_folder(run)
+    info = AdapterInfo.read(folder)
     gguf = _gguf(folder) if include_gguf else None
-    known = _base_on_hub(folder, base)
+    known = _base_on_hub(info, base)
     with explained(repo_id):
         validate_repo_id(repo_id)
         api = HfApi(endpoint=endpoint, library_name="qaroma", library_version=__version__)
@@ -121,44 +105,35 @@ def push(
         licence, note = _about_base(api, known)
         if note:
             say(f"warning: {note}")
-        files = _files(folder, full, known, licence)
+        files = _files(folder, info, full, known, licence)
         if gguf is not None:
             files[GGUF] = gguf
         if not existing:
             api.create_repo(full, private=not public)
+    told = message or f"Upload {_name(folder)}, fine-tuned with qaroma {__version__}"
     with explained(full, created=not existing), _told_warnings(say):
-        if revision is not None:
-            api.create_branch(full, branch=revision, exist_ok=True)
-        commit = api.create_commit(
-            full,
-            [CommitOperationAdd(name, content) for name, content in files.items()],
-            commit_message=message or f"Upload {_name(folder)}, fine-tuned with qaroma {__version__}",
-            revision=revision,
-        )
+        commit = _committed(api, full, files, revision, told)
     return Pushed(
         url=f"{api.endpoint}/{full}",
         repo_id=full,
         private=not public,
         revision=revision or "main",
-        commit=str(commit.oid),
+        commit=commit,
         files=tuple(files),
         bytes=sum(len(content) if isinstance(content, bytes) else content.stat().st_size for content in files.values()),
         base=known,
-        labels=_labels(read_growth(folder)),
+        loading=tuple(card.lines_for_peft(info, known or "BASE", full, revision)),
     )
 
 
-def loading_lines(pushed: Pushed) -> list[str]:
-    """Python lines that load what was pushed in PEFT."""
-    auto = _CAUSAL if pushed.labels is None else _CLASSIFIER
-    outputs = "" if pushed.labels is None else f", num_labels={pushed.labels}"
-    branch = "" if pushed.revision == "main" else f', revision="{pushed.revision}"'
-    return [
-        "from peft import PeftModel",
-        f"from transformers import {auto}",
-        f'base = {auto}.from_pretrained("{pushed.base or "BASE"}"{outputs})',
-        f'model = PeftModel.from_pretrained(base, "{pushed.repo_id}"{branch})',
-    ]
+def _committed(api: Any, repo_id: str, files: Mapping[str, Path | bytes], branch: str | None, message: str) -> str:
+    """Send all files in one commit; returns its hash."""
+    from huggingface_hub import CommitOperationAdd
+
+    if branch is not None:
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+    return str(api.create_commit(repo_id, operations, commit_message=message, revision=branch).oid)
 
 
 def public_base(name: str) -> str | None:
@@ -183,10 +158,11 @@ def public_path(path: str) -> str:
     return PureWindowsPath(path).name or path
 
 
-def _base_on_hub(folder: Path, given: str | None) -> str | None:
+def _base_on_hub(info: AdapterInfo, given: str | None) -> str | None:
     if given is not None and public_base(given) is None:
         raise QaromaError(f"got --base {given}, which lies on this machine; expected the base's id on the hub")
-    return public_base(given or str(read_growth(folder)["base"]["name"]))
+    name = given or (info.base.name if info.base else None)
+    return None if name is None else public_base(name)
 
 
 def _name(folder: Path) -> str:
@@ -267,50 +243,37 @@ def _gated(base: str) -> str:
     return f"the base '{base}' is gated: whoever loads this adapter must have accepted its terms"
 
 
-def _files(folder: Path, repo_id: str, base: str | None, licence: str) -> dict[str, Path | bytes]:
+def _files(folder: Path, info: AdapterInfo, repo_id: str, base: str | None, licence: str) -> dict[str, Path | bytes]:
     """Name in the repository -> what is sent: no path of this machine in any of it."""
-    growth = read_growth(folder)
-    shown = base or PureWindowsPath(growth["base"]["name"]).name
-    growth["base"] = {**growth["base"], "name": shown}
+    held = info.base
+    shown = base or (PureWindowsPath(held.name).name if held else card.UNKNOWN)
+    public = replace(info, base=replace(held, name=shown)) if held else info
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base
-    ranks = {name: sum(components) for name, components in growth["components"].items()}
-    run = RunDirectory(folder.resolve().parent)
-    # A classifier sees its texts as they are.
-    template = Template.from_json(growth["template"]) if "template" in growth else Template("none", "")
-    source = _PublicSource(
-        folder=folder, run=run if run.exists() else None, growth=growth, delta={}, base=shown, revision=None,
-        config=None, tokenizer=None, template=template, shapes={},
-    )  # fmt: skip
-    text = card.model_card(source, "peft", ranks=ranks, test=None, licence=licence, written={})
+    run = run_of(folder)
+    facts = card.CardFacts(
+        name=_name(folder),
+        info=public,
+        base=shown,
+        ranks=info.ranks(),
+        licence=licence,
+        data=[card.source_text(public_path(path), weight) for path, weight in card.data_sources(settings_of(run))],
+        records=records_of(run),
+        template=str(info.task.template["kind"]) if info.task.template else "none",  # a classifier sees its texts bare
+        base_on_hub=base is not None,
+        repo=repo_id,
+    )
     return {
         WEIGHTS: folder / WEIGHTS,
         CONFIG: _json(config),
-        GROWTH: _json(growth),
-        card.RANK_MAP: rank_map_svg(ranks).encode(),
-        "README.md": _for_hub(text, repo_id, base, _labels(growth)).encode(),
+        GROWTH: _json(public.to_json()),
+        card.RANK_MAP: rank_map_svg(facts.ranks).encode(),
+        "README.md": card.model_card(facts, "peft").encode(),
     }
-
-
-def _labels(growth: Mapping[str, Any]) -> int | None:
-    """Outputs of a classifier's head; None for a language model."""
-    return None if task_of(dict(growth)) == "causal-lm" else len(growth.get("labels", ())) or 1
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _for_hub(text: str, repo_id: str, base: str | None, labels: int | None) -> str:
-    """The card of an export as it stands in a repository."""
-    if base is None:  # the hub would look for a model of the folder's name
-        text = re.sub(r"(?m)^base_model: .*\n", "", text, count=1)
-    if labels is not None:
-        text = re.sub(rf'({_CAUSAL}\.from_pretrained\("[^"]*")\)', rf"\1, num_labels={labels})", text)
-        text = text.replace(_CAUSAL, _CLASSIFIER)
-    local = repo_id.rpartition("/")[2]
-    fetched = f"`hf download {repo_id} --local-dir {local}`, then `qaroma generate {local}"
-    return text.replace("`qaroma generate FOLDER", fetched).replace("FOLDER", repo_id)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qaroma.engine.placement import compute_device
-from qaroma.export.delta import Delta
+from qaroma.method.factors import Update
 
 # (token ids, first position wanted) -> logits (positions, vocabulary), fp32 on the CPU.
 Logits = Callable[[Sequence[int], int], Tensor]
@@ -41,21 +41,21 @@ def model_logits(model: Any) -> Logits:
 
 
 @contextmanager
-def on_hooks(model: nn.Module, delta: Delta) -> Iterator[None]:
-    """A model whose layers give y + x A^T B^T inside the block, in plain torch and with none of our layers.
+def on_hooks(model: nn.Module, update: Update) -> Iterator[None]:
+    """A model whose layers give y + x A^T B inside the block, in plain torch and with none of our layers.
 
     Args:
         model: without an adapter.
-        delta: the update, as it was read back from a file.
+        update: the update, as it was read back from a file.
     """
     handles = []
-    for name, factors in delta.items():
+    for name, factors in update.items():
         layer = model.get_submodule(name)
         device: Any = next(layer.parameters()).device
         A, B = factors.A.to(device), factors.B.to(device)
 
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, A: Tensor = A, B: Tensor = B) -> Tensor:
-            return output + (inputs[0].float() @ A.T @ B.T).to(output.dtype)
+            return output + (inputs[0].float() @ A.T @ B).to(output.dtype)
 
         handles.append(layer.register_forward_hook(add))
     try:
@@ -79,11 +79,13 @@ def in_peft(model: Any, folder: Path) -> Iterator[Any]:
         wrapped.unload()
 
 
-def load_merged(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+def load_merged(folder: Path, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False) -> Any:
     """A merged checkpoint as transformers loads it by itself."""
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, device_map={"": device})
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=dtype, device_map={"": device}, trust_remote_code=trust_remote_code
+    )
     return model.eval()
 
 
@@ -125,8 +127,6 @@ class LlamaCpp:
         model: the GGUF file.
         adapter: a GGUF adapter, or None.
         context: longest prompt and answer together, in tokens.
-        threads: of the CPU; None is as many as torch uses.
-        exact: an fp32 key-value cache; the default of fp16 alone moves SmolLM2's logits by 0.02.
     """
 
     def __init__(
@@ -135,24 +135,22 @@ class LlamaCpp:
         adapter: Path | None = None,
         *,
         context: int = 1024,
-        threads: int | None = None,
-        exact: bool = True,
     ) -> None:
-        engine = importlib.import_module("xllamacpp")
-        params = engine.CommonParams()
+        library = importlib.import_module("xllamacpp")
+        params = library.CommonParams()
         params.model.path = str(model)
         params.n_ctx = max(256, math.ceil(context / 256) * 256)
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads or torch.get_num_threads()
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
         params.n_gpu_layers = 0
         params.warmup = False
         params.verbosity = 0
         params.special = True  # text with its special tokens: an answer's end is compared too
-        if exact:
-            params.cache_type_k = params.cache_type_v = engine.ggml_type.GGML_TYPE_F32
-            params.flash_attn_type = engine.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        # An fp32 key-value cache: the default of fp16 alone moves SmolLM2's logits by 0.02.
+        params.cache_type_k = params.cache_type_v = library.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if adapter is not None:
-            params.lora_adapters = [engine.CommonAdapterLoraInfo(str(adapter), 1.0)]
-        self._server = engine.Server(params)
+            params.lora_adapters = [library.CommonAdapterLoraInfo(str(adapter), 1.0)]
+        self._server = library.Server(params)
 
     def answer(self, prompt: Sequence[int] | str, tokens: int, *, top: int = 20) -> LlamaCppAnswer:
         """Greedy tokens and, for each, the log-probabilities of the ``top`` likeliest.

@@ -19,9 +19,9 @@ from torch import Tensor
 from qaroma.data.forms import Message
 from qaroma.data.templates import Template, added_bos
 from qaroma.engine.placement import compute_device
-from qaroma.export.delta import Delta
 from qaroma.export.readers import LlamaCpp, Logits, model_logits
 from qaroma.export.weights import StoredTensor
+from qaroma.method.factors import Update
 from qaroma.tasks.evaluation import evaluating
 
 TOKENS = 32
@@ -157,21 +157,21 @@ def compare_model(model: Any, live: Sequence[Answered], *, engine: str, toleranc
         return compare_logits(model_logits(model), live, engine=engine, tolerance=tolerance)
 
 
-def share_arrived(written: Sequence[StoredTensor], base: Sequence[StoredTensor], delta: Delta) -> float:
+def share_arrived(written: Sequence[StoredTensor], base: Sequence[StoredTensor], update: Update) -> float:
     """How much of an update the weights of a merge hold, in the module where that is farthest from 1.
 
-    The share of a module is <W' - W, B A> / ||B A||^2: 1 where all of it arrived, 2 where it was added
-    twice, and near 0 where rounding to W's own 16 bits swallowed it. Rounding noise is not along B A, so
+    The share of a module is <W' - W, B^T A> / ||B^T A||^2: 1 where all of it arrived, 2 where it was added
+    twice, and near 0 where rounding to W's own 16 bits swallowed it. Rounding noise is not along B^T A, so
     that the share is exact to far below the noise; what chance leaves of it is taken off.
 
     Args:
         written: the merge's tensors, read back from its files.
         base: the tensors that it was merged into.
-        delta: the update.
+        update: the update.
     """
     new, old = ({tensor.name: tensor for tensor in each} for each in (written, base))
     worst = 1.0
-    for name, factors in delta.items():
+    for name, factors in update.items():
         if not factors.rank:
             continue
         along = size = moved = 0.0
@@ -179,13 +179,13 @@ def share_arrived(written: Sequence[StoredTensor], base: Sequence[StoredTensor],
         for start, block in before.blocks():
             stop = start + len(block)
             change = new[before.name].rows(start, stop).double() - block.double()
-            update = (factors.B[start:stop] @ factors.A).double()
-            along += float((change * update).sum())
-            size += float(update.square().sum())
+            added = (factors.B[:, start:stop].T @ factors.A).double()
+            along += float((change * added).sum())
+            size += float(added.square().sum())
             moved += float(change.square().sum())
         if size == 0:
             continue
-        noise = max(0.0, moved - along**2 / size)  # what lies across B A
+        noise = max(0.0, moved - along**2 / size)  # what lies across B^T A
         chance = 6 * (noise / before.elements / size) ** 0.5
         gap = along / size - 1
         gap = max(0.0, abs(gap) - chance) * (1 if gap > 0 else -1)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from qaroma.errors import QaromaError
-from qaroma.export.delta import Delta
 from qaroma.method.adapter import AdaptedLinear
 from qaroma.method.dequantise import dense_rows
+from qaroma.method.factors import Update
 from qaroma.model.builtin import resolve_model
 
 BLOCK_ELEMENTS = 1 << 22
@@ -56,33 +56,33 @@ class StoredTensor:
             yield start, self.rows(start, min(start + step, self.shape[0]))
 
 
-def merged_tensors(tensors: list[StoredTensor], delta: Delta) -> list[StoredTensor]:
+def merged_tensors(tensors: list[StoredTensor], update: Update) -> list[StoredTensor]:
     """The same tensors with an adapter's update added, in fp32, to those that it adapts.
 
     Args:
         tensors: all of a base's.
-        delta: the update.
+        update: the update.
 
     Raises:
         QaromaError: a module whose weight is not among the tensors, or is of another shape.
     """
     shapes = {tensor.name: tensor.shape for tensor in tensors}
-    for module, factors in delta.items():
+    for module, factors in update.items():
         shape = shapes.get(f"{module}.weight")
         if factors.rank and shape != factors.shape:
             what = "does not have" if shape is None else f"has as {' x '.join(map(str, shape))}"
             raise QaromaError(f"the adapter adapts {module}, which the base's checkpoint {what}; {_DEQUANTISED}")
-    return [_merged(tensor, delta) for tensor in tensors]
+    return [_merged(tensor, update) for tensor in tensors]
 
 
-def _merged(tensor: StoredTensor, delta: Delta) -> StoredTensor:
-    factors = delta.get(tensor.name.removesuffix(".weight")) if tensor.name.endswith(".weight") else None
+def _merged(tensor: StoredTensor, update: Update) -> StoredTensor:
+    factors = update.get(tensor.name.removesuffix(".weight")) if tensor.name.endswith(".weight") else None
     if factors is None or factors.rank == 0:
         return tensor
 
     def rows(start: int, stop: int) -> Tensor:
         # Not in place: what safetensors gives may be the mapped file itself.
-        return torch.addmm(tensor.rows(start, stop).float(), factors.B[start:stop], factors.A)
+        return torch.addmm(tensor.rows(start, stop).float(), factors.B[:, start:stop].T, factors.A)
 
     return StoredTensor(tensor.name, tensor.shape, tensor.dtype, rows)
 

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from qaroma.data.forms import Message
 from qaroma.engine.placement import compute_device
 from qaroma.errors import QaromaError
+from qaroma.inference.generate import generation_settings
 from qaroma.inference.open import TunedModel, open_base, open_run
 from qaroma.method.adapter import AdaptedLinear
+from qaroma.runs.stop import StopRequest
 from qaroma.tasks.evaluation import evaluating
 
 _INCOMPLETE = "\ufffd"  # how a tokenizer decodes the first bytes of a character of several
@@ -63,13 +62,16 @@ class Reply:
     forgotten: int
 
 
-def open_chat(run: str | None, *, base: str | None = None, device: str = "auto") -> TunedModel:
+def open_chat(
+    run: str | None, *, base: str | None = None, device: str = "auto", trust_remote_code: bool = False
+) -> TunedModel:
     """The model to talk to.
 
     Args:
         run: run directory or adapter folder; None talks to ``base`` as it is.
         base: base model, where it is no longer found under the name that the run remembers.
         device: ``auto``, ``cuda`` or ``cpu``.
+        trust_remote_code: run Python code that comes with the base.
 
     Raises:
         QaromaError: nothing to open, or a run that gives labels and writes no text.
@@ -77,8 +79,8 @@ def open_chat(run: str | None, *, base: str | None = None, device: str = "auto")
     if run is None:
         if base is None:
             raise QaromaError("got no run; expected qaroma chat RUN, or qaroma chat --base MODEL to talk to a base")
-        return open_base(base, device=device)
-    return open_run(run, base=base, device=device)
+        return open_base(base, device=device, trust_remote_code=trust_remote_code)
+    return open_run(run, base=base, device=device, trust_remote_code=trust_remote_code)
 
 
 @contextmanager
@@ -143,34 +145,6 @@ class AnswerStream(BaseStreamer):  # type: ignore[misc]
         if len(text) > self._written:
             self.write(text[self._written :])
             self._written = len(text)
-
-
-class StopButton:
-    """While entered, Ctrl-C asks the generation to stop after the next token; a second one ends the program."""
-
-    def __init__(self) -> None:
-        self.pressed = False
-        self._previous: Any = None
-
-    def __enter__(self) -> StopButton:
-        self.pressed = False
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._press)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
-
-    def _press(self, number: int, frame: FrameType | None) -> None:
-        if self.pressed:
-            raise KeyboardInterrupt
-        self.pressed = True
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """As a stopping criterion of transformers: (batch,) of truth values."""
-        return torch.full((input_ids.shape[0],), self.pressed, dtype=torch.bool, device=input_ids.device)
 
 
 @dataclass
@@ -265,17 +239,29 @@ class Chat:
         room = min(self.sampling.max_new_tokens, self.context - len(prompt))
         stream = AnswerStream(tuned.tokenizer, stops, write)
         input_ids = torch.tensor([prompt], device=compute_device(tuned.model))
-        with StopButton() as button, evaluating(tuned.model), self._speaker():
+        settings = generation_settings(
+            tuned.tokenizer,
+            stops,
+            max_new_tokens=room,
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+        )
+        # Ctrl-C ends the answer after the next token; SIGTERM still ends the program.
+        with StopRequest([signal.SIGINT]) as stop, evaluating(tuned.model), self._speaker():
+
+            def stopping(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+                return torch.full((ids.shape[0],), stop.requested, dtype=torch.bool, device=ids.device)
+
             generate: Any = tuned.model.generate
             generate(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
-                generation_config=self._settings(room, stops),
-                stopping_criteria=[button],
+                generation_config=settings,
+                stopping_criteria=[stopping],
                 streamer=stream,
             )
-        full = not stream.ended and not button.pressed
-        return Reply(stream.text(), len(stream.ids), button.pressed and not stream.ended, full, forgotten)
+        full = not stream.ended and not stop.requested
+        return Reply(stream.text(), len(stream.ids), stop.requested and not stream.ended, full, forgotten)
 
     @contextmanager
     def _speaker(self) -> Iterator[None]:
@@ -303,21 +289,3 @@ class Chat:
                 )
             del self.turns[:2]
             forgotten += 2
-
-    def _settings(self, room: int, stops: list[int]) -> GenerationConfig:
-        """Every value is given, or the base's own suggestions would fill it in."""
-        warm = self.sampling.temperature > 0
-        padding = self.tuned.tokenizer.pad_token_id
-        return GenerationConfig(
-            max_new_tokens=room,
-            do_sample=warm,
-            num_beams=1,
-            temperature=self.sampling.temperature if warm else 1.0,
-            top_p=self.sampling.top_p if warm else 1.0,
-            top_k=0 if warm else 50,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            eos_token_id=stops,
-            pad_token_id=stops[0] if padding is None else int(padding),
-            use_cache=True,
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +38,6 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int = 16,
-    on_progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Greedy answers to conversations, batched.
 
@@ -52,7 +51,6 @@ def generate(
         conversations: Turns; a last one of the assistant's is the expected answer and is left out.
         max_new_tokens: Longest answer.
         batch_size: Prompts in one batch.
-        on_progress: Called with the number of answers that a batch has added.
 
     Returns:
         The answers, in the order of the conversations, without special tokens.
@@ -64,19 +62,16 @@ def generate(
         raise QaromaError("got a conversation with no question, or plain text; expected a user turn to answer.")
     prompts = [template.encode_prompt(tokenizer, turns) for turns in conversations]
     stops = template.stop_token_ids(tokenizer)
-    padding = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else stops[0]
-    settings = _greedy(max_new_tokens, stops, padding)
+    settings = generation_settings(tokenizer, stops, max_new_tokens=max_new_tokens)
     answers = [""] * len(prompts)
     # Longest first, so that a batch too large for the memory fails at once.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     with evaluating(model), _caching(model):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
-            new_ids = _generate_batch(model, [prompts[index] for index in indices], settings, padding)
+            new_ids = _generate_batch(model, [prompts[index] for index in indices], settings)
             for index, ids in zip(indices, new_ids, strict=True):
                 answers[index] = _decoded(tokenizer, ids, stops)
-            if on_progress is not None:
-                on_progress(len(indices))
     return answers
 
 
@@ -121,29 +116,46 @@ def _caching(model: PreTrainedModel) -> Iterator[None]:
         model.config.use_cache = before
 
 
-def _greedy(max_new_tokens: int, stops: list[int], padding: int) -> GenerationConfig:
-    """Plain greedy search; every value is given, or the base's own suggestions would fill it in."""
+def generation_settings(
+    tokenizer: PreTrainedTokenizerBase,
+    stops: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> GenerationConfig:
+    """How tokens are drawn; every value is given, or the base's own suggestions would fill it in.
+
+    Args:
+        tokenizer: whose padding token is taken, the first stop token where it has none.
+        stops: ids at which an answer ends.
+        max_new_tokens: longest answer.
+        temperature: 0 is greedy.
+        top_p: only the likeliest tokens of this share are drawn from.
+    """
+    warm = temperature > 0
+    padding = tokenizer.pad_token_id
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=False,
+        do_sample=warm,
         num_beams=1,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
+        temperature=temperature if warm else 1.0,
+        top_p=top_p if warm else 1.0,
+        top_k=0 if warm else 50,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
-        eos_token_id=stops,
-        pad_token_id=padding,
+        eos_token_id=list(stops),
+        pad_token_id=stops[0] if padding is None else int(padding),
         use_cache=True,
     )
 
 
 def _generate_batch(
-    model: PreTrainedModel, prompts: Sequence[list[int]], settings: GenerationConfig, padding: int
+    model: PreTrainedModel, prompts: Sequence[list[int]], settings: GenerationConfig
 ) -> list[list[int]]:
     """The new token ids of each prompt of a batch, padded on the left."""
     width = max(len(prompt) for prompt in prompts)
-    rows = [[padding] * (width - len(prompt)) + prompt for prompt in prompts]
+    rows = [[settings.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     device = compute_device(model)
     produced: Any = model.generate(

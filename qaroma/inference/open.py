@@ -1,26 +1,29 @@
-"""Using what a run left: its model with the adapter on, answers, and scores."""
+"""Using what a run left: its base, its model with the adapter on, answers, and scores."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qaroma.config.metrics import metrics_of
 from qaroma.data.encode import encode_rows
 from qaroma.data.forms import Message
-from qaroma.data.labelled import encode_labelled, takes_token_types
+from qaroma.data.labelled import Kind, encode_labelled, takes_token_types
 from qaroma.data.sources import RowSet, read_rows
 from qaroma.data.templates import Template
 from qaroma.engine.placement import quantise_head
 from qaroma.errors import QaromaError
 from qaroma.inference.answer_test import AnswerTest, read_conversations
 from qaroma.inference.generate import generate
-from qaroma.model.base import fingerprint, load_base, load_tokenizer, resolve_device, resolve_dtype
-from qaroma.runs.adapter import load_adapter, read_growth
-from qaroma.runs.directory import GROWTH, RunDirectory
+from qaroma.model.base import fingerprint, load_base, load_model_config, load_tokenizer, resolve_device, resolve_dtype
+from qaroma.runs.adapter import load_adapter
+from qaroma.runs.adapter_info import CAUSAL, AdapterInfo, BaseInfo, TaskInfo
+from qaroma.runs.directory import adapter_folder
 from qaroma.tasks.base import Task
 from qaroma.tasks.causal_lm import CausalLM
 from qaroma.tasks.labelled import labelled_task
@@ -37,100 +40,178 @@ class TunedModel:
     template: Template
 
 
-def adapter_folder(run: str | Path) -> Path:
-    """The adapter of a run directory, or the folder itself if it is an adapter.
+@dataclass(frozen=True)
+class RememberedBase:
+    """The base that an adapter was trained on, and where it lies now.
+
+    Attributes:
+        info: what the adapter remembers of it.
+        task: of the adapter: whether the base is a classifier, and of how many outputs.
+        adapter: the adapter's folder, for messages.
+        name: where it lies; ``revision`` on the hub.
+        trust_remote_code: the user has allowed its own Python code, in this command.
+    """
+
+    info: BaseInfo
+    task: TaskInfo
+    adapter: Path
+    name: str
+    revision: str | None
+    trust_remote_code: bool
+
+    def config(self) -> Any:
+        """transformers' configuration; no weight is read."""
+        return load_model_config(self.name, revision=self.revision, trust_remote_code=self.trust_remote_code)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer."""
+        return load_tokenizer(self.name, revision=self.revision, trust_remote_code=self.trust_remote_code)
+
+    def model(
+        self, device: torch.device, *, dtype: torch.dtype | None = None, quantization: str | None = None
+    ) -> PreTrainedModel:
+        """Its weights as training held them, without the adapter.
+
+        Args:
+            device: where they go.
+            dtype: of the arithmetic; None is training's.
+            quantization: None for the one that training saw, head included; ``none`` for dense weights.
+
+        Raises:
+            QaromaError: another model than the one that the adapter was trained on.
+        """
+        info = self.info
+        packed = info.head_quantization if quantization is None else "none"
+        model = load_base(
+            self.name,
+            quantization=quantization or info.quantization,
+            double_quantization=info.double_quantization,
+            quantize_head=packed != "none",
+            compute_dtype=dtype or resolve_dtype(info.compute_dtype, device),
+            device=device,
+            # Flash attention saves training's memory; it may be missing here, and gives what SDPA gives.
+            attention="eager" if info.attention == "eager" else "sdpa",
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            num_labels=self.task.outputs,
+        )
+        if packed != "none":
+            quantise_head(model, packed, double_quantization=info.double_quantization)
+        found = fingerprint(model)
+        if found != info.fingerprint:
+            raise QaromaError(
+                f"{self.adapter} was trained on {info.name} (fingerprint {info.fingerprint}), "
+                f"but {self.name} is another model ({found}); give the right one with --base"
+            )
+        return model
+
+
+def remembered_base(
+    info: AdapterInfo, adapter: str | Path, *, base: str | None = None, trust_remote_code: bool = False
+) -> RememberedBase:
+    """Find the base of an adapter. Nothing is loaded yet.
+
+    Args:
+        info: what the adapter remembers.
+        adapter: its folder, for messages.
+        base: where the base lies now, if not where it was.
+        trust_remote_code: run Python code that comes with it. What the adapter or its run says of that is no
+            consent: they may be anybody's.
 
     Raises:
-        QaromaError: neither.
+        QaromaError: the adapter names no base, or one that needs code of its own, which was not allowed.
     """
-    path = Path(run)
-    for folder in (path, RunDirectory(path).adapter):
-        if (folder / GROWTH).is_file():
-            return folder
-    if RunDirectory(path).exists():
-        raise QaromaError(f"{run} has no adapter yet; finish it with: {RunDirectory(path).resume_command}")
-    raise QaromaError(f"{run} is neither a run nor an adapter folder; give a run directory such as runs/NAME")
+    held = info.base
+    if held is None:
+        raise QaromaError(
+            f"{adapter} does not say what its base is, since a loop of its own saved it; "
+            "load the base and give it to qaroma.load_adapter"
+        )
+    if held.needs_remote_code and not trust_remote_code:
+        raise QaromaError(
+            f"the base of {adapter}, '{base or held.name}', brings Python code of its own, which is not run unless "
+            "you say so. Read that code, then add: --trust-remote-code"
+        )
+    revision = None if base else held.revision
+    return RememberedBase(held, info.task, Path(adapter), base or held.name, revision, trust_remote_code)
 
 
-def open_run(run: str | Path, *, base: str | None = None, device: str = "auto") -> TunedModel:
+def open_run(
+    run: str | Path, *, base: str | None = None, device: str = "auto", trust_remote_code: bool = False
+) -> TunedModel:
     """Load the base that a run names, as it was quantised, with the run's adapter on.
 
     Args:
         run: run directory or adapter folder.
         base: where the base lies now, if not where it was; None is the name that the run remembers.
         device: ``auto``, ``cuda`` or ``cpu``.
+        trust_remote_code: run Python code that comes with the base.
 
     Raises:
         QaromaError: no adapter, one of a classifier, or a base that is not the one it was trained on.
     """
     folder = adapter_folder(run)
-    growth = read_growth(folder)
-    if task_of(growth) != "causal-lm":
+    info = AdapterInfo.read(folder)
+    if info.task.kind != CAUSAL:
         raise QaromaError(
-            f"{run} was trained for {task_of(growth)} and writes no text; score it with: "
+            f"{run} was trained for {info.task.kind} and writes no text; score it with: "
             f"qaroma evaluate {Path(run).as_posix()} --data FILE"
         )
-    model, tokenizer = _load(folder, growth, base, device)
-    return TunedModel(model, tokenizer, Template.from_json(growth["template"]))
+    remembered = remembered_base(info, folder, base=base, trust_remote_code=trust_remote_code)
+    model, tokenizer = _with_adapter(remembered, device)
+    return TunedModel(model, tokenizer, template_of(info.task, tokenizer))
 
 
-def task_of(growth: dict[str, Any]) -> str:
-    """The task in ``growth.json``; adapters of language models once left it out."""
-    return str(growth.get("task", "causal-lm"))
+def template_of(task: TaskInfo, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The template that a run rendered its conversations with; where it does not say, the base's own."""
+    return Template.choose(tokenizer) if task.template is None else Template.from_json(dict(task.template))
 
 
-def _load(
-    folder: Path, growth: dict[str, Any], base: str | None, device: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _with_adapter(remembered: RememberedBase, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Base, adapter and head of an adapter folder, and the tokenizer."""
-    remembered = growth["base"]
-    name = base or remembered["name"]
-    target = resolve_device(device)
-    model = load_base(
-        name,
-        quantization=remembered["quantization"],
-        double_quantization=remembered["double_quantization"],
-        quantize_head=remembered.get("head_quantization", "none") != "none",
-        compute_dtype=resolve_dtype(remembered["compute_dtype"], target),
-        device=target,
-        revision=None if base else remembered["revision"],
-        num_labels=None if task_of(growth) == "causal-lm" else len(growth["labels"]) or 1,
-    )
-    if remembered.get("head_quantization", "none") != "none":
-        quantise_head(model, remembered["head_quantization"], double_quantization=remembered["double_quantization"])
-    found = fingerprint(model)
-    if found != remembered["fingerprint"]:
-        raise QaromaError(
-            f"{folder} was trained on {remembered['name']} (fingerprint {remembered['fingerprint']}), "
-            f"but {name} is another model ({found}); give the right one with --base"
-        )
-    load_adapter(model, folder)
-    return model.eval(), load_tokenizer(name, revision=None if base else remembered["revision"])
+    model = remembered.model(resolve_device(device))
+    load_adapter(model, remembered.adapter)
+    return model.eval(), remembered.tokenizer()
 
 
-def open_base(name: str, *, quantization: str = "nf4", device: str = "auto") -> TunedModel:
+def open_base(
+    name: str, *, quantization: str = "nf4", device: str = "auto", trust_remote_code: bool = False
+) -> TunedModel:
     """Load a base as training would, untuned, with the template that training would choose.
 
     Args:
         name: built-in name, folder, .gguf file or hub id.
         quantization: ``nf4``, ``fp4`` or ``none``.
         device: ``auto``, ``cuda`` or ``cpu``.
+        trust_remote_code: run Python code that comes with it.
 
     Raises:
         QaromaError: no such model, or one that cannot be read.
     """
     target = resolve_device(device)
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     template = Template.choose(tokenizer)
-    model = load_base(name, quantization=quantization, compute_dtype=resolve_dtype("auto", target), device=target)
+    model = load_base(
+        name,
+        quantization=quantization,
+        compute_dtype=resolve_dtype("auto", target),
+        device=target,
+        trust_remote_code=trust_remote_code,
+    )
     return TunedModel(model.eval(), tokenizer, template)
 
 
 def generate_from_run(
-    run: str, prompts: Sequence[str], *, max_new_tokens: int, base: str | None = None, device: str = "auto"
+    run: str,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    base: str | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> list[str]:
     """Greedy answers of a run's model to user prompts, in their order."""
-    tuned = open_run(run, base=base, device=device)
+    tuned = open_run(run, base=base, device=device, trust_remote_code=trust_remote_code)
     conversations = [[Message("user", prompt)] for prompt in prompts]
     return generate(tuned.model, tuned.tokenizer, tuned.template, conversations, max_new_tokens=max_new_tokens)
 
@@ -145,6 +226,7 @@ def evaluate_run(
     base: str | None = None,
     device: str = "auto",
     skip_bad: bool = False,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Loss and perplexity on the answers of some data, and how many are given exactly; or a classifier's figures.
 
@@ -153,13 +235,14 @@ def evaluate_run(
         labels ``rows`` and what its task evaluates.
     """
     folder = adapter_folder(run)
-    growth = read_growth(folder)
+    info = AdapterInfo.read(folder)
+    remembered = remembered_base(info, folder, base=base, trust_remote_code=trust_remote_code)
     read = read_rows(data)
     if rows is not None:
         read = read.head(rows)
-    if task_of(growth) != "causal-lm":
-        return _evaluate_labelled(folder, growth, read, base, device, skip_bad)
-    tuned = open_run(folder, base=base, device=device)
+    if info.task.kind != CAUSAL:
+        return _evaluate_labelled(remembered, read, device, skip_bad)
+    tuned = open_run(folder, base=base, device=device, trust_remote_code=trust_remote_code)
     encoded = encode_rows(read, tuned.tokenizer, tuned.template, form=data_format, skip_bad=skip_bad)
     task = CausalLM(tuned.tokenizer.pad_token_id or 0)
     figures: dict[str, Any] = {"rows": len(encoded.examples)}
@@ -171,21 +254,20 @@ def evaluate_run(
     return figures
 
 
-def _evaluate_labelled(
-    folder: Path, growth: dict[str, Any], rows: RowSet, base: str | None, device: str, skip_bad: bool
-) -> dict[str, Any]:
+def _evaluate_labelled(remembered: RememberedBase, rows: RowSet, device: str, skip_bad: bool) -> dict[str, Any]:
     """The figures of a classifier or a regression over all rows."""
-    model, tokenizer = _load(folder, growth, base, device)
+    model, tokenizer = _with_adapter(remembered, device)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    task = labelled_task(task_of(growth), growth["labels"], growth["metric"], tokenizer.pad_token_id)
+    about = remembered.task
+    task = labelled_task(about.kind, about.labels, about.metric or metrics_of(about.kind)[0], tokenizer.pad_token_id)
     encoded = encode_labelled(
         rows,
         tokenizer,
-        growth["task"],
-        labels=growth["labels"] or None,
-        max_length=growth["max_length"],
+        cast(Kind, about.kind),
+        labels=about.labels or None,
+        max_length=about.max_length,
         token_types=takes_token_types(model.config),
         skip_bad=skip_bad,
     )

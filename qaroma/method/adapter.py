@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qaroma.errors import QaromaError
+from qaroma.method.factors import Factors
 from qaroma.method.lowrank import Active, lowrank_linear
 
 # Factors lie in zero-filled blocks of so many rows: growing inside a block changes no shape, so the
@@ -113,9 +114,9 @@ class AdaptedLinear(nn.Module):
         start = self.rank - self.active_components[-1]
         return self.A[:start], self.B[:start]
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> Factors:
         """(R, N) and (R, M) of every component, the active one included."""
-        return self.A[: self.rank], self.B[: self.rank]
+        return Factors(self.A[: self.rank], self.B[: self.rank])
 
     def start_component(self, A_init: Tensor, components: Sequence[int] | None = None) -> None:
         """Begin to train: A as given (r, N), B zero, so that the output does not change.
@@ -232,6 +233,7 @@ class Adapter:
         seed: int = 0,
     ) -> None:
         self.model, self.inner_rank, self.alpha, self.dropout = model, inner_rank, alpha, dropout
+        self.scale = alpha / inner_rank
         self.generator = torch.Generator().manual_seed(seed)
         self.layers: dict[str, AdaptedLinear] = {}
         model.requires_grad_(False)
@@ -243,14 +245,19 @@ class Adapter:
                     f"{' and '.join(places[base])} are one layer under several names, which an adapter cannot "
                     "keep apart; leave it out with --set growth.target_modules=[...]"
                 )
-            layer = AdaptedLinear(base, scale=alpha / inner_rank, dtype=dtype or _compute_dtype(base), dropout=dropout)
+            layer = AdaptedLinear(base, scale=self.scale, dtype=dtype or _compute_dtype(base), dropout=dropout)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.train(base.training))
             self.layers[name] = layer
 
-    def initial_A(self, layer: AdaptedLinear, rank: int) -> Tensor:
-        """Kaiming-uniform(a = sqrt 5) values of shape (rank, N), drawn on the CPU so that devices agree."""
-        return kaiming_A(rank, layer.in_features, self.generator)
+    def initial_A(self, layer: AdaptedLinear, rank: int | None = None) -> Tensor:
+        """Kaiming-uniform(a = sqrt 5) values of shape (rank, N), drawn on the CPU so that devices agree.
+
+        Args:
+            layer: what they are for.
+            rank: of the new component; None is the inner rank.
+        """
+        return kaiming_A(rank or self.inner_rank, layer.in_features, self.generator)
 
     def active_layers(self) -> Iterator[tuple[str, AdaptedLinear]]:
         return ((name, layer) for name, layer in self.layers.items() if layer.active_A is not None)
@@ -277,8 +284,8 @@ class Adapter:
         """Inner ranks of each layer's components, in order, the active ones last."""
         return {name: [*layer.components, *layer.active_components] for name, layer in self.layers.items()}
 
-    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """A (R, N) and B (R, M) of each layer, the scale folded into B."""
+    def factors(self) -> dict[str, Factors]:
+        """What is added to each layer's weight, in the compute dtype."""
         return {name: layer.factors() for name, layer in self.layers.items()}
 
     def trainable_parameters(self) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qaroma.errors import QaromaError
 from qaroma.method.adapter import Adapter
-from qaroma.method.base import AdapterMethod, FactorTrainer, MethodState
+from qaroma.method.base import AdapterMethod, FactorTrainer, MethodOptions, MethodState
 from qaroma.method.criteria import (
     change_norm_sq,
     dense_inner_product,
@@ -85,12 +85,18 @@ class GrowthController(AdapterMethod):
         self._probe = GradientProbe(adapter)
         self._begun(list(adapter.layers))
 
+    @classmethod
+    def build(cls, attached: Adapter, options: MethodOptions, head: Sequence[nn.Parameter] = ()) -> GrowthController:
+        if options.growth is None:
+            raise ValueError("got no growth settings; expected GrowthSettings for a method that grows")
+        return cls(attached, options.growth, head=head, **options.optimisation())
+
     @property
     def finished(self) -> bool:
         return self.growth.finished
 
     @property
-    def probing(self) -> bool:  # type: ignore[override]
+    def probing(self) -> bool:
         """Whether components have begun whose A the next gradients are to choose (``init="gradient"``)."""
         return self._probe.pending
 

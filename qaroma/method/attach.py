@@ -1,11 +1,16 @@
-"""Putting an adapter on a model."""
+"""Putting an adapter on a model, and taking it off."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from qaroma.method.adapter import Adapter
+from qaroma.errors import QaromaError
+from qaroma.method.adapter import AdaptedLinear, Adapter
+from qaroma.method.factors import Update
 from qaroma.method.targets import find_targets
 
 
@@ -38,3 +43,58 @@ def attach(
     """
     names = find_targets(model, targets)
     return Adapter(model, names, inner_rank=inner_rank, alpha=alpha, dropout=dropout, dtype=dtype, seed=seed)
+
+
+def attach_update(model: nn.Module, update: Update) -> Adapter:
+    """Put an update on a model as an adapter of frozen components, one a module.
+
+    Args:
+        model: its own, without an adapter; changed in place.
+        update: modules of rank 0 are adapted too.
+    """
+    adapter = Adapter(model, update)
+    for name, factors in update.items():
+        adapter.layers[name].load_factors(*factors, [factors.rank] if factors.rank else [])
+    return adapter
+
+
+def detach(adapter: Adapter) -> None:
+    """Take an adapter off its model: the layers are its base's again."""
+    model: Any = adapter.model
+    for name, layer in adapter.layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.base)
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(M, N) of every linear layer of a model, by its full name.
+
+    Args:
+        model: dense or in 4 bits, on any device, with an adapter on it or not.
+    """
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, AdaptedLinear))
+    }
+
+
+def check_shapes(update: Update, shapes: Mapping[str, tuple[int, int]], where: str) -> None:
+    """Refuse an adapter that is not this model's.
+
+    Args:
+        update: the adapter's.
+        shapes: as :func:`linear_shapes` gives them for the model.
+        where: the adapter's folder, for the message.
+
+    Raises:
+        QaromaError: a module that the model lacks, or one of another shape.
+    """
+    for name, factors in update.items():
+        if name not in shapes:
+            raise QaromaError(f"{where} adapts {name}, which this model does not have; give the base it was trained on")
+        if factors.shape != shapes[name]:
+            ours, theirs = (f"{rows} x {columns}" for rows, columns in (factors.shape, shapes[name]))
+            raise QaromaError(
+                f"{where} has {name} of {ours}, this model's is {theirs}; give the base it was trained on"
+            )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qaroma.method.adapter import Adapter
-from qaroma.method.growth import GrowthEvent
+from qaroma.method.factors import Factors, Update
+from qaroma.method.growth import GrowthEvent, GrowthSettings
 from qaroma.method.optimiser import FlatAdamW
 
 HEAD = "(head)"  # the optimiser's group of a head that is trained in full; no module has such a name
@@ -24,81 +25,140 @@ class MethodState:
     values: dict[str, Any]
 
 
-class Method(Protocol):
+@dataclass(frozen=True)
+class MethodOptions:
+    """What a run asks of a method, as plain values; each method takes what it has a use for.
+
+    Attributes:
+        rank: of every module, or of one component where ranks grow.
+        alpha, dropout, seed: of the adapter.
+        learning_rate, head_learning_rate: peaks of the schedules; None for the head is the adapter's.
+        total_steps: step budget.
+        warmup, min_lr_ratio: of a schedule that is not interrupted by growth.
+        weight_decay, max_grad_norm: of the optimiser.
+        growth: of a method that grows; None for the others.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    seed: int
+    learning_rate: float
+    head_learning_rate: float | None
+    total_steps: int
+    warmup: int
+    min_lr_ratio: float
+    weight_decay: float
+    max_grad_norm: float
+    growth: GrowthSettings | None
+
+    def optimisation(self) -> dict[str, Any]:
+        """The keyword arguments that every method's class has."""
+        names = ("learning_rate", "head_learning_rate", "total_steps", "weight_decay", "max_grad_norm")
+        return {name: getattr(self, name) for name in names}
+
+    def cosine(self) -> dict[str, Any]:
+        """The keyword arguments of methods with one warm-up and one cosine."""
+        return {"warmup": self.warmup, "min_lr_ratio": self.min_lr_ratio}
+
+
+class Method:
     """A way of adapting a model; owns its trainable parameters and their optimiser.
 
     The loop runs forward and backward passes; ``step`` does everything else. Gradients accumulate
     until then. Ranks and parameters are the adapter's: a head that is trained in full counts to neither.
+
+    A method is built in two steps, between which other parts may be laid on the frozen model:
+    :meth:`attach`, then :meth:`build` with what that returned. What not every method has, has a default.
+
+    Attributes:
+        name: as configurations and adapters have it.
+        learning_rate: of the adapter's last update (the largest where modules differ).
     """
 
     name: str
+    learning_rate: float
+
+    @classmethod
+    def attach(cls, model: nn.Module, names: Sequence[str], options: MethodOptions) -> Any:
+        """Put the adapter on linear layers and freeze everything else.
+
+        Args:
+            model: changed in place.
+            names: full names of the layers.
+            options: of the run.
+
+        Returns:
+            What :meth:`build` takes.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def build(cls, attached: Any, options: MethodOptions, head: Sequence[nn.Parameter] = ()) -> Method:
+        """The method that trains what was attached, and a head in full where there is one."""
+        raise NotImplementedError
 
     @property
     def finished(self) -> bool:
         """Whether nothing is left to train."""
-        ...
-
-    @property
-    def learning_rate(self) -> float:
-        """Learning rate of the adapter's last update (the largest where modules differ)."""
-        ...
+        return False
 
     @property
     def probing(self) -> bool:
         """Whether the next gradients are to be given to :meth:`probe` instead of :meth:`step`."""
-        ...
+        return False
 
     def probe(self) -> None:
         """Take gradients that choose where new components begin; zeroes them. No update."""
-        ...
+        raise AssertionError("nothing to probe")
 
     def penalty(self) -> Tensor | None:
         """A scalar to add to every step's loss; None adds nothing."""
-        ...
+        return None
 
     def step(self) -> list[GrowthEvent]:
         """Clip, update, zero the gradients and grow; returns what grew."""
-        ...
+        raise NotImplementedError
 
     def zero_grad(self) -> None:
         """Throw away what has accumulated."""
-        ...
+        raise NotImplementedError
 
     def finish(self) -> list[GrowthEvent]:
         """The step budget is spent; what is active is kept."""
-        ...
+        raise NotImplementedError
 
     def ranks(self) -> dict[str, int]:
         """Rank of each module."""
-        ...
+        raise NotImplementedError
 
     def components(self) -> dict[str, list[int]]:
         """Inner ranks of each module's components, in order."""
-        ...
+        raise NotImplementedError
 
-    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """A (R, N) and B (R, M) of each module, the scale folded into B."""
-        ...
+    def factors(self) -> dict[str, Factors]:
+        """What is added to each module's weight."""
+        raise NotImplementedError
 
-    def load_factors(self, factors: Mapping[str, tuple[Tensor, Tensor]], components: Mapping[str, list[int]]) -> None:
+    def load_factors(self, update: Update, components: Mapping[str, list[int]]) -> None:
         """After ``finish``: put saved factors in the place of the present ones; a module that has none is absent."""
-        ...
+        raise NotImplementedError
 
     def active_modules(self) -> int:
         """How many modules train."""
-        ...
+        raise NotImplementedError
 
     def trainable_parameters(self) -> int:
         """How many numbers of the adapter train."""
-        ...
+        raise NotImplementedError
 
     def state(self) -> MethodState:
         """What a checkpoint must hold to go on bit for bit."""
-        ...
+        raise NotImplementedError
 
     def load_state(self, state: MethodState) -> None:
         """Go on from such a state, on a model whose adapter is new."""
-        ...
+        raise NotImplementedError
 
 
 class FactorTrainer:
@@ -126,11 +186,19 @@ class FactorTrainer:
             layer.start_component(adapter.initial_A(layer, adapter.inner_rank))
         self._build_optimiser()
 
-    def _build_optimiser(self) -> None:
-        groups = {name: list(layer.parameters(recurse=False)) for name, layer in self.adapter.active_layers()}
-        parts = {name: layer.active_components for name, layer in self.adapter.active_layers()}
+    def _trained(self) -> dict[str, dict[str, nn.Parameter]]:
+        """The optimiser's groups: module (or :data:`HEAD`) -> name in a checkpoint -> parameter."""
+        groups = {
+            name: dict(zip("AB", layer.parameters(recurse=False), strict=True))
+            for name, layer in self.adapter.active_layers()
+        }
         if self.head:
-            groups[HEAD] = self.head
+            groups[HEAD] = {str(place): parameter for place, parameter in enumerate(self.head)}
+        return groups
+
+    def _build_optimiser(self) -> None:
+        groups = {name: list(parameters.values()) for name, parameters in self._trained().items()}
+        parts = {name: layer.active_components for name, layer in self.adapter.active_layers()}
         self.optimiser = FlatAdamW(groups, parts=parts, **self._options)  # type: ignore[arg-type]
 
     def update(self, learning_rates: Mapping[str, Sequence[float]], head_learning_rate: float = 0.0) -> None:
@@ -181,52 +249,84 @@ class FactorTrainer:
             self.adapter.layers[name].end(keep=keep)
 
     def state(self) -> MethodState:
-        tensors = {f"optimiser.{k}": t for k, t in self.optimiser.state_tensors().items()}
-        tensors["generator"] = self.adapter.generator.get_state()
-        components = {}
+        tensors = {"generator": self.adapter.generator.get_state()}
         for name, layer in self.adapter.layers.items():
-            components[name] = layer.components
-            if layer.components:
-                tensors[f"frozen.{name}.A"], tensors[f"frozen.{name}.B"] = layer.frozen_factors()
+            tensors[f"frozen.{name}.A"], tensors[f"frozen.{name}.B"] = layer.frozen_factors()
+        for key, tensor in self._trained_tensors():
+            tensors[key] = tensor
         steps = dict(self.optimiser.steps)
-        head_steps = steps.pop(HEAD, [0])
-        active = {name: layer.active_components for name, layer in self.adapter.active_layers()}
-        return MethodState(
-            tensors, {"components": components, "active": active, "head_steps": head_steps, "steps": steps}
-        )
+        values = {
+            "components": {name: layer.components for name, layer in self.adapter.layers.items()},
+            "active": {name: layer.active_components for name, layer in self.adapter.active_layers()},
+            "scale": self.adapter.scale,
+            "head_steps": steps.pop(HEAD, [0]),
+            "steps": steps,
+        }
+        return MethodState(tensors, values)
 
     def load_state(self, state: MethodState) -> None:
         active = state.values["active"]
         for name, layer in self.adapter.layers.items():
             layer.active_A = layer.active_B = None
             layer.active_components = []
-            components = state.values["components"][name]
-            if components:
-                layer.load_factors(state.tensors[f"frozen.{name}.A"], state.tensors[f"frozen.{name}.B"], components)
-            else:
-                layer.load_factors(layer.A[:0], layer.B[:0], [])
+            frozen = state.tensors[f"frozen.{name}.A"], state.tensors[f"frozen.{name}.B"]
+            layer.load_factors(*frozen, state.values["components"][name])
             if name in active:
                 layer.start_component(layer.A.new_zeros(sum(active[name]), layer.in_features), active[name])
         self._build_optimiser()
-        prefix = "optimiser."
-        tensors = {k.removeprefix(prefix): t for k, t in state.tensors.items() if k.startswith(prefix)}
-        self.optimiser.load_state(tensors, {**state.values["steps"], HEAD: state.values["head_steps"]})
+        self.optimiser.steps.update(state.values["steps"])
+        if self.head:
+            self.optimiser.steps[HEAD] = state.values["head_steps"]
+        for key, tensor in self._trained_tensors():
+            tensor.copy_(state.tensors[key])
         self.adapter.refresh()
         self.adapter.generator.set_state(state.tensors["generator"])
 
+    def _trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What trains and its moments, each under its name in a checkpoint; views that can be written into."""
+        for group, parameters in self._trained().items():
+            for (key, parameter), moments in zip(parameters.items(), self.optimiser.moments(group), strict=True):
+                yield f"active.{group}.{key}", parameter.detach()
+                yield f"first_moment.{group}.{key}", moments[0]
+                yield f"second_moment.{group}.{key}", moments[1]
 
-class AdapterMethod:
+
+def factors_in(state: MethodState) -> dict[str, Factors]:
+    """The update in the state of a method on our own adapter, as the forward pass has it.
+
+    Frozen factors stand as they are; active ones are scaled and rounded to the dtype of the frozen ones,
+    as :meth:`~qaroma.method.adapter.AdaptedLinear.place_active` does it.
+
+    Raises:
+        KeyError: the state of another kind of method.
+    """
+    found = {}
+    for name in state.values["components"]:
+        A, B = state.tensors[f"frozen.{name}.A"], state.tensors[f"frozen.{name}.B"]
+        if name in state.values["steps"]:
+            active_A, active_B = state.tensors[f"active.{name}.A"], state.tensors[f"active.{name}.B"]
+            A = torch.cat([A, active_A.to(A)])
+            B = torch.cat([B, (active_B * state.values["scale"]).to(B)])
+        found[name] = Factors(A, B)
+    return found
+
+
+class AdapterMethod(Method):
     """What methods on our own adapter answer alike."""
 
     adapter: Adapter
     trainer: FactorTrainer
-    probing = False
 
-    def probe(self) -> None:
-        raise AssertionError("nothing to probe")
-
-    def penalty(self) -> Tensor | None:
-        return None
+    @classmethod
+    def attach(cls, model: nn.Module, names: Sequence[str], options: MethodOptions) -> Adapter:
+        return Adapter(
+            model,
+            names,
+            inner_rank=options.rank,
+            alpha=options.alpha,
+            dropout=options.dropout,
+            seed=options.seed,
+        )
 
     def zero_grad(self) -> None:
         self.trainer.optimiser.zero_grad()
@@ -237,12 +337,12 @@ class AdapterMethod:
     def components(self) -> dict[str, list[int]]:
         return self.adapter.components()
 
-    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def factors(self) -> dict[str, Factors]:
         return self.adapter.factors()
 
-    def load_factors(self, factors: Mapping[str, tuple[Tensor, Tensor]], components: Mapping[str, list[int]]) -> None:
+    def load_factors(self, update: Update, components: Mapping[str, list[int]]) -> None:
         for name, layer in self.adapter.layers.items():
-            A, B = factors.get(name, (layer.A[:0], layer.B[:0]))
+            A, B = update.get(name, (layer.A[:0], layer.B[:0]))
             layer.load_factors(A, B, components[name])
 
     def active_modules(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from qaroma.method.adapter import Adapter
-from qaroma.method.base import AdapterMethod, FactorTrainer, MethodState
+from qaroma.method.base import AdapterMethod, FactorTrainer, MethodOptions, MethodState
 from qaroma.method.growth import GrowthEvent
 from qaroma.method.schedule import warm_cosine
 
@@ -48,7 +48,9 @@ class PlainLora(AdapterMethod):
             adapter, head=head, max_grad_norm=max_grad_norm, weight_decay=weight_decay, max_update=None
         )
 
-    finished = False
+    @classmethod
+    def build(cls, attached: Adapter, options: MethodOptions, head: Sequence[nn.Parameter] = ()) -> PlainLora:
+        return cls(attached, head=head, **options.optimisation(), **options.cosine())
 
     def step(self) -> list[GrowthEvent]:
         """Clip, update, zero the gradients. LoRA grows nothing."""

@@ -184,16 +184,18 @@ class FlatAdamW:
         self.steps = {name: t for name, t in self.steps.items() if name not in gone}
         self._point_parameters({p: p.shape for ps in self.groups.values() for p in ps})
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """The flat buffers that a checkpoint must hold (gradients are zero between steps)."""
-        return {"values": self.values, "first_moment": self.first_moment, "second_moment": self.second_moment}
+    def moments(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """First and second moment of each parameter of a group, as views in the parameter's shape."""
+        found, offset = [], self.slices[name].start
+        for p in self.groups[name]:
+            part = slice(offset, offset + p.numel())
+            found.append((self.first_moment[part].view(p.shape), self.second_moment[part].view(p.shape)))
+            offset += p.numel()
+        return found
 
-    def load_state(self, tensors: Mapping[str, Tensor], steps: Mapping[str, Sequence[int]]) -> None:
-        """Restore what :meth:`state_tensors` and :attr:`steps` held, for the same groups."""
-        for name, buffer in self.state_tensors().items():
-            buffer.copy_(tensors[name])
-        self.steps = {name: [int(t) for t in steps[name]] for name in self.groups}
-        self.zero_grad()
+    def buffers(self) -> dict[str, Tensor]:
+        """What lasts from step to step: the values and both moments of all groups, each one flat tensor."""
+        return {"values": self.values, "first_moment": self.first_moment, "second_moment": self.second_moment}
 
 
 def _flattened(tensors: Sequence[Tensor]) -> Tensor:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qaroma.errors import QaromaError
 from qaroma.method.adapter import kaiming_A
-from qaroma.method.base import MethodState
+from qaroma.method.base import Method, MethodOptions, MethodState
+from qaroma.method.factors import Factors, Update
 from qaroma.method.growth import GrowthEvent
 from qaroma.method.schedule import warm_cosine
 
@@ -46,11 +46,7 @@ def inject_lora(
 
     Returns:
         The ``peft.LoraModel``, whose ``model`` is the one given.
-
-    Raises:
-        QaromaError: peft is not installed.
     """
-    require_peft("peft-lora")
     import peft
 
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=_exactly(names))
@@ -86,11 +82,7 @@ def inject_adalora(
 
     Returns:
         The ``peft.AdaLoraModel``, whose ``model`` is the one given.
-
-    Raises:
-        QaromaError: peft is not installed.
     """
-    require_peft("adalora")
     import peft
 
     config = peft.AdaLoraConfig(
@@ -113,7 +105,7 @@ def inject_adalora(
     return tuner
 
 
-class PeftMethod:
+class PeftMethod(Method):
     """What both methods do alike: one adapter of PEFT, torch's AdamW, a cosine with one warm-up.
 
     Args:
@@ -125,10 +117,6 @@ class PeftMethod:
         head: fp32 parameters trained in full beside the adapter, with the same schedule.
         head_learning_rate: their peak; None is ``learning_rate``.
     """
-
-    name: str
-    finished = False
-    probing = False
 
     def __init__(
         self,
@@ -156,11 +144,9 @@ class PeftMethod:
         for parameter in self._parameters.values():
             parameter.grad = torch.zeros_like(parameter)  # of a layer that no example reached, too
 
-    def probe(self) -> None:
-        raise AssertionError("nothing to probe")
-
-    def penalty(self) -> Tensor | None:
-        return None
+    @classmethod
+    def build(cls, attached: Any, options: MethodOptions, head: Sequence[nn.Parameter] = ()) -> PeftMethod:
+        return cls(attached, head=head, **options.optimisation(), **options.cosine())
 
     def step(self) -> list[GrowthEvent]:
         """Clip, update, zero the gradients. Nothing grows."""
@@ -187,14 +173,13 @@ class PeftMethod:
             parameter.requires_grad_(False)
         return []
 
-    def ranks(self) -> dict[str, int]:
-        raise NotImplementedError
+    def factors(self) -> dict[str, Factors]:
+        parameters = {name: parameter.detach() for name, parameter in self._adapter.items()}
+        return {name: _factors(parameters, name, self._scale(layer)) for name, layer in self.layers.items()}
 
-    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        raise NotImplementedError
-
-    def load_factors(self, factors: Mapping[str, tuple[Tensor, Tensor]], components: Mapping[str, list[int]]) -> None:
-        raise NotImplementedError
+    def _scale(self, layer: Any) -> float:
+        """What a layer multiplies its product of factors by."""
+        return float(layer.scaling[ADAPTER])
 
     def components(self) -> dict[str, list[int]]:
         """One component for each module, of the rank that :meth:`factors` has."""
@@ -211,7 +196,8 @@ class PeftMethod:
         for name, parameter in self._parameters.items():
             for key, moment in self.optimiser.state[parameter].items():
                 tensors[f"optimiser.{key}.{name}"] = moment
-        return MethodState(tensors, {"steps_done": self.steps_done})
+        scales = {name: self._scale(layer) for name, layer in self.layers.items()}
+        return MethodState(tensors, {"steps_done": self.steps_done, "scales": scales})
 
     @torch.no_grad()
     def load_state(self, state: MethodState) -> None:
@@ -231,23 +217,19 @@ class PeftLora(PeftMethod):
 
     name = "peft-lora"
 
+    @classmethod
+    def attach(cls, model: nn.Module, names: Sequence[str], options: MethodOptions) -> Any:
+        return inject_lora(
+            model, names, rank=options.rank, alpha=options.alpha, dropout=options.dropout, seed=options.seed
+        )
+
     def ranks(self) -> dict[str, int]:
         return {name: layer.r[ADAPTER] for name, layer in self.layers.items()}
 
-    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """A (R, N) and B (R, M) of each module, the scale folded into B; fp32."""
-        return {
-            name: (
-                layer.lora_A[ADAPTER].weight.detach(),
-                layer.lora_B[ADAPTER].weight.detach().T * layer.scaling[ADAPTER],
-            )
-            for name, layer in self.layers.items()
-        }
-
     @torch.no_grad()
-    def load_factors(self, factors: Mapping[str, tuple[Tensor, Tensor]], components: Mapping[str, list[int]]) -> None:
+    def load_factors(self, update: Update, components: Mapping[str, list[int]]) -> None:
         for name, layer in self.layers.items():
-            A, B = factors[name]
+            A, B = update[name]
             layer.scaling[ADAPTER] = 1.0
             layer.lora_A[ADAPTER].weight.copy_(A)
             layer.lora_B[ADAPTER].weight.copy_(B.T)
@@ -261,6 +243,18 @@ class AdaLora(PeftMethod):
     """
 
     name = "adalora"
+
+    @classmethod
+    def attach(cls, model: nn.Module, names: Sequence[str], options: MethodOptions) -> Any:
+        return inject_adalora(
+            model,
+            names,
+            rank=options.rank,
+            alpha=options.alpha,
+            total_steps=options.total_steps,
+            dropout=options.dropout,
+            seed=options.seed,
+        )
 
     @property
     def _config(self) -> Any:
@@ -287,6 +281,9 @@ class AdaLora(PeftMethod):
             step += 1  # resumed with a greater budget, nothing measured since the last allocation: it stands
         self.tuner.update_and_allocate(step)
 
+    def _scale(self, layer: Any) -> float:
+        return float(layer.scaling[ADAPTER] / (layer.ranknum[ADAPTER] + 1e-5))
+
     def ranks(self) -> dict[str, int]:
         """Triplets that the last allocation kept.
 
@@ -297,18 +294,8 @@ class AdaLora(PeftMethod):
             return dict.fromkeys(self.layers, self._config.init_r)
         return {name: sum(pattern[_singular(name)]) for name in self.layers}
 
-    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """A (R, N), with the singular values, and B (R, M), with the scale; fp32. R are those that are not zero."""
-        found = {}
-        for name, layer in self.layers.items():
-            E = layer.lora_E[ADAPTER].detach()
-            kept = E[:, 0] != 0
-            A, B = (layer.lora_A[ADAPTER].detach() * E)[kept], layer.lora_B[ADAPTER].detach().T[kept]
-            found[name] = A, B * (layer.scaling[ADAPTER] / (layer.ranknum[ADAPTER] + 1e-5))
-        return found
-
     @torch.no_grad()
-    def load_factors(self, factors: Mapping[str, tuple[Tensor, Tensor]], components: Mapping[str, list[int]]) -> None:
+    def load_factors(self, update: Update, components: Mapping[str, list[int]]) -> None:
         pattern = {}
         for name, layer in self.layers.items():
             A, B, E = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER], layer.lora_E[ADAPTER]
@@ -317,7 +304,8 @@ class AdaLora(PeftMethod):
             E.zero_()
             E[:rank] = 1
             if rank:
-                A[:rank], B[:, :rank] = factors[name][0].to(A), factors[name][1].T.to(B)
+                A_kept, B_kept = update[name]
+                A[:rank], B[:, :rank] = A_kept.to(A), B_kept.T.to(B)
             pattern[_singular(name)] = [place < rank for place in range(len(E))]
         self._config.rank_pattern = pattern
 
@@ -340,16 +328,31 @@ class AdaLora(PeftMethod):
             setattr(self.tuner.rankallocator, kind, saved)
 
 
-def require_peft(method: str) -> None:
-    """Tell before anything is loaded that peft is missing.
+def factors_in(state: MethodState) -> dict[str, Factors]:
+    """The update in the state of one of PEFT's methods.
 
     Raises:
-        QaromaError: how to get it.
+        KeyError: the state of another kind of method.
     """
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise QaromaError(f"method {method} needs peft; type: pip install 'qaroma[bench]'") from error
+    prefix = "parameter."
+    parameters = {key.removeprefix(prefix): t for key, t in state.tensors.items() if key.startswith(prefix)}
+    return {name: _factors(parameters, name, scale) for name, scale in state.values["scales"].items()}
+
+
+def _factors(parameters: Mapping[str, Tensor], name: str, scale: float) -> Factors:
+    """The update of one module, the scale in B; of AdaLoRA's triplets those whose singular value is not zero."""
+    A, B = (_parameter(parameters, name, f"lora_{factor}") for factor in "AB")
+    E = parameters.get(_singular(name))
+    if E is None:
+        return Factors(A, B.T * scale)
+    kept = E[:, 0] != 0
+    return Factors((A * E)[kept], B.T[kept] * scale)
+
+
+def _parameter(parameters: Mapping[str, Tensor], name: str, kind: str) -> Tensor:
+    """A factor by PEFT's name of it: LoRA's are linear layers, AdaLoRA's bare parameters."""
+    bare = f"{name}.{kind}.{ADAPTER}"
+    return parameters[bare] if bare in parameters else parameters[f"{bare}.weight"]
 
 
 def _in_fp32(tuner: Any) -> Any:

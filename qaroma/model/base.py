@@ -8,6 +8,7 @@ device and let go before the next, so that the host needs the quantised model an
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -23,8 +24,9 @@ from qaroma.model.bnb import bnb
 from qaroma.model.builtin import ResolvedModel, resolve_model
 from qaroma.model.devices import device_map, without_hooks
 from qaroma.model.failures import explained
+from qaroma.model.found import FoundModel, find_model, loader_keywords, stored_quantization
 from qaroma.model.gguf import load_gguf, load_gguf_tokenizer
-from qaroma.model.hostmemory import freed_memory_goes_back
+from qaroma.model.hostmemory import FreedMemoryGoesBack
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SAMPLES = 4096
+_REMOTE = "transformers_modules"  # the package under which transformers imports code of models
 _NO_LIMIT = 10**9
 
 
@@ -86,7 +89,9 @@ def resolve_dtype(name: str, device: str | torch.device | None = None) -> torch.
     return torch.bfloat16
 
 
-def load_config(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+def load_model_config(
+    model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PretrainedConfig:
     """Load a model's configuration alone, for what must be known before any weight is read.
 
     Args:
@@ -100,61 +105,48 @@ def load_config(model: str | Path, *, revision: str | None = None, trust_remote_
     Raises:
         QaromaError: no such model, no network, or one that cannot be read; the sentence says what to do.
     """
-    return _config(model, resolve_model(model), revision, trust_remote_code)
-
-
-def _config(model: str | Path, place: ResolvedModel, revision: str | None, trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig
-
-    with explained(str(model), gguf=place.gguf_file is not None):
-        return AutoConfig.from_pretrained(place.folder_or_id, **_where(place, revision, trust_remote_code))
-
-
-def _where(place: ResolvedModel, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
-    """The keywords that every transformers loader takes. `trust_remote_code` is never None, which would ask."""
-    keywords: dict[str, Any] = {"trust_remote_code": bool(trust_remote_code)}
-    if place.gguf_file is not None:
-        keywords["gguf_file"] = place.gguf_file
-    if place.offline:
-        keywords["local_files_only"] = True
-    if revision is not None:
-        keywords["revision"] = revision
-    return keywords
+    return find_model(model, revision=revision, trust_remote_code=trust_remote_code).config
 
 
 def load_tokenizer(
-    model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+    model: str | Path | FoundModel, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer.
 
     Args:
-        model: 'smollm2-135m', a folder, a .gguf file, or a hub id.
-        revision: branch, tag or commit on the hub.
-        trust_remote_code: run Python code that comes with the model.
+        model: 'smollm2-135m', a folder, a .gguf file, or a hub id; or what :func:`find_model` found.
+        revision: branch, tag or commit on the hub; of a found model, its own.
+        trust_remote_code: run Python code that comes with the model; of a found model, its own.
 
     Returns:
         transformers' tokenizer.
 
     Raises:
-        QaromaError: as :func:`load_config`, and a model that brings no tokenizer.
+        QaromaError: as :func:`load_model_config`, and a model that brings no tokenizer.
     """
     from transformers import AutoTokenizer
 
-    place = resolve_model(model)
-    with explained(str(model), gguf=place.gguf_file is not None):
+    if isinstance(model, FoundModel):
+        place = model.place
+        where = {**model.keywords(), "config": model.config}  # or transformers reads it again
+    else:
+        place = resolve_model(model)
+        where = loader_keywords(place, revision, trust_remote_code)
+    name = model.name if isinstance(model, FoundModel) else str(model)
+    with explained(name, gguf=place.gguf_file is not None):
         if place.gguf_file is not None:
             tokenizer = load_gguf_tokenizer(place.folder_or_id, place.gguf_file)
         else:
-            _require_tokenizer(model, place)
-            where = _where(place, revision, trust_remote_code)
+            _require_tokenizer(name, place)
             tokenizer = AutoTokenizer.from_pretrained(place.folder_or_id, **where)
     if tokenizer.model_max_length > _NO_LIMIT:
-        limit = getattr(_config(model, place, revision, trust_remote_code), "max_position_embeddings", None)
-        tokenizer.model_max_length = limit or tokenizer.model_max_length
+        if not isinstance(model, FoundModel):
+            model = find_model(model, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer.model_max_length = model.longest_input or tokenizer.model_max_length
     return tokenizer
 
 
-def _require_tokenizer(model: str | Path, place: ResolvedModel) -> None:
+def _require_tokenizer(model: str, place: ResolvedModel) -> None:
     """A folder without tokenizer files makes transformers build an empty one for some models."""
     folder = Path(place.folder_or_id)
     patterns = ("tokenizer*", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
@@ -165,7 +157,7 @@ def _require_tokenizer(model: str | Path, place: ResolvedModel) -> None:
 
 
 def load_base(
-    model: str | Path,
+    model: str | Path | FoundModel,
     *,
     quantization: str = "nf4",
     double_quantization: bool = True,
@@ -183,15 +175,15 @@ def load_base(
     A checkpoint that bitsandbytes quantised to 4 bits before is loaded as it is, byte for byte.
 
     Args:
-        model: 'smollm2-135m', a folder, a .gguf file, or a hub id.
+        model: 'smollm2-135m', a folder, a .gguf file, or a hub id; or what :func:`find_model` found.
         quantization: 'nf4', 'fp4', or 'none' for the compute dtype throughout.
         double_quantization: quantise the quantisation constants too.
         quantize_head: the output head in 4 bits too, unless it shares its table with the embeddings.
         compute_dtype: dtype of embeddings, norms, head and arithmetic; None is bf16.
         device: 'cuda', 'cpu' or a device; None is CUDA where there is one.
         attention: 'sdpa', 'eager' or 'flash_attention_2'.
-        revision: branch, tag or commit on the hub.
-        trust_remote_code: run Python code that comes with the model.
+        revision: branch, tag or commit on the hub; of a found model, its own.
+        trust_remote_code: run Python code that comes with the model; of a found model, its own.
         num_labels: None for a causal language model; else one for sequence classification with so many
             outputs, whose new head (:func:`qaroma.method.head.head_names`) ``new_parameters`` names.
         host_embeddings: leave a causal model's input embeddings in host memory, for memory levels that keep
@@ -209,32 +201,32 @@ def load_base(
         raise QaromaError(f"Got quantization '{quantization}'; expected nf4, fp4 or none")
     target = resolve_device(device)
     dtype = compute_dtype if compute_dtype is not None else resolve_dtype("auto", target)
-    place = resolve_model(model)
-    config = _config(model, place, revision, trust_remote_code)
+    if not isinstance(model, FoundModel):
+        model = find_model(model, revision=revision, trust_remote_code=trust_remote_code)
+    place, config = model.place, copy.deepcopy(model.config)
     if num_labels is not None:
         config.num_labels = num_labels
-    stored = stored_quantization(config, str(model))
+    stored = stored_quantization(config, model.name)
     if stored is not None:
-        _tell_stored(str(model), stored, quantization, double_quantization)
+        _tell_stored(model.name, stored, quantization, double_quantization)
     bnb_config = None
     if stored is None and quantization != "none":
         bnb_config = _bnb_config(quantization, double_quantization, dtype)
         bnb_config.llm_int8_skip_modules = _left_dense(config, quantize_head, classifier=num_labels is not None)
     apart = host_embeddings and num_labels is None and stored is None and place.gguf_file is None
-    with explained(str(model), gguf=place.gguf_file is not None), freed_memory_goes_back():
+    with explained(model.name, gguf=place.gguf_file is not None), FreedMemoryGoesBack():
         implementation = _implementation(attention)
-        devices = device_map(config, target, host_embeddings=apart, trust_remote_code=bool(trust_remote_code))
+        devices = device_map(config, target, host_embeddings=apart, trust_remote_code=model.trust_remote_code)
         if bnb_config is not None:
             bnb_config.llm_int8_enable_fp32_cpu_offload = len(devices) > 1  # or any part on the CPU is refused
         network, info = _read(
-            place, config, bnb_config, dtype, devices, implementation, revision, trust_remote_code,
-            classifier=num_labels is not None,
-        )  # fmt: skip
+            model, config, bnb_config, dtype, devices, implementation, classifier=num_labels is not None
+        )
     missing = sorted(info["missing_keys"])
     if num_labels is not None:
         network.new_parameters = [name for name in missing if may_be_new(network, name)]
         missing = [name for name in missing if name not in network.new_parameters]
-    _require_complete(str(model), missing)
+    _require_complete(model.name, missing)
     _settle(network, dtype)
     return network
 
@@ -258,21 +250,20 @@ def _left_dense(config: Any, quantize_head: bool, *, classifier: bool) -> list[s
 
 
 def _read(
-    place: ResolvedModel, config: Any, bnb_config: Any, dtype: torch.dtype, devices: dict[str, Any],
-    attention: str | None, revision: str | None, trust_remote_code: bool, *, classifier: bool,
+    found: FoundModel, config: Any, bnb_config: Any, dtype: torch.dtype, devices: dict[str, Any],
+    attention: str | None, *, classifier: bool,
 ) -> tuple[Any, Any]:  # fmt: skip
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    device = devices[""]
+    place, device = found.place, devices[""]
     if place.gguf_file is not None:
         network, info = load_gguf(
             place.folder_or_id, place.gguf_file, config,
             dtype=dtype, device=device, attention=attention, bnb_config=bnb_config,
         )  # fmt: skip
         return (classifier_around(network, config, device), info) if classifier else (network, info)
-    options: dict[str, Any] = {}
-    if classifier:  # a checkpoint of a classifier with other labels keeps its backbone
-        options = {"config": config, "ignore_mismatched_sizes": True}
+    # A checkpoint of a classifier with other labels keeps its backbone.
+    options: dict[str, Any] = {"ignore_mismatched_sizes": True} if classifier else {}
     loader = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     with without_hooks(devices), unsaid_about_the_head(classifier):
         loaded: tuple[Any, Any] = loader.from_pretrained(
@@ -283,8 +274,9 @@ def _read(
             output_loading_info=True,
             # Given as None, it would overwrite what a quantised checkpoint says of itself.
             **({} if bnb_config is None else {"quantization_config": bnb_config}),
+            config=config,
             **options,
-            **_where(place, revision, trust_remote_code),
+            **found.keywords(),
         )
     return loaded
 
@@ -292,36 +284,6 @@ def _read(
 def _implementation(attention: str) -> str | None:
     """transformers' name of an attention; None for SDPA lets it take eager where a family has no SDPA (Gemma 2)."""
     return None if attention == "sdpa" else attention
-
-
-def stored_quantization(config: Any, model: str) -> dict[str, Any] | None:
-    """Tell how a checkpoint is quantised already.
-
-    Args:
-        config: the model's configuration.
-        model: the name that the user gave.
-
-    Returns:
-        Its bitsandbytes 4-bit settings, or None for a plain checkpoint.
-
-    Raises:
-        QaromaError: quantised in any other way; its weights cannot carry an adapter here.
-    """
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        stored = getattr(config.get_text_config(), "quantization_config", None)
-    if stored is None:
-        return None
-    settings: dict[str, Any] = stored if isinstance(stored, dict) else stored.to_dict()
-    if settings.get("quant_method") == "gguf":
-        return None
-    if settings.get("load_in_4bit") or settings.get("_load_in_4bit"):
-        return settings
-    kind = "bitsandbytes 8-bit" if settings.get("load_in_8bit") else str(settings.get("quant_method"))
-    raise QaromaError(
-        f"'{model}' is quantised already ({kind}); expected plain weights or bitsandbytes 4-bit ones. "
-        "Give --model the original model: qaroma quantises it while loading"
-    )
 
 
 def _tell_stored(model: str, stored: dict[str, Any], quantization: str, double_quantization: bool) -> None:
@@ -376,6 +338,15 @@ def fingerprint(model: Any) -> str:
             for parameter in module.parameters(recurse=False):
                 digest.update(_sample(parameter, _SAMPLES // 64))
     return digest.hexdigest()[:32]
+
+
+def uses_remote_code(model: Any) -> bool:
+    """Whether Python code that came with the model runs in it, which ``trust_remote_code`` had to allow.
+
+    Args:
+        model: a model from :func:`load_base`.
+    """
+    return any(type(part).__module__.partition(".")[0] == _REMOTE for part in (model, model.config))
 
 
 def _sample(parameter: Tensor, count: int) -> bytes:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from threading import Thread
 
 from qaroma.errors import QaromaError
+from qaroma.model.waiting import Answer
 from qaroma.model.wheel import SMOLLM2_WHEEL, converted_folder, fetch_converted
 
 HUB_TIMEOUT_SECONDS = 3.0
@@ -54,6 +55,21 @@ def resolve_model(name: str | Path) -> ResolvedModel:
     text = str(name).strip()
     if text.lower() == SMOLLM2_NAME:
         return _resolve_smollm2()
+    return _local_place(text) or ResolvedModel(text, offline=not hub_answers(text))
+
+
+def require_model(name: str) -> None:
+    """See to it that a name can be a model's; no configuration is read, and the hub is not asked.
+
+    Raises:
+        QaromaError: as :func:`resolve_model`, of all that lies on this machine.
+    """
+    if name.strip().lower() != SMOLLM2_NAME:
+        _local_place(name.strip())
+
+
+def _local_place(text: str) -> ResolvedModel | None:
+    """The folder or file that a name means; None for an id on the hub."""
     path = Path(text).expanduser()
     if path.is_dir():
         return _resolve_folder(path)
@@ -65,7 +81,7 @@ def resolve_model(name: str | Path) -> ResolvedModel:
         raise QaromaError(f"'{text}' is a file; expected a model's folder, a .gguf file or a hub id")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith((".", "~")):
         raise QaromaError(f"There is no folder '{text}'; expected a model's folder, a .gguf file or a hub id")
-    return ResolvedModel(text, offline=not hub_answers(text))
+    return None
 
 
 def portable_name(name: str) -> str:
@@ -107,23 +123,13 @@ def hub_answers(model_id: str) -> bool:
 
     if constants.is_offline_mode():
         return False
-    answers: list[bool] = []
 
-    def ask() -> None:
-        try:
+    def ask() -> bool:
+        with contextlib.suppress(HfHubHTTPError):
             HfApi().model_info(model_id, timeout=HUB_TIMEOUT_SECONDS)
-        except HfHubHTTPError:
-            answers.append(True)
-        except Exception:  # whatever a proxy, a resolver or a TLS library raises: no answer
-            answers.append(False)
-        else:
-            answers.append(True)
+        return True
 
-    # Name resolution knows no timeout, hence the thread.
-    thread = Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(HUB_TIMEOUT_SECONDS + 0.5)
-    return bool(answers) and answers[0]
+    return bool(Answer(ask).get(HUB_TIMEOUT_SECONDS + 0.5))
 
 
 def _cached_snapshot(model_id: str) -> str | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -38,9 +38,22 @@ def _embeddings_name(config: Any, trust_remote_code: bool) -> str:
     return next(str(name) for name, module in network.named_modules() if module is table)
 
 
-def without_hooks(devices: dict[str, Any]) -> AbstractContextManager[Any]:
+@contextmanager
+def without_hooks(devices: dict[str, Any]) -> Iterator[None]:
     """Load a model to two devices without what transformers hangs on such: hooks that copy a whole table
-    to the device for every lookup. :class:`qaroma.engine.placement.HostEmbedding` copies the rows alone."""
+    to the device for every lookup. :class:`qaroma.engine.placement.HostEmbedding` copies the rows alone.
+
+    transformers has no switch for it, so its function is replaced while the block runs.
+    """
     if len(devices) == 1:
-        return nullcontext()
-    return mock.patch("transformers.modeling_utils.accelerate_dispatch")
+        yield
+        return
+    from transformers import modeling_utils
+
+    modules: Any = modeling_utils
+    dispatch = modules.accelerate_dispatch
+    modules.accelerate_dispatch = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        modules.accelerate_dispatch = dispatch

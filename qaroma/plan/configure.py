@@ -18,18 +18,20 @@ import psutil
 import torch
 import yaml
 
-from qaroma.config.load import config_fields
+from qaroma.config.levels import LEVELS
+from qaroma.config.load import config_fields, require_model_and_data
 from qaroma.config.presets import DataFacts, Decision, resolve
-from qaroma.config.schema import Config, DataSource
+from qaroma.config.schema import Config, DataSource, ResolvedConfig
+from qaroma.config.words import memory_size
 from qaroma.data.encode import Encoded, encode_rows, limit_length, split_validation
 from qaroma.data.sources import read_rows
 from qaroma.data.templates import Template
-from qaroma.engine.levels import LEVELS
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_tokenizer, resolve_device, resolve_dtype
-from qaroma.plan.report import parse_memory
-from qaroma.plan.search import RESERVE, Estimate, Planner
-from qaroma.plan.shapes import model_config
+from qaroma.model.found import find_model
+from qaroma.plan.card import RESERVE, parse_memory
+from qaroma.plan.search import Estimate, Planner
+from qaroma.plan.shapes import plannable
 from qaroma.plan.trace import StepSettings
 
 EFFECTIVE_BATCH = 16
@@ -97,7 +99,7 @@ class Start:
         left_out: rows that are longer than the longest example.
     """
 
-    config: Config
+    config: ResolvedConfig
     choices: tuple[Decision, ...]
     data: DataLook
     step: Estimate
@@ -120,17 +122,17 @@ def room_for(card: str | None) -> Room:
         size = parse_memory(card)
         if size <= RESERVE:
             raise QaromaError(
-                f"got a card of {_size(size)}; expected more than the {_size(RESERVE)} that are kept free"
+                f"got a card of {memory_size(size)}; expected more than the {memory_size(RESERVE)} that are kept free"
             )
-        return Room(size - RESERVE, _UNKNOWN, f"a card of {_size(size)}")
+        return Room(size - RESERVE, _UNKNOWN, f"a card of {memory_size(size)}")
     device = resolve_device("auto" if card is None else "cpu")
     if device.type == "cpu":
         name = "auto" if card is None else "cpu"
-        return Room(available - RESERVE, None, f"the CPU with {_size(available)} of free memory", name=name)
+        return Room(available - RESERVE, None, f"the CPU with {memory_size(available)} of free memory", name=name)
     free, words = torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
     native = torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = resolve_dtype("bf16" if native else "fp32", device)
-    return Room(free - RESERVE, available, f"{words} with {_size(free)} free", dtype)
+    return Room(free - RESERVE, available, f"{words} with {memory_size(free)} free", dtype)
 
 
 def make_start(config: Config, room: Room, *, tell: Callable[[str], None] = lambda _: None) -> Start:
@@ -144,17 +146,18 @@ def make_start(config: Config, room: Room, *, tell: Callable[[str], None] = lamb
     Raises:
         QaromaError: data that cannot be read, no such model, or one that does not fit.
     """
-    assert config.model.name is not None
+    model = config.model
     tell("reading the data")
-    tokenizer = load_tokenizer(config.model.name, trust_remote_code=config.model.trust_remote_code)
+    name = require_model_and_data(config)
+    base = find_model(name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    tokenizer = load_tokenizer(base)
     template = Template.choose(tokenizer, config.data.template)
     rows = read_rows([(source.path, source.weight) for source in config.data.train], seed=config.training.seed)
     encoded = encode_rows(rows, tokenizer, template, form=config.data.format, skip_bad=config.data.skip_bad_rows)
     look = _look(encoded)
-    shape = model_config(config.model.name, trust_remote_code=config.model.trust_remote_code)
-    longest = getattr(shape.get_text_config(), "max_position_embeddings", None)
+    longest = base.longest_input
     wanted = max(GRAIN, math.ceil(look.p95 / GRAIN) * GRAIN)
-    planner = Planner(shape)
+    planner = Planner(plannable(base))
     step = fit_step(planner, StepSettings(0, min(wanted, longest or wanted), dtype=room.dtype), room, tell=tell)
     chosen, settings = config.model_copy(deep=True), step.settings
     chosen.data.max_length = settings.seq_len
@@ -282,8 +285,8 @@ def _of_the_plan(
 def _why_micro_batch(step: Estimate, room: Room) -> str:
     count = step.settings.micro_batch
     bound = "more is not tried" if count == MICRO_BATCHES[-1] else f"{2 * count} do not fit"
-    host = f" and {_size(step.host)} of host memory" if step.host else ""
-    return f"such a step is planned to take {_size(step.peak)}{host} of {room.words}; {bound}"
+    host = f" and {memory_size(step.host)} of host memory" if step.host else ""
+    return f"such a step is planned to take {memory_size(step.peak)}{host} of {room.words}; {bound}"
 
 
 def start_yaml(start: Start, file: str) -> str:
@@ -301,8 +304,8 @@ def start_yaml(start: Start, file: str) -> str:
         "that is taken out is decided anew at every start.",
         f"  qaroma finetune --config {file}",
         f"Data: {data_words(data)} {letters_found}Template: {data.template}.",
-        f"PLANNED: memory {_size(step.peak)} at the peak of a step, on {start.room.words}; time and score are not "
-        "known before a run.",
+        f"PLANNED: memory {memory_size(step.peak)} at the peak of a step, on {start.room.words}; time and score are "
+        "not known before a run.",
     ]
     lines = "\n\n".join(textwrap.fill(text, _WIDTH - 2, break_on_hyphens=False) if text[0] != " " else text
                         for text in paragraphs).splitlines()  # fmt: skip
@@ -334,7 +337,3 @@ def _value(value: Any) -> str:
         value = value[0] if len(value) == 1 else value
     text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
     return text.removesuffix("\n...\n").strip()
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,11 +19,10 @@ WORKSPACE = "kernel_workspaces"
 
 @dataclass(frozen=True)
 class Peak:
-    """The most bytes of a phase: how many, of which categories, and after which operation (from 1)."""
+    """The most bytes of a phase: how many, and of which categories."""
 
     bytes: int
     categories: dict[str, int]
-    event: int
 
 
 @dataclass
@@ -38,29 +36,17 @@ class Memory:
     @property
     def peak(self) -> Peak:
         """The largest of all phases."""
-        return max(self.peaks.values(), key=lambda peak: peak.bytes, default=Peak(0, {}, 0))
+        return max(self.peaks.values(), key=lambda peak: peak.bytes, default=Peak(0, {}))
 
     def add(self, category: str, size: int) -> None:
         self.now += size
         self.categories[category] += size
 
-    def note(self, phase: str, event: int) -> None:
+    def note(self, phase: str) -> None:
         """Keep what there is now if the phase never had more."""
         known = self.peaks.get(phase)
         if known is None or self.now > known.bytes:
-            self.peaks[phase] = Peak(self.now, {name: size for name, size in self.categories.items() if size}, event)
-
-
-@dataclass(frozen=True)
-class Contributor:
-    """Storages of one kind that are alive at one moment: their bytes, how many, and what made them."""
-
-    bytes: int
-    count: int
-    category: str
-    made_by: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+            self.peaks[phase] = Peak(self.now, {name: size for name, size in self.categories.items() if size})
 
 
 @dataclass
@@ -69,9 +55,6 @@ class _Entry:
     bytes: int
     category: str
     memory: Memory
-    made_by: Any  # an operation, or a word
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -82,38 +65,29 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     allocates and frees inside itself is not seen, but for what :func:`workspace_bytes` knows. A phase's
     peak is known when the phase has ended.
 
-    Args:
-        snapshot_at: after this operation, keep what is alive in :attr:`contributors`.
-
     Attributes:
-        device, host: the two memories; everything is on the device but what :meth:`book_on_host` was given.
-        events: operations so far.
+        device, host: the two memories; everything is on the device but what :meth:`copy_to_host` made.
         category: what new storages are booked under.
     """
 
-    def __init__(self, *, snapshot_at: int | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.device, self.host = Memory(), Memory()
-        self.events, self.category = 0, "other"
-        self.contributors: tuple[Contributor, ...] = ()
-        self._snapshot_at, self._phase = snapshot_at, "setup"
+        self.category, self._phase = "other", "setup"
         self._entries: dict[int, _Entry] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.events += 1
         for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._see(leaf, func)
+                self._see(leaf)
         inside = workspace_bytes(func, args)
         if inside:
             self.device.add(WORKSPACE, inside)
             self._note()
             self.device.add(WORKSPACE, -inside)
-        if self.events == self._snapshot_at:
-            self.contributors = self.alive()
         return result
 
     def __exit__(self, *error: Any) -> None:
@@ -129,30 +103,24 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def adopt(self, tensors: Iterable[Tensor], category: str) -> None:
         """Count tensors that were made outside the block, or book known ones under another category."""
         for tensor in tensors:
-            entry = self._see(tensor, "adopted")
+            entry = self._see(tensor)
             self._move(entry, category, entry.memory)
 
-    def book_on_host(self, tensor: Tensor) -> None:
-        """Count this tensor, made by the last operation, in the host's memory instead."""
-        entry = self._see(tensor, "adopted")
+    def copy_to_host(self, tensor: Tensor, stream: Any = None) -> Tensor:
+        """In place of :func:`qaroma.engine.checkpointing.to_host` where there is no GPU: a copy on the tensor's own
+        device that counts in the host's memory."""
+        copy = tensor.clone()
+        entry = self._see(copy)
         self._move(entry, entry.category, self.host)
+        return copy
 
-    def alive(self) -> tuple[Contributor, ...]:
-        """What lies on the device now, the largest first; storages that are alike are one line."""
-        groups: dict[Any, list[int]] = defaultdict(list)
-        for entry in self._entries.values():
-            if entry.memory is self.device:
-                groups[entry.category, str(entry.made_by), entry.shape, entry.dtype].append(entry.bytes)
-        lines = [Contributor(sum(sizes), len(sizes), *key) for key, sizes in groups.items()]
-        return tuple(sorted(lines, key=lambda line: -line.bytes))
-
-    def _see(self, tensor: Tensor, made_by: Any) -> _Entry:
+    def _see(self, tensor: Tensor) -> _Entry:
         storage = tensor.untyped_storage()
         key, size = id(storage), storage.nbytes()
         entry = self._entries.get(key)
         if entry is None:
             reference = weakref.ref(storage, lambda _: self._forget(key))
-            entry = _Entry(reference, 0, self.category, self.device, made_by, tuple(tensor.shape), tensor.dtype)
+            entry = _Entry(reference, 0, self.category, self.device)
             self._entries[key] = entry
         if size != entry.bytes:  # new, or resized in place
             if size < entry.bytes:
@@ -175,4 +143,4 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Look for a peak. Called before the bytes fall, which is when one has been reached; so a copy that
         is booked on the host right after it was made never counts as the device's."""
         for memory in (self.device, self.host):
-            memory.note(self._phase, self.events)
+            memory.note(self._phase)

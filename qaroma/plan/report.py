@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import psutil
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from qaroma.engine.levels import LEVELS
+from qaroma.config.levels import LEVELS
+from qaroma.config.words import memory_size
 from qaroma.errors import QaromaError
 from qaroma.model.failures import explained
-from qaroma.plan.base import adapter_parameters, skeleton
+from qaroma.plan.card import RESERVE
 from qaroma.plan.counter import WORKSPACE
-from qaroma.plan.search import LONGEST, RESERVE, Estimate, Planner
+from qaroma.plan.search import LONGEST, Estimate, Planner
 from qaroma.plan.shapes import model_config
 from qaroma.plan.trace import StepSettings
+from qaroma.plan.weightless_model import adapter_parameters, weightless_model
 from qaroma.plan.workspaces import workspaces_measured
 
 CHECKPOINTS = 3  # on disk at a time: two are kept while a third is written
@@ -31,26 +31,6 @@ _PHASES = {
     "backward": "backward pass",
     "update": "update",
 }
-_UNITS = {"": 2**30, "g": 2**30, "m": 2**20, "t": 2**40}
-
-
-def parse_memory(text: str) -> int:
-    """The bytes of a card as one would say it: ``8GiB``, ``8GB``, ``8`` or ``8192MiB``.
-
-    GB counts as GiB: the 8 GB of a card's name are 8,192 MiB.
-
-    Raises:
-        QaromaError: not a size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([gmt]?)i?b?\s*", text, re.IGNORECASE)
-    if match is None or not float(match[1]):
-        raise QaromaError(f"Got memory '{text}'; expected a size such as 8GiB or 8192MiB. Type: --vram 8GiB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
-
-
-def this_card() -> int | None:
-    """The memory of this machine's GPU in bytes; None where it has none."""
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 @dataclass(frozen=True)
@@ -129,10 +109,12 @@ def make_plan(
         QaromaError: no such model, one that cannot be planned, or a card smaller than what is kept free.
     """
     if vram is not None and vram <= RESERVE:
-        raise QaromaError(f"Got a card of {_size(vram)}; expected more than the {_size(RESERVE)} that are kept free")
+        raise QaromaError(
+            f"Got a card of {memory_size(vram)}; expected more than the {memory_size(RESERVE)} that are kept free"
+        )
     config = model_config(model, trust_remote_code=trust_remote_code)
     with explained(model):
-        base = skeleton(config, packed=False)
+        base = weightless_model(config, packed=False)
     planner = Planner(config)
     limit = None if vram is None else vram - RESERVE
     asked = range(len(LEVELS)) if memory == "auto" else (int(memory),)
@@ -191,9 +173,9 @@ def _levels_table(plan: Plan) -> Table:
     for name in ("level", "peak", "between steps", "host memory"):
         table.add_column(name, justify="right")
     if plan.vram is not None:
-        table.add_column(f"on {_size(plan.vram)}")
+        table.add_column(f"on {memory_size(plan.vram)}")
     for found in plan.levels:
-        row = [str(found.settings.level), *(_size(count) for count in (found.peak, found.resident, found.host))]
+        row = [str(found.settings.level), *(memory_size(count) for count in (found.peak, found.resident, found.host))]
         if plan.vram is not None:
             row.append("fits" if found.peak <= plan.vram - RESERVE else "too large")
         table.add_row(*row)
@@ -208,8 +190,8 @@ def _breakdown_table(plan: Plan) -> Table:
         if name == WORKSPACE and not workspaces_measured():
             table.add_row("kernel workspaces", "not measured")
         elif size >= 2**20:
-            table.add_row(name.replace("_", " "), _size(size))
-    table.add_row("together", _size(plan.shown.peak))
+            table.add_row(name.replace("_", " "), memory_size(size))
+    table.add_row("together", memory_size(plan.shown.peak))
     return table
 
 
@@ -218,20 +200,20 @@ def _lines(plan: Plan) -> list[str]:
     lines = []
     settings = plan.shown.settings
     if plan.vram is not None:
-        card = f"{_size(plan.vram)} of memory, {_size(RESERVE)} of it kept free"
+        card = f"{memory_size(plan.vram)} of memory, {memory_size(RESERVE)} of it kept free"
         if plan.chosen is not None:
             lines.append(f"Use --memory {settings.level}: the fastest level that fits {card}.")
         else:
-            lines.append(f"Too large for {card}: level {settings.level} takes {_size(plan.shown.peak)}.")
+            lines.append(f"Too large for {card}: level {settings.level} takes {memory_size(plan.shown.peak)}.")
         lines += _context_lines(plan)
     else:
         lines.append("Say which card, to see the level to use and the longest context: --vram 8GiB")
     host = plan.shown.host
     if host:
-        lines.append(f"Host memory: {_size(host)}{_beside_this_machine(host)}.")
+        lines.append(f"Host memory: {memory_size(host)}{_beside_this_machine(host)}.")
     if plan.attention == "eager":
         lines.append("transformers has no fused attention for it: memory grows with the square of the context.")
-    lines.append(f"Disk: {_size(plan.disk)} for the download in bf16 and the checkpoints of a run.")
+    lines.append(f"Disk: {memory_size(plan.disk)} for the download in bf16 and the checkpoints of a run.")
     return lines
 
 
@@ -243,7 +225,7 @@ def _context_lines(plan: Plan) -> list[str]:
     least = "at least " if tokens >= LONGEST else ""
     depth = "" if longest.exact else "; extrapolated over the layers"
     line = f"Longest context that fits: {least}{tokens:,} tokens, at level {longest.settings.level}{depth}"
-    lines = [f"{line}, with {_size(longest.host)} of host memory{_beside_this_machine(longest.host)}."]
+    lines = [f"{line}, with {memory_size(longest.host)} of host memory{_beside_this_machine(longest.host)}."]
     if plan.positions is not None and tokens > plan.positions:
         lines.append(f"The model was made for {plan.positions:,} tokens.")
     return lines
@@ -251,8 +233,4 @@ def _context_lines(plan: Plan) -> list[str]:
 
 def _beside_this_machine(host: int) -> str:
     there = psutil.virtual_memory().total
-    return f", more than this machine's {_size(there)}" if host > there else ""
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 100 or not count else f"{count / 2**20:.1f} MiB"
+    return f", more than this machine's {memory_size(there)}" if host > there else ""

@@ -11,13 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qaroma.engine.levels import LEVELS
-from qaroma.plan.base import with_depth
+from qaroma.config.levels import LEVELS
 from qaroma.plan.counter import WORKSPACE, Peak
 from qaroma.plan.trace import StepSettings, Trace, trace_step
+from qaroma.plan.weightless_model import with_depth
 from qaroma.plan.workspaces import FIXED
 
-RESERVE = int(0.65 * 2**30)  # of a card's memory: CUDA's context and what fragmentation costs
 GRAIN = 256  # a context is found to so many tokens
 LONGEST = 2**18  # beyond it nobody looks
 SHALLOW = (2, 4)  # depths that a deeper model is extrapolated from
@@ -96,7 +95,7 @@ class Planner:
 
         Args:
             settings: of the step; its own level does not matter.
-            device_bytes: that the step may take, :data:`RESERVE` already left out on a GPU.
+            device_bytes: that the step may take, :data:`~qaroma.plan.card.RESERVE` already left out on a GPU.
             host_bytes: likewise of the host's memory; None where the device is the host, whose memory
                 holds both.
 
@@ -151,7 +150,7 @@ class Planner:
 def _peak_line(few: Peak, more: Peak, line: Callable[[int, int], int]) -> Peak:
     names = {**few.categories, **more.categories}
     categories = {name: line(few.categories.get(name, 0), more.categories.get(name, 0)) for name in names}
-    return Peak(line(few.bytes, more.bytes), categories, 0)
+    return Peak(line(few.bytes, more.bytes), categories)
 
 
 def _longest(phases: Callable[[int], dict[str, int]], limit: int) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from pathlib import Path
 from typing import Any
 
 from qaroma.errors import QaromaError
-from qaroma.model.base import load_config, stored_quantization
+from qaroma.model.builtin import require_model
 from qaroma.model.failures import explained
+from qaroma.model.found import FoundModel, find_model, stored_quantization
 
 _LLAMA3 = {
     "model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
@@ -99,9 +101,27 @@ def model_config(model: str, *, trust_remote_code: bool = False) -> Any:
             with explained(str(path)):
                 config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
                 return _unquantised(config, str(path))
-    elif not path.exists() and "/" not in model:
+    require_shape(model)
+    return plannable(find_model(model, trust_remote_code=trust_remote_code))
+
+
+def plannable(base: FoundModel) -> Any:
+    """The configuration of a model that was found, as a planner builds it."""
+    return _unquantised(copy.deepcopy(base.config), base.name)
+
+
+def require_shape(model: str) -> None:
+    """See to it that a name can be a model's, without a look at it; the hub is not asked.
+
+    Raises:
+        QaromaError: a name that is neither built in nor here; built-in names that are near are said.
+    """
+    path = Path(model)
+    if model.lower() in SHAPES or (path.suffix == ".json" and path.is_file()):
+        return
+    if not path.exists() and "/" not in model:
         _refuse_typo(model)
-    return _unquantised(load_config(model, trust_remote_code=trust_remote_code), model)
+    require_model(model)
 
 
 def _refuse_typo(model: str) -> None:

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from qaroma.engine.checkpointing import host_memory_booked
-from qaroma.engine.levels import LEVELS, apply_level
+from qaroma.config.levels import LEVELS
+from qaroma.engine.levels import apply_level
 from qaroma.errors import QaromaError
 from qaroma.method.aroma import GrowthController
 from qaroma.method.attach import attach
 from qaroma.method.growth import GrowthSettings
-from qaroma.plan.base import materialise, skeleton, tensors_of
-from qaroma.plan.counter import Contributor, LiveStorages, Peak
+from qaroma.plan.counter import LiveStorages, Peak
 from qaroma.plan.weightless import weightless
+from qaroma.plan.weightless_model import materialise, tensors_of, weightless_model
 from qaroma.tasks.causal_lm import CausalLM, TokenBatch
 
 
@@ -27,7 +27,7 @@ class StepSettings:
     """What decides the memory of a step, apart from the model.
 
     Attributes:
-        level: memory level, index into :data:`qaroma.engine.levels.LEVELS`.
+        level: memory level, index into :data:`qaroma.config.levels.LEVELS`.
         seq_len, micro_batch: tokens of a sequence, all of them trained, and sequences.
         inner_rank, frozen_rank: of the component that trains, and of the frozen ones, in every layer.
         targets: layers that have an adapter.
@@ -55,34 +55,31 @@ class Trace:
         peaks: the most on the device in each phase: ``setup`` (adapter and optimiser are made),
             ``forward``, ``loss``, ``backward``, ``update``. Loading the base is no part of it.
         host: the most in host memory.
-        contributors: what was alive at the highest peak, storage by storage, where that was asked for.
     """
 
     resident: int
     peaks: dict[str, Peak]
     host: int
-    contributors: tuple[Contributor, ...] = ()
 
     @property
     def peak(self) -> Peak:
         return max(self.peaks.values(), key=lambda peak: peak.bytes)
 
 
-def trace_step(config: Any, settings: StepSettings, *, snapshot_at: int | None = None) -> Trace:
+def trace_step(config: Any, settings: StepSettings) -> Trace:
     """Run one training step on weightless tensors and count.
 
     Args:
         config: transformers' configuration of a causal language model.
         settings: of the step.
-        snapshot_at: operation after which to keep :attr:`Trace.contributors`.
 
     Raises:
         QaromaError: a model whose step depends on values, which weightless tensors do not have.
     """
     s = settings
     head = LEVELS[s.level].packed_head
-    model = skeleton(config, dtype=s.dtype, packed=s.quantized, double=s.double_quantization, packed_head=head)
-    with weightless(), LiveStorages(snapshot_at=snapshot_at) as counter:
+    model = weightless_model(config, dtype=s.dtype, packed=s.quantized, double=s.double_quantization, packed_head=head)
+    with weightless(), LiveStorages() as counter:
         counter.phase("load", "base")
         materialise(model)
         try:
@@ -93,17 +90,7 @@ def trace_step(config: Any, settings: StepSettings, *, snapshot_at: int | None =
                 f"({str(error).splitlines()[0]}). Type, to measure instead: qaroma finetune --max-steps 3"
             ) from error
     peaks = {phase: peak for phase, peak in counter.device.peaks.items() if phase != "load"}
-    return Trace(resident, peaks, counter.host.peak.bytes, counter.contributors)
-
-
-def peak_contributors(config: Any, settings: StepSettings) -> tuple[Contributor, ...]:
-    """What is alive at the peak of a step, the largest first: it is traced twice, once to find the peak.
-
-    Args:
-        config, settings: see :func:`trace_step`.
-    """
-    found = trace_step(config, settings)
-    return trace_step(config, settings, snapshot_at=found.peak.event).contributors
+    return Trace(resident, peaks, counter.host.peak.bytes)
 
 
 def count_step(model: Any, settings: StepSettings, counter: LiveStorages) -> int:
@@ -118,11 +105,10 @@ def count_step(model: Any, settings: StepSettings, counter: LiveStorages) -> int
     Returns:
         Bytes that are on the device between steps.
     """
-    with host_memory_booked(counter.book_on_host):
-        method = _set_up(model, settings, counter)
-        resident = counter.device.now
-        with _booked_by_place(model, counter):
-            _step(model, method, settings, counter)
+    method = _set_up(model, settings, counter)
+    resident = counter.device.now
+    with _booked_by_place(model, counter):
+        _step(model, method, settings, counter)
     return resident
 
 
@@ -131,7 +117,7 @@ def _set_up(model: Any, settings: StepSettings, counter: LiveStorages) -> Growth
     counter.adopt(tensors_of(model.get_output_embeddings()), "head")
     counter.adopt(tensors_of(model.get_input_embeddings()), "embeddings")  # where a table is both, it stands here
     counter.category = "embeddings"
-    apply_level(model, settings.level)
+    apply_level(model, settings.level, copy_out=counter.copy_to_host)
     counter.phase("setup", "adapter")
     targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
     adapter = attach(model, targets, inner_rank=settings.inner_rank)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,9 +18,11 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def weightless() -> Iterator[None]:
-    """Inside, tensors are made on ``meta``, and code that was written for a real device runs on them."""
-    _fuse_attention()
-    with torch.device("meta"), _AsOnADevice():
+    """Inside, tensors are made on ``meta``, and code that was written for a real device runs on them.
+
+    Backward passes have to end inside, too. For as long, attention on ``meta`` is fused in every thread.
+    """
+    with _fused_attention(), torch.device("meta"), _AsOnADevice():
         yield
 
 
@@ -51,21 +52,23 @@ def _is_cpu(value: Any) -> bool:
     return isinstance(value, (str, torch.device)) and torch.device(value).type == "cpu"
 
 
-@cache
-def _fuse_attention() -> torch.library.Library:
+@contextmanager
+def _fused_attention() -> Iterator[None]:
     """Let SDPA on ``meta`` be the operation that it is on a CPU, not a matrix of scores that no GPU makes.
 
     The tensors of that operation are FlashAttention's: it keeps its output and the logarithm of each
     row's normaliser, and takes fewer key heads than query heads as they are. Done in the dispatcher,
-    since a backward pass that recomputes a layer does so outside of any mode. Nothing is undone: only
-    ``meta`` tensors are concerned.
+    since a backward pass that recomputes a layer does so outside of any mode; undone at the end.
     """
     library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
-    library.impl("scaled_dot_product_attention", _fused_attention, "AutogradMeta")  # type: ignore[no-untyped-call]
-    return library
+    library.impl("scaled_dot_product_attention", _attention, "AutogradMeta")  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        library._destroy()  # type: ignore[no-untyped-call]
 
 
-def _fused_attention(
+def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip

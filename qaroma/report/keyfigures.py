@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from qaroma.report.reading import LOWER_IS_BETTER, Run, Series
+from qaroma.config.metrics import METRICS, metric_facts
+from qaroma.config.words import duration, memory_size
 from qaroma.report.spectra import Spectra
+from qaroma.runs.figures import Figures, figures_of, validation_of
+from qaroma.runs.reading import Run
 
 ENDINGS = {
     "grown": "every module has the rank it needs",
@@ -41,17 +44,16 @@ def state(run: Run) -> str:
     """Where a run stands, as one sentence."""
     if not run.finished:
         return f"Not finished: step {run.step:,}" + (f" of {run.budget:,}" if run.budget else "")
-    why = ENDINGS.get(str(run.summary.get("ended")))
+    why = ENDINGS.get(str(run.ended))
     return f"Finished after {run.step:,} steps" + (f": {why}" if why else "")
 
 
 def description(run: Run) -> str:
     """What was trained on what, as one sentence."""
     model = Path(str(run.setting("model.name") or "a model")).name
-    sources = [Path(str(source.get("path", ""))).name for source in run.setting("data.train") or []]
-    data = ", ".join(source for source in sources if source)
+    data = ", ".join(Path(source).name for source in run.sources())
     task = "" if run.task == "causal-lm" else f", {run.task}"
-    return f"{run.method_name} on {model}{f', trained on {data}' if data else ''}{task}"
+    return f"{run.method_title} on {model}{f', trained on {data}' if data else ''}{task}"
 
 
 def key_figures(run: Run, spectra: Spectra | None = None) -> dict[str, str]:
@@ -62,59 +64,53 @@ def key_figures(run: Run, spectra: Spectra | None = None) -> dict[str, str]:
         spectra: Of its adapter, for the effective rank.
     """
     found: dict[str, str] = {}
-    metric = run.main_metric()
-    for name in dict.fromkeys(("loss", metric)):
-        best = best_validation(run, name)
-        if best is not None:
-            found[f"Best validation {name}"] = f"{best[1]:.4g} at step {best[0]:,}"
-    scores = {line.get("when"): line["exact_match"] for line in run.answers if "exact_match" in line}
-    if scores:
-        found["Exact match"] = ", ".join(f"{100 * score:.1f} % {when}" for when, score in scores.items())
-    ranks = list((spectra.ranks if spectra else run.last_ranks()).values())
-    if ranks:
-        spread = f"{sum(ranks) / len(ranks):.2f} on average, {min(ranks)} to {max(ranks)}"
-        found["Rank"] = spread if min(ranks) < max(ranks) else f"{ranks[0]} in every module"
+    figures = figures_of(run)
+    for name in dict.fromkeys(("loss", run.metric)):
+        measured = validation_of(run, name)
+        if measured is not None and measured.best_step:
+            best = metric_facts(name).text(measured.best)
+            found[f"Best validation {name}"] = f"{best} at step {measured.best_step:,}"
+    scores = {"before": figures.exact_match_before, "after": figures.exact_match}
+    exact = [f"{METRICS['exact_match'].text(score)} {when}" for when, score in scores.items() if score is not None]
+    if exact:
+        found["Exact match"] = ", ".join(exact)
+    found.update(_ranks(run, figures))
     if spectra and spectra.ratio is not None:
-        mean = sum(spectra.effective.values()) / len(spectra.effective)
-        found["Effective rank"] = f"{mean:.2f} on average, {100 * spectra.ratio:.1f} % of the rank"
-    found.update(_cost(run))
+        found["Effective rank"] = f"{spectra.mean_effective:.2f} on average, {100 * spectra.ratio:.1f} % of the rank"
+    found.update(_cost(run, figures))
     return found
 
 
-def _cost(run: Run) -> dict[str, str]:
+def _ranks(run: Run, figures: Figures) -> dict[str, str]:
+    """Those of the best adapter; before there is one, those of now."""
+    if figures.rank_min is None:
+        return {}
+    name = "Rank of the best adapter" if run.adapter_ranks() else "Rank"
+    even = figures.rank_min == figures.rank_max
+    spread = f"{figures.rank_mean:.2f} on average, {figures.rank_min} to {figures.rank_max}"
+    return {name: f"{figures.rank_min} in every module" if even else spread}
+
+
+def _cost(run: Run, figures: Figures) -> dict[str, str]:
     found = {}
-    trainable = run.series("trainable_parameters").values
-    if trainable:
-        mean, last = sum(trainable) / len(trainable), "at the end" if run.finished else "now"
-        course = f"{trainable[0]:,.0f} at first, {mean:,.0f} on average, {trainable[-1]:,.0f} {last}"
-        found["Trainable parameters"] = course if len(set(trainable)) > 1 else f"{mean:,.0f} throughout"
-    # A run that was interrupted has in its summary the seconds of its last command alone.
-    seconds = max(run.summary.get("seconds") or 0.0, sum(run.series("seconds").values))
-    if seconds:
-        minutes, rest = divmod(round(seconds), 60)
-        hours, minutes = divmod(minutes, 60)
-        found["Time"] = f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-    speed, memory = run.series("tokens_per_second").values, run.series("memory_bytes").values
+    if figures.trainable_mean is not None:
+        mean, last = f"{figures.trainable_mean:,.0f}", "at the end" if run.finished else "now"
+        course = f"{figures.trainable_start:,} at first, {mean} on average, {figures.trainable_end:,} {last}"
+        changed = len(set(run.series("trainable_parameters").values)) > 1
+        found["Trainable parameters"] = course if changed else f"{mean} throughout"
+    if figures.seconds:
+        found["Time"] = duration(figures.seconds)
+    speed = run.series("tokens_per_second").values
     if speed:
         found["Speed"] = f"{median(speed):,.0f} tokens a second"
-    if memory:
-        found["Most memory"] = f"{max(memory) / 2**30:.2f} GiB"
+    if figures.memory_bytes is not None:
+        found["Most memory"] = memory_size(figures.memory_bytes)
     return found
-
-
-def best_validation(run: Run, metric: str) -> tuple[int, float] | None:
-    """Step and value of the best validation after the first step; None where there was none."""
-    series = run.validation(metric)
-    points = [point for point in zip(series.steps, series.values, strict=True) if point[0] > 0]
-    if not points:
-        return None
-    better = min if metric in LOWER_IS_BETTER else max
-    return better(points, key=lambda point: point[1])
 
 
 def settings(run: Run) -> dict[str, str]:
     """Name -> value of the settings that matter to the run's method, as resolved."""
-    growing = run.method in ("aroma", "relora")
+    growing = run.grows
     found = {}
     for name, keys in _SETTINGS.items():
         if (keys == ("rank",) and growing) or (keys[0] in _OF_GROWTH and not growing):
@@ -128,9 +124,15 @@ def settings(run: Run) -> dict[str, str]:
 def validation_table(run: Run, most: int = 25) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the validations, at most ``most`` of them, evenly chosen, the last included."""
     metrics = run.metrics()
-    columns: list[dict[int, float]] = [_by_step(run.validation(metric)) for metric in metrics]
+    columns: list[dict[int, float]] = [dict(run.validation(metric).points) for metric in metrics]
     chosen = evenly([int(line["step"]) for line in run.validations], most)
-    rows = [[f"{step:,}", *(f"{c[step]:.4g}" if step in c else "" for c in columns)] for step in chosen]
+    rows = [
+        [
+            f"{step:,}",
+            *(metric_facts(name).text(c[step]) if step in c else "" for name, c in zip(metrics, columns, strict=True)),
+        ]
+        for step in chosen
+    ]
     return ["step", *metrics], rows
 
 
@@ -139,10 +141,6 @@ def evenly(items: Sequence[int], most: int) -> list[int]:
     if len(items) <= most:
         return list(items)
     return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
-
-
-def _by_step(series: Series) -> dict[int, float]:
-    return dict(zip(series.steps, series.values, strict=True))
 
 
 def _shown(value: object) -> str:

@@ -14,14 +14,16 @@ import jinja2
 from markupsafe import Markup
 
 from qaroma import __version__
-from qaroma.report import figures
+from qaroma.config.words import shortened
+from qaroma.report import drawings
 from qaroma.report.keyfigures import description, evenly, key_figures, settings, state, validation_table
 from qaroma.report.names import layer_grid
 from qaroma.report.panels import Panel, choose_modules, growth_panels, training_panels
-from qaroma.report.reading import Run, read_run
 from qaroma.report.spectra import Spectra, component_similarity, read_spectra, similar_modules
 from qaroma.report.style import has_matplotlib, inline_svg
 from qaroma.runs.files import write_atomically
+from qaroma.runs.finding import open_run
+from qaroma.runs.reading import Run
 
 PAGE = "report.html"
 REFRESH_SECONDS = 20
@@ -48,7 +50,7 @@ def write_page(run: Path) -> Path:
         QaromaError: no run there.
         OSError: the page cannot be written.
     """
-    read = read_run(run)
+    read = open_run(run)
     spectra = read_spectra(read) if read.finished else None
     page = Path(run) / PAGE
     write_atomically(page, build_page([read], [spectra], follow=not read.finished))
@@ -74,7 +76,7 @@ def build_page(
     """
     drawable = has_matplotlib()
     columns = [_run_context(run, found, drawable) for run, found in zip(runs, spectra, strict=True)]
-    sections = _sections(runs, spectra, modules, metric or runs[0].main_metric()) if drawable else []
+    sections = _sections(runs, spectra, modules, metric or runs[0].metric) if drawable else []
     names = list(dict.fromkeys(name for column in columns for name in column["figures"]))
     return _template().render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
@@ -133,7 +135,7 @@ def _sections(
     for place, (run, found) in enumerate(zip(runs, spectra, strict=True)):
         maps = _rank_maps(run, found)
         drawn = [
-            inline_svg(figures.maps_figure({title: values}), f"map-{place}-{i}", f"{title} by layer and module")
+            inline_svg(drawings.maps_figure({title: values}), f"map-{place}-{i}", f"{title} by layer and module")
             for i, (title, values) in enumerate(maps.items())
         ]
         sections.append(_section("Ranks" + _of(run, runs), drawn))
@@ -152,7 +154,7 @@ def _section(title: str, svgs: Sequence[str], note: str = "", wide: bool = False
 
 
 def _panels(panels: Sequence[Panel]) -> list[str]:
-    return [inline_svg(figures.panel_figure(p), f"panel-{p.key}", f"{p.title} against the step") for p in panels]
+    return [inline_svg(drawings.panel_figure(p), f"panel-{p.key}", f"{p.title} against the step") for p in panels]
 
 
 def _rank_maps(run: Run, spectra: Spectra | None) -> dict[str, Mapping[str, float]]:
@@ -168,14 +170,14 @@ def _cosines(runs: Sequence[Run], spectra: Sequence[Spectra | None]) -> list[str
     svgs = []
     for place, module in enumerate(similar_modules([s for _, s in found])):
         similarity = {similarity_title(run): component_similarity(s, [module]) for run, s in found}
-        figure = figures.cosine_figure(similarity, found[0][0].modules() or list(found[0][1].ranks))
+        figure = drawings.cosine_figure(similarity, found[0][0].modules() or list(found[0][1].ranks))
         svgs.append(inline_svg(figure, f"cosines-{place}", f"cosine similarity of the components of {module}"))
     return svgs
 
 
 def similarity_title(run: Run) -> str:
     """A run's name with its reset, which is what the paper's Figure 4 compares."""
-    reset = run.setting("growth.reset") if run.method in ("aroma", "relora") else None
+    reset = run.setting("growth.reset") if run.grows else None
     if reset is None:
         return run.name
     return f"{run.name}, {'without reset' if reset == 'none' else f'reset: {reset}'}"
@@ -186,7 +188,7 @@ def samples_over_time(run: Run) -> list[dict[str, Any]]:
     by_prompt: dict[str, dict[int, str]] = {}
     for line in run.samples:
         for prompt, answer in zip(line["prompts"], line["answers"], strict=False):
-            by_prompt.setdefault(prompt, {})[int(line["step"])] = _shortened(answer)
+            by_prompt.setdefault(prompt, {})[int(line["step"])] = shortened(answer, _LONGEST_SHOWN)
     return [
         {"prompt": prompt, "answers": [(step, answers[step]) for step in evenly(list(answers), _MOST_SAMPLES)]}
         for prompt, answers in by_prompt.items()
@@ -199,7 +201,7 @@ def answers_side_by_side(run: Run) -> list[dict[str, Any]]:
     for line in run.answers:
         for prompt, expected, answer in zip(line["prompts"], line["expected"], line["answers"], strict=False):
             row = found.setdefault(prompt, {"prompt": prompt, "expected": expected, "before": None, "after": None})
-            row[line["when"]] = _shortened(answer)
+            row[line["when"]] = shortened(answer, _LONGEST_SHOWN)
     for row in found.values():
         row["right"] = row["after"] is not None and row["after"].strip() == row["expected"].strip()
     return list(found.values())[:_MOST_ANSWERS]
@@ -217,7 +219,3 @@ def _rank_table(run: Run) -> dict[str, Any] | None:
 
 def _of(run: Run, runs: Sequence[Run]) -> str:
     return f" of {run.name}" if len(runs) > 1 else ""
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + " ..."

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qaroma.report.names import module_labels
-from qaroma.report.reading import Run, Series
+from qaroma.runs.reading import Run, Series
 
 MOST_POINTS = 800  # a line of more is thinned: a screen has no more columns
 MOST_MODULES = 5

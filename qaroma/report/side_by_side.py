@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qaroma.config.load import flattened
+from qaroma.config.metrics import METRICS
+from qaroma.config.words import file_size, shortened, shown
 from qaroma.errors import QaromaError
-from qaroma.report.run_table import RunRecord, list_runs, read_run, shown
+from qaroma.report.run_table import state_sentence
+from qaroma.runs.figures import as_json, figures_of
+from qaroma.runs.finding import open_run
+from qaroma.runs.reading import Run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +45,7 @@ class SideBySide:
         answers: to the prompts that all of them have answered, those that differ first.
     """
 
-    runs: tuple[RunRecord, ...]
+    runs: tuple[Run, ...]
     settings: dict[str, tuple[Any, ...]]
     figures: dict[str, tuple[Any, ...]]
     answers: tuple[AnswersToOne, ...]
@@ -49,7 +53,7 @@ class SideBySide:
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
         return {
-            "runs": [run.to_json() for run in self.runs],
+            "runs": [as_json(run) for run in self.runs],
             "settings": self.settings,
             "figures": self.figures,
             "answers": [vars(one) for one in self.answers],
@@ -69,21 +73,8 @@ def compare_runs(paths: Sequence[str | Path]) -> SideBySide:
         raise QaromaError(
             "got one run; expected two or more: qaroma compare-runs runs/A runs/B (qaroma runs lists them)"
         )
-    runs = tuple(_read(Path(path)) for path in paths)
-    return SideBySide(runs, _differing([run.settings for run in runs]), _figures(runs), tuple(_common_answers(runs)))
-
-
-def _read(path: Path) -> RunRecord:
-    if not path.is_dir():
-        parent = path.parent if path.parent.is_dir() else Path("runs")
-        known = [run.path.as_posix() for run in list_runs(parent)] if parent.is_dir() else []
-        near = difflib.get_close_matches(path.as_posix(), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"qaroma runs {parent.as_posix()} lists what is there"
-        raise QaromaError(f"there is no run {path.as_posix()}; {hint}")
-    run = read_run(path)
-    if run.state == "broken":
-        raise QaromaError(f"{path.as_posix()} cannot be compared: {run.problem}; expected a run directory")
-    return run
+    runs = tuple(open_run(path) for path in paths)
+    return SideBySide(runs, _differing([run.config for run in runs]), _figures(runs), tuple(_common_answers(runs)))
 
 
 def _differing(settings: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
@@ -94,41 +85,42 @@ def _differing(settings: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ..
     return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
 
 
-def _figures(runs: Sequence[RunRecord]) -> dict[str, tuple[Any, ...]]:
+def _figures(runs: Sequence[Run]) -> dict[str, tuple[Any, ...]]:
     """Every figure that at least one run has."""
-    rows: dict[str, tuple[Any, ...]] = {"state": tuple(run.sentence() for run in runs)}
-    rows["steps"] = tuple(run.steps for run in runs)
-    rows["seconds"] = tuple(run.seconds for run in runs)
-    rows["training_seconds"] = tuple(run.training_seconds for run in runs)
-    for name in dict.fromkeys(one.name for run in runs for one in run.validation):
-        found = [next((one for one in run.validation if one.name == name), None) for run in runs]
+    rows: dict[str, tuple[Any, ...]] = {"state": tuple(state_sentence(run) for run in runs)}
+    rows["steps"] = tuple(run.step for run in runs)
+    all_figures = [figures_of(run) for run in runs]
+    for name in ("seconds", "training_seconds"):
+        rows[name] = tuple(getattr(figures, name) for figures in all_figures)
+    for name in dict.fromkeys(one.name for figures in all_figures for one in figures.validation):
+        found = [figures.of(name) for figures in all_figures]
         for part in ("before", "best", "best_step", "last"):
             rows[f"validation_{name}_{part}"] = tuple(one and getattr(one, part) for one in found)
     for name in (
         "exact_match_before", "exact_match", "rank_min", "rank_mean", "rank_max",
         "trainable_start", "trainable_mean", "trainable_end",
     ):  # fmt: skip
-        rows[name] = tuple(getattr(run, name) for run in runs)
+        rows[name] = tuple(getattr(figures, name) for figures in all_figures)
     rows["bytes"] = tuple(run.bytes for run in runs)
     return {name: values for name, values in rows.items() if any(value is not None for value in values)}
 
 
-def _common_answers(runs: Sequence[RunRecord]) -> list[AnswersToOne]:
+def _common_answers(runs: Sequence[Run]) -> list[AnswersToOne]:
     """Answers to the prompts that all runs have answered; the prompts whose answers differ come first."""
     given = [_last_answers(run) for run in runs]
     expected: dict[str, str] = {}
     for run in runs:
-        for record in run.answers:
+        for record in (*run.answers, *run.samples):
             expected.update(zip(record["prompts"], record.get("expected", ()), strict=False))
     common = [prompt for prompt in given[0] if all(prompt in one for one in given)]
     found = [AnswersToOne(prompt, expected.get(prompt), tuple(one[prompt] for one in given)) for prompt in common]
     return sorted(found, key=lambda one: len(set(one.answers)) == 1)
 
 
-def _last_answers(run: RunRecord) -> dict[str, str]:
+def _last_answers(run: Run) -> dict[str, str]:
     """Prompt -> the last answer that was logged after training had begun."""
     answers: dict[str, str] = {}
-    for record in run.answers:
+    for record in sorted((*run.samples, *run.answers), key=lambda record: int(record.get("step", 0))):
         if record.get("when") != "before":
             answers.update(zip(record["prompts"], record["answers"], strict=False))
     return answers
@@ -151,6 +143,7 @@ def print_side_by_side(compared: SideBySide, console: Console, *, answers: int =
         console.print(Text("settings: the same", style="bold"))
     console.print()
     console.print(_table("figures", names, compared.figures))
+    console.print("ranks are those of the best adapter", style="dim", highlight=False)
     if not compared.answers:
         console.print("\nno prompt was answered by all of them: --set evaluation.data=FILE makes a run answer some")
         return
@@ -161,7 +154,7 @@ def print_side_by_side(compared: SideBySide, console: Console, *, answers: int =
         console.print(_answers(one, names))
 
 
-def _names(runs: Sequence[RunRecord]) -> list[str]:
+def _names(runs: Sequence[Run]) -> list[str]:
     """The directories' own names, or their paths where two have the same."""
     names = [run.name for run in runs]
     return names if len(set(names)) == len(names) else [run.path.as_posix() for run in runs]
@@ -182,9 +175,9 @@ def _table(title: str, names: Sequence[str], rows: Mapping[str, Sequence[Any]]) 
 
 def _value(key: str, value: Any) -> str:
     if key.startswith("exact_match") and value is not None:
-        return f"{100 * value:.1f} %"
+        return METRICS["exact_match"].text(value)
     if key == "bytes":
-        return f"{value / 1e6:,.1f} MB"
+        return file_size(value)
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= _LARGE else f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
@@ -209,15 +202,10 @@ def _answers(one: AnswersToOne, names: Sequence[str]) -> Any:
     table = Table(box=None, show_header=False, padding=(0, 2), pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row(Text("prompt"), Text(_shortened(one.prompt), style="bold"))
+    table.add_row(Text("prompt"), Text(shortened(one.prompt, _LONGEST_SHOWN), style="bold"))
     if one.expected is not None:
-        table.add_row(Text("expected"), Text(_shortened(one.expected)))
+        table.add_row(Text("expected"), Text(shortened(one.expected, _LONGEST_SHOWN)))
     for name, answer in zip(names, one.answers, strict=True):
         right = one.expected is not None and answer is not None and answer.strip() == one.expected.strip()
-        table.add_row(Text(name), Text(_shortened(shown(answer)), style="green" if right else ""))
+        table.add_row(Text(name), Text(shortened(shown(answer), _LONGEST_SHOWN), style="green" if right else ""))
     return table
-
-
-def _shortened(text: str) -> str:
-    text = text.strip()
-    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + " ..."

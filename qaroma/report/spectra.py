@@ -11,16 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qaroma.report.names import locate
-from qaroma.report.reading import Run
-from qaroma.runs.directory import GROWTH, WEIGHTS, RunDirectory
-from qaroma.runs.files import read_json
+from qaroma.runs.directory import WEIGHTS, RunDirectory
+from qaroma.runs.reading import Run, remembered
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _PREFIX = "base_model.model."
-# Methods whose components are what growth.json says; those of the others are single ranks.
-_GROWING = ("aroma", "relora")
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,16 @@ class Spectra:
     ranks: dict[str, int]
     effective: dict[str, float]
     components: dict[str, list[int]]
+
+    @property
+    def mean_rank(self) -> float:
+        """Over the modules."""
+        return sum(self.ranks.values()) / len(self.ranks)
+
+    @property
+    def mean_effective(self) -> float:
+        """The effective rank, over the modules."""
+        return sum(self.effective.values()) / len(self.effective)
 
     @property
     def ratio(self) -> float | None:
@@ -60,10 +67,10 @@ def read_spectra(run: Run) -> Spectra | None:
 
     from qaroma.method.spectrum import effective_rank
 
-    growth = read_json(folder / GROWTH)
+    about = remembered(folder)
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         stored = [key[len(_PREFIX) : -len(".lora_A.weight")] for key in file.keys() if key.endswith(".lora_A.weight")]  # noqa: SIM118
-        listed: dict[str, list[int]] = growth.get("components", {})
+        listed: dict[str, list[int]] = about.get("components", {})
         effective, components = {}, {}
         for module in listed or sorted(stored, key=_in_order):
             components[module] = list(listed.get(module, []))
@@ -72,11 +79,12 @@ def read_spectra(run: Run) -> Spectra | None:
             if module not in stored or (module in listed and not sum(listed[module])):
                 continue
             A_RN, B_RM = _factors(file, module)
-            if run.method not in _GROWING or sum(components[module]) != A_RN.shape[0]:
+            # Components are what a method that grows says; those of the others are single ranks.
+            if not run.grows or sum(components[module]) != A_RN.shape[0]:
                 components[module] = [1] * A_RN.shape[0]
             effective[module] = float(effective_rank(A_RN, B_RM))
     ranks = {module: sum(inner) for module, inner in components.items()}
-    return Spectra(folder, growth.get("step"), ranks, effective, components)
+    return Spectra(folder, about.get("step"), ranks, effective, components)
 
 
 def component_similarity(spectra: Spectra, modules: Sequence[str]) -> dict[str, Tensor]:

@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qaroma.config.metrics import metric_facts
+from qaroma.config.words import duration, shortened
 from qaroma.report.names import layer_grid
 from qaroma.runs.directory import quoted
+from qaroma.runs.figures import Figures
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -32,13 +35,13 @@ class Score:
         name: As printed, for instance ``exact match``.
         before: Value of the base; None where it was not measured.
         after: Value of the fine-tuned model; None where it was not measured.
-        percent: Whether the values are shares from 0 to 1, printed in per cent.
+        metric: Its name in :mod:`qaroma.config.metrics`, which says how it is printed.
     """
 
     name: str
     before: float | None
     after: float | None
-    percent: bool = False
+    metric: str = "loss"
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,9 @@ class RunSummary:
         adapter: Folder of the adapter.
         base: What ``from_pretrained`` takes for the base: a folder or a hub id.
         steps: Optimiser steps done.
-        seconds: Wall-clock time of the whole command.
         stopped: Why the run ended, as a clause.
-        ranks: Rank of each target module, by its full name, zeros included.
-        trainable_start: Trainable parameters at the first step.
-        trainable_mean: Their mean over the steps.
-        trainable_end: Trainable parameters at the end.
+        ranks: Rank of each target module of the best adapter, by its full name, zeros included.
+        figures: Of the finished run.
         scores: Figures before and after.
         examples: Answers before and after.
         evaluation_data: What the scores were measured on, as ``--data`` takes it.
@@ -77,12 +77,9 @@ class RunSummary:
     adapter: str
     base: str
     steps: int
-    seconds: float
     stopped: str
     ranks: Mapping[str, int]
-    trainable_start: int
-    trainable_mean: float
-    trainable_end: int
+    figures: Figures
     scores: Sequence[Score] = field(default_factory=tuple)
     examples: Sequence[BeforeAfter] = field(default_factory=tuple)
     evaluation_data: str | None = None
@@ -182,11 +179,11 @@ def _example(example: BeforeAfter) -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     right = example.after.strip() == example.expected.strip()
-    table.add_row("prompt", Text(_shortened(example.prompt), style="bold"))
-    table.add_row("before", Text(_shortened(example.before)))
-    table.add_row("after", Text(_shortened(example.after), style="green" if right else "yellow"))
+    table.add_row("prompt", Text(shortened(example.prompt, _LONGEST_SHOWN), style="bold"))
+    table.add_row("before", Text(shortened(example.before, _LONGEST_SHOWN)))
+    table.add_row("after", Text(shortened(example.after, _LONGEST_SHOWN), style="green" if right else "yellow"))
     if not right:
-        table.add_row("expected", Text(_shortened(example.expected)))
+        table.add_row("expected", Text(shortened(example.expected, _LONGEST_SHOWN)))
     table.add_row("", "")
     return table
 
@@ -201,26 +198,20 @@ def _figures(run: RunSummary) -> Table:
     table.add_row("", "")
     for score in run.scores:
         table.add_row(score.name, Text(_score(score), style="bold"))
-    if run.ranks:
-        values = list(run.ranks.values())
-        table.add_row("rank", f"smallest {min(values)}, mean {_mean(values)}, largest {max(values)}")
-    mean, end = f"{run.trainable_mean:,.0f}", f"{run.trainable_end:,}"
-    table.add_row("trainable parameters", f"{run.trainable_start:,} at the start, {mean} on average, {end} at the end")
-    minutes, seconds = divmod(round(run.seconds), 60)
-    table.add_row("run", Text(f"{run.steps} steps, {minutes} min {seconds:02d} s; {run.stopped}"))
+    figures = run.figures
+    if figures.rank_min is not None:
+        spread = f"smallest {figures.rank_min}, mean {figures.rank_mean:.1f}, largest {figures.rank_max}"
+        table.add_row("rank", f"{spread}, of the best adapter")
+    if figures.trainable_start is not None:
+        course = f"{figures.trainable_start:,} at the start, {figures.trainable_mean or 0:,.0f} on average"
+        table.add_row("trainable parameters", f"{course}, {figures.trainable_end or 0:,} at the end")
+    table.add_row("run", Text(f"{run.steps} steps, {duration(figures.seconds or 0.0)}; {run.stopped}"))
     table.add_row("adapter", Text(Path(run.adapter).as_posix()))
     return table
 
 
 def _score(score: Score) -> str:
     def shown(value: float | None) -> str:
-        if value is None:
-            return "not measured"
-        return f"{100 * value:.1f} %" if score.percent else f"{value:.4g}"
+        return "not measured" if value is None else metric_facts(score.metric).text(value)
 
     return f"{shown(score.before)} before, {shown(score.after)} after"
-
-
-def _shortened(text: str) -> str:
-    text = text.strip()
-    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + " ..."

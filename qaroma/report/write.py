@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qaroma.errors import QaromaError
-from qaroma.report import figures
+from qaroma.report import drawings
 from qaroma.report.page import PAGE, build_page, similarity_title
 from qaroma.report.panels import choose_modules, growth_panels, training_panels
-from qaroma.report.reading import Run, read_runs
 from qaroma.report.spectra import Spectra, component_similarity, read_spectra, similar_modules
 from qaroma.report.style import need_matplotlib, save
 from qaroma.runs.files import write_atomically
+from qaroma.runs.finding import open_runs
+from qaroma.runs.reading import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,7 +62,7 @@ def write_report(
     drawn = [fmt for fmt in formats if fmt != "html"]
     if drawn:
         need_matplotlib()
-    runs = read_runs(paths)
+    runs = open_runs(paths)
     _check_metric(runs, metric)
     chosen = _matching(runs, modules) if modules else choose_modules(runs[0])
     spectra = [read_spectra(run) for run in runs]
@@ -70,7 +71,7 @@ def write_report(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if drawn:
-            found = _figures(runs, spectra, chosen, metric or runs[0].main_metric(), bool(modules), report.missing)
+            found = _figures(runs, spectra, chosen, metric or runs[0].metric, bool(modules), report.missing)
             for name, figure in found.items():
                 for fmt in drawn:
                     report.files.append(folder / f"{name}.{fmt}")
@@ -96,20 +97,20 @@ def _figures(
     found = {}
     for name, panels in (("growth", growth_panels(runs, modules, metric)), ("training", training_panels(runs))):
         if panels:
-            found[name] = figures.panels_figure(panels)
+            found[name] = drawings.panels_figure(panels)
         else:
             missing.append(f"{name}: no step has been logged yet")
     measured = [(run, s) for run, s in zip(runs, spectra, strict=True) if s is not None]
     for run, s in measured:
         name = "ranks" if len(runs) == 1 else f"ranks-{re.sub(r'[^A-Za-z0-9._-]+', '-', run.name)}"
-        found[name] = figures.rank_figure(s)
+        found[name] = drawings.rank_figure(s)
     missing += [
         f"ranks of {run.name}: it has no adapter yet" for run, s in zip(runs, spectra, strict=True) if s is None
     ]
     compared = list(modules) if only_these else similar_modules([s for _, s in measured])
     similarity = {similarity_title(run): component_similarity(s, compared) for run, s in measured}
     if any(similarity.values()):
-        found["cosines"] = figures.cosine_figure(similarity, list(measured[0][1].ranks))
+        found["cosines"] = drawings.cosine_figure(similarity, list(measured[0][1].ranks))
     elif measured:
         missing.append("cosines: no module has two components")
     return found
@@ -119,8 +120,7 @@ def _ratios(runs: Sequence[Run], spectra: Sequence[Spectra | None]) -> dict[str,
     found = {}
     for run, s in zip(runs, spectra, strict=True):
         if s is not None and s.ratio is not None:
-            count = len(s.ranks)
-            found[run.name] = (sum(s.ranks.values()) / count, sum(s.effective.values()) / count, s.ratio)
+            found[run.name] = (s.mean_rank, s.mean_effective, s.ratio)
     return found
 
 

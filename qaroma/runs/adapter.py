@@ -6,27 +6,42 @@ equal to the rank: PEFT's factor alpha / r is 1 and our scale stands folded into
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qaroma.errors import QaromaError
 from qaroma.method.adapter import Adapter
+from qaroma.method.attach import check_shapes, linear_shapes
+from qaroma.method.factors import Factors, Update
 from qaroma.method.head import TrainedHead
-from qaroma.runs.directory import CONFIG, GROWTH, WEIGHTS
+from qaroma.model.base import fingerprint
+from qaroma.runs.adapter_info import AdapterInfo
+from qaroma.runs.directory import GROWTH
 from qaroma.runs.files import directory_written_aside
+from qaroma.runs.peft_lora import lora_config, read_lora, write_lora
 
-VERSION = 1
-_PREFIX = "base_model.model."
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter folder, read.
+
+    Attributes:
+        info: what ``growth.json`` says; its components fit the factors.
+        update: modules that have a rank, fp32 on the CPU.
+        head: full parameter name -> tensor of what was trained in full; empty for language models.
+    """
+
+    info: AdapterInfo
+    update: dict[str, Factors]
+    head: dict[str, Tensor]
 
 
 def save_adapter(
-    adapter: Adapter, folder: str | Path, *, base: str | None = None, growth: Mapping[str, Any] | None = None
+    adapter: Adapter, folder: str | Path, *, base: str | None = None, info: AdapterInfo | None = None
 ) -> Path:
     """Write an adapter that ``PeftModel.from_pretrained(model, folder)`` loads.
 
@@ -34,121 +49,85 @@ def save_adapter(
         adapter: active components count as they stand.
         folder: replaced where it exists.
         base: name of the base model, for PEFT's config.
-        growth: what else ``growth.json`` says (base, template, settings).
+        info: what it is to remember beside its components and their scale.
 
     Returns:
         The folder.
     """
-    about = {"inner_rank": adapter.inner_rank, "alpha": adapter.alpha, **(growth or {})}
-    return save_factors(folder, adapter.factors(), adapter.components(), base=base, growth=about)
+    told = AdapterInfo(adapter.components(), adapter.inner_rank, adapter.alpha)
+    if info is not None:
+        told = replace(info, components=told.components, inner_rank=told.inner_rank, alpha=told.alpha)
+    return write_adapter(folder, adapter.factors(), told, base=base)
 
 
-def save_factors(
+def write_adapter(
     folder: str | Path,
-    factors: Mapping[str, tuple[Tensor, Tensor]],
-    components: Mapping[str, list[int]],
+    update: Update,
+    info: AdapterInfo,
     *,
     base: str | None,
-    growth: Mapping[str, Any],
     head: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write factors, and a head that was trained in full, as a PEFT LoRA.
-
-    Modules of rank 0 are left out; where all are 0, one zero pair is written, since PEFT refuses an
-    adapter without any. The folder appears whole or not at all.
+    """Write an adapter folder, which appears whole or not at all.
 
     Args:
         folder: replaced where it exists.
-        factors: A (R, N) and B (R, M) of each module, the scale folded into B.
-        components: inner ranks of each module, in order.
+        update: every target module.
+        info: what ``growth.json`` says.
         base: name of the base model, for PEFT's config.
-        growth: the rest of ``growth.json``; its ``head`` names the modules that ``head`` belongs to.
-        head: full parameter name -> tensor.
+        head: full parameter name -> tensor of the modules ``info.task.head``.
 
     Returns:
         The folder.
     """
-    pairs = {
-        name: (A.detach().float().cpu().contiguous(), B.detach().float().cpu().T.contiguous())
-        for name, (A, B) in factors.items()
-        if len(A)
-    }
-    if not pairs:
-        name, (A, B) = next(iter(factors.items()))
-        pairs = {name: (torch.zeros(1, A.shape[1]), torch.zeros(B.shape[1], 1))}
-    config = peft_config({name: A.shape[0] for name, (A, _) in pairs.items()}, base)
-    if head:
-        config.update(task_type="SEQ_CLS", modules_to_save=list(growth["head"]))
-    info = {"version": VERSION, "components": dict(components), **growth}
     with directory_written_aside(Path(folder)) as aside:
-        write_lora(aside, pairs, config, head=head)
-        (aside / GROWTH).write_text(json.dumps(info, indent=2), encoding="utf-8")
+        write_adapter_files(aside, update, info, base=base, head=head)
     return Path(folder)
 
 
-def write_lora(
+def write_adapter_files(
     folder: Path,
-    pairs: Mapping[str, tuple[Tensor, Tensor]],
-    config: Mapping[str, Any],
-    dtype: torch.dtype = torch.float32,
+    update: Update,
+    info: AdapterInfo,
     *,
+    base: str | None,
+    dtype: torch.dtype = torch.float32,
     head: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the two files of a PEFT LoRA.
+    """:func:`write_adapter` into an existing directory.
 
-    Args:
-        folder: an existing directory.
-        pairs: module name -> A (R, N) and B (M, R).
-        config: what ``adapter_config.json`` says.
-        dtype: of the factors in the file.
-        head: full name -> tensor of modules that are saved whole.
+    Modules of rank 0 are left out; where all are 0, one zero pair is written, since PEFT refuses an
+    adapter without any.
     """
-    weights = {f"{_PREFIX}{name}": tensor for name, tensor in (head or {}).items()}
-    for name, (A, B) in pairs.items():
-        weights[f"{_PREFIX}{name}.lora_A.weight"] = A.to(dtype).contiguous()
-        weights[f"{_PREFIX}{name}.lora_B.weight"] = B.to(dtype).contiguous()
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    held = {name: factors for name, factors in update.items() if factors.rank}
+    if not held:
+        name, factors = next(iter(update.items()))
+        held = {name: Factors.zero(factors.shape, rank=1)}
+    whole = info.task.head if head else ()
+    ranks = {name: factors.rank for name, factors in held.items()}
+    write_lora(folder, held, lora_config(ranks, base, whole), dtype, whole=head)
+    info.write(folder)
 
 
-def peft_config(ranks: Mapping[str, int], base: str | None) -> dict[str, Any]:
-    """``adapter_config.json`` for modules of these ranks, the scale folded in."""
-    largest = max(ranks.values())
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "r": largest,
-        "lora_alpha": largest,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "target_modules": list(ranks),
-        "rank_pattern": dict(ranks),
-        "alpha_pattern": dict(ranks),
-    }
-
-
-def read_growth(folder: str | Path) -> dict[str, Any]:
-    """``growth.json`` of an adapter folder.
+def read_adapter(folder: str | Path) -> SavedAdapter:
+    """Read an adapter folder of qaroma.
 
     Raises:
-        QaromaError: not an adapter folder of qaroma, or one of a newer version.
+        QaromaError: none, one of a newer version, or a damaged one.
     """
-    path = Path(folder) / GROWTH
-    if not path.is_file():
-        raise QaromaError(
-            f"{folder} is no adapter of qaroma (it has no {GROWTH}); give a run directory such as runs/NAME"
-        )
-    growth: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if growth["version"] > VERSION:
-        raise QaromaError(f"{path} has version {growth['version']}, this qaroma reads up to {VERSION}; upgrade qaroma")
-    return growth
+    info = AdapterInfo.read(folder)
+    found, head = read_lora(folder, whole=info.task.head)
+    update = {}
+    for name, parts in info.components.items():
+        if not sum(parts):  # what the file may hold of it was written for PEFT's sake, all zeros
+            continue
+        if name not in found or found[name].rank != sum(parts):
+            rank = found[name].rank if name in found else 0
+            raise QaromaError(
+                f"{folder} is damaged: {name} has rank {rank}, {GROWTH} says {sum(parts)}; copy the adapter again"
+            )
+        update[name] = found[name]
+    return SavedAdapter(info, update, head)
 
 
 def load_adapter(model: torch.nn.Module, folder: str | Path) -> Adapter:
@@ -161,42 +140,49 @@ def load_adapter(model: torch.nn.Module, folder: str | Path) -> Adapter:
     Raises:
         QaromaError: no adapter there, or one of another model.
     """
-    growth = read_growth(folder)
-    components: dict[str, list[int]] = growth["components"]
-    modules = dict(model.named_modules())
-    missing = [name for name in components if name not in modules]
+    saved = read_adapter(folder)
+    info, shapes = saved.info, linear_shapes(model)
+    missing = [name for name in info.components if name not in shapes]
     if missing:
         raise QaromaError(
             f"{folder} adapts {missing[0]}, which this model does not have; give the base it was trained on"
         )
-    adapter = Adapter(model, components, inner_rank=growth["inner_rank"], alpha=growth["alpha"])
-    factors = read_factors(folder)
-    for name, layer in adapter.layers.items():
-        A, B = factors.get(name, (layer.A[:0], layer.B[:0]))
-        if A.shape[1] != layer.in_features or B.shape[1] != layer.out_features:
-            raise QaromaError(
-                f"{folder} has {name} of {B.shape[1]} x {A.shape[1]}, this model's is "
-                f"{layer.out_features} x {layer.in_features}; give the base it was trained on"
-            )
-        layer.load_factors(A, B, components[name])
-    if growth.get("head"):
-        TrainedHead(model, growth["head"]).load(read_head(folder))
+    check_shapes(saved.update, shapes, str(folder))
+    adapter = Adapter(model, info.components, inner_rank=info.inner_rank, alpha=info.alpha)
+    for name, factors in saved.update.items():
+        adapter.layers[name].load_factors(*factors, info.components[name])
+    if info.task.head:
+        TrainedHead(model, info.task.head).load(saved.head)
         model.requires_grad_(False)
     return adapter
 
 
-def read_factors(folder: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """A (R, N) and B (R, M) of every module of an adapter folder that has a rank."""
-    components: dict[str, list[int]] = read_growth(folder)["components"]
-    weights = load_file(Path(folder) / WEIGHTS)
-    return {
-        name: (weights[f"{_PREFIX}{name}.lora_A.weight"], weights[f"{_PREFIX}{name}.lora_B.weight"].T)
-        for name, ranks in components.items()
-        if sum(ranks)
-    }
+def continue_from(adapter: Adapter, folder: str | Path) -> None:
+    """Make a saved adapter the first frozen components of one that will grow on.
 
+    Args:
+        adapter: new, without any component; its scale has no part in what is loaded.
+        folder: a PEFT LoRA, ours or not.
 
-def read_head(folder: str | Path) -> dict[str, Tensor]:
-    """The head of an adapter folder: full parameter name -> tensor; empty where none was trained."""
-    weights = load_file(Path(folder) / WEIGHTS)
-    return {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items() if ".lora_" not in name}
+    Raises:
+        QaromaError: no plain LoRA, one of another base, or one of modules that are not adapted here.
+    """
+    found, _ = read_lora(folder)
+    check_shapes(found, linear_shapes(adapter.model), str(folder))
+    left_out = [name for name in found if name not in adapter.layers]
+    if left_out:
+        raise QaromaError(
+            f"{folder} adapts {left_out[0]}{' and others' if len(left_out) > 1 else ''}, which is not among the target "
+            "modules of this run; type --set growth.target_modules=all-linear, or name them too"
+        )
+    components: Mapping[str, list[int]] = {}
+    if (Path(folder) / GROWTH).is_file():
+        info = AdapterInfo.read(folder)
+        components = info.components
+        if info.base is not None and info.base.fingerprint != fingerprint(adapter.model):
+            raise QaromaError(f"{folder} was trained on {info.base.name}, another model than this --model")
+    for name, factors in found.items():
+        parts = components.get(name, [factors.rank])
+        if parts:  # a module without any was written for PEFT's sake, all zeros
+            whole = sum(parts) == factors.rank  # else somebody changed the file since
+            adapter.layers[name].load_factors(*factors, parts if whole else [factors.rank])

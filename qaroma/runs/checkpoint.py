@@ -1,7 +1,7 @@
 """Checkpoints that a kill cannot tear: safetensors and JSON, written aside, checked when read.
 
-A checkpoint is a directory ``step-00000040`` with ``state.safetensors`` (every tensor) and
-``state.json`` (version, base fingerprint, step, digest of the tensors, all other values).
+A checkpoint is a directory ``step-00000040`` with ``state.safetensors`` (every tensor, by name) and
+``state.json`` (version, base fingerprint, step, all other values, and one digest over all of it).
 """
 
 from __future__ import annotations
@@ -19,9 +19,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qaroma.errors import QaromaError
+from qaroma.method import base, peft_lora
+from qaroma.method.base import MethodState
+from qaroma.method.factors import Factors
+from qaroma.runs.adapter_info import AdapterInfo
 from qaroma.runs.files import directory_written_aside
 
-VERSION = 1
+VERSION = 2  # 1: qaroma 0.1.0, with the optimiser's flat buffers in the place of named factors
+STATE, TENSORS = "state.json", "state.safetensors"
+_METHOD = "method."
+_BLOCK = 1 << 20
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,32 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     values: dict[str, Any]
 
+    @classmethod
+    def of(
+        cls,
+        step: int,
+        method: str,
+        state: MethodState,
+        *,
+        tensors: Mapping[str, Tensor],
+        values: Mapping[str, Any],
+    ) -> Checkpoint:
+        """A checkpoint of a method's state.
+
+        Args:
+            step: optimiser steps done.
+            method: its name.
+            state: of the method.
+            tensors, values: of the run beside it.
+        """
+        of_method = {f"{_METHOD}{name}": tensor for name, tensor in state.tensors.items()}
+        return cls(step, {**of_method, **tensors}, {**values, "method": {"name": method, **state.values}})
+
+    def method_state(self) -> MethodState:
+        """What :meth:`of` was given of the method."""
+        tensors = {k.removeprefix(_METHOD): t for k, t in self.tensors.items() if k.startswith(_METHOD)}
+        return MethodState(tensors, self.values["method"])
+
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, fingerprint: str, keep: int) -> Path:
     """Write ``folder/step-N`` and remove all but the newest ``keep`` checkpoints.
@@ -45,16 +79,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, fingerprint: str, k
     """
     path = folder / f"step-{checkpoint.step:08d}"
     with directory_written_aside(path) as aside:
-        tensors = aside / "state.safetensors"
+        tensors = aside / TENSORS
         save_file({name: t.detach().cpu().contiguous().clone() for name, t in checkpoint.tensors.items()}, tensors)
-        header = {
-            "version": VERSION,
-            "base": fingerprint,
-            "step": checkpoint.step,
-            "sha256": hashlib.sha256(tensors.read_bytes()).hexdigest(),
-            "values": checkpoint.values,
-        }
-        (aside / "state.json").write_text(json.dumps(header), encoding="utf-8")
+        header = {"version": VERSION, "base": fingerprint, "step": checkpoint.step, "values": checkpoint.values}
+        text = json.dumps({**header, "sha256": _digest(header, tensors)})
+        (aside / STATE).write_text(text, encoding="utf-8")
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return path
@@ -69,27 +98,75 @@ def load_newest(folder: Path, *, fingerprint: str) -> tuple[Checkpoint | None, l
     """The newest whole checkpoint, and a sentence about each damaged one that was passed over.
 
     Raises:
-        QaromaError: a checkpoint of another base model or of a newer version.
+        QaromaError: a checkpoint of another base model, or of another version of the format.
     """
     warnings: list[str] = []
     for path in reversed(list_checkpoints(folder)):
         try:
-            return _load(path, fingerprint), warnings
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            found, trained_on = _load(path)
+        except _DAMAGED as error:
             warnings.append(f"checkpoint {path} is damaged ({error}); falling back to the one before")
+            continue
+        if trained_on != fingerprint:
+            raise QaromaError(
+                f"{path} was trained on another base model (fingerprint {trained_on}, this one is {fingerprint}); "
+                "give the --model it began with"
+            )
+        return found, warnings
     return None, warnings
 
 
-def _load(path: Path, fingerprint: str) -> Checkpoint:
-    header: Mapping[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+def adapter_in(path: Path) -> tuple[AdapterInfo, dict[str, Factors]]:
+    """The adapter in a checkpoint as the model had it then, active components included.
+
+    Args:
+        path: the checkpoint's directory.
+
+    Returns:
+        What it remembers, and the factors of every target module, as the forward pass has them.
+
+    Raises:
+        QaromaError: a damaged checkpoint, or one of another version of the format.
+    """
+    try:
+        checkpoint, _ = _load(path)
+        state = checkpoint.method_state()
+        # Methods on our own adapter have components; PEFT's have its parameters.
+        factors_in = base.factors_in if "components" in state.values else peft_lora.factors_in
+        return AdapterInfo.from_json(checkpoint.values["adapter"]), factors_in(state)
+    except _DAMAGED as error:
+        raise QaromaError(f"{path} is damaged ({error!r}); name another checkpoint of its run") from error
+
+
+def _load(path: Path) -> tuple[Checkpoint, str]:
+    """A checkpoint whose digest is right, and the fingerprint of its base."""
+    header: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    told, tensors = header.pop("sha256"), path / TENSORS
     if header["version"] > VERSION:
         raise QaromaError(f"{path} has version {header['version']}, this qaroma reads up to {VERSION}; upgrade qaroma")
-    if header["base"] != fingerprint:
+    old = header["version"] < VERSION
+    if told != (_file_digest(tensors).hexdigest() if old else _digest(header, tensors)):
+        raise ValueError("its files do not match its digest")
+    if old:
         raise QaromaError(
-            f"{path} was trained on another base model (fingerprint {header['base']}, this one is {fingerprint}); "
-            "give the --model it began with"
+            f"{path} was written by qaroma 0.1.0, whose checkpoints this version cannot go on from; finish the run "
+            "with that version (pip install qaroma==0.1.0), or begin it anew with another --output. "
+            "Its adapter, where it has one, opens as before"
         )
-    tensors = path / "state.safetensors"
-    if hashlib.sha256(tensors.read_bytes()).hexdigest() != header["sha256"]:
-        raise ValueError("state.safetensors does not match its digest")
-    return Checkpoint(header["step"], load_file(tensors), header["values"])
+    return Checkpoint(header["step"], load_file(tensors), header["values"]), header["base"]
+
+
+def _digest(header: Mapping[str, Any], tensors: Path) -> str:
+    """Of every value and every tensor. The values are taken as JSON gives them back, in one spelling."""
+    values = json.loads(json.dumps(header))
+    digest = _file_digest(tensors)
+    digest.update(json.dumps(values, sort_keys=True, separators=(",", ":")).encode())
+    return digest.hexdigest()
+
+
+def _file_digest(path: Path) -> hashlib._Hash:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest

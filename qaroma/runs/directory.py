@@ -23,6 +23,8 @@ from qaroma.runs.files import read_json, write_atomically
 # What an adapter folder holds (qaroma.runs.adapter writes it); named here for those who load no torch.
 WEIGHTS, CONFIG, GROWTH = "adapter_model.safetensors", "adapter_config.json", "growth.json"
 
+STATE = "state.json"  # what a checkpoint folder holds beside its tensors
+
 # How the line of an optimiser step begins, and how much of a log's end holds at least one of them.
 _STEP, _TAIL = re.compile(rb'\{"step": (\d+), "loss": '), 1 << 20
 
@@ -71,16 +73,24 @@ class RunDirectory:
         end = summary.get("steps", last) if summary else read_json(self.adapter_last / GROWTH).get("step")
         return end is not None and int(end) >= last
 
+    def require_unused(self) -> None:
+        """See to it that no run is overwritten.
+
+        Raises:
+            QaromaError: there is one.
+        """
+        if self.exists():
+            raise QaromaError(
+                f"{self.path} already holds a run; type --resume to go on with it, or choose another --output"
+            )
+
     def create(self, config_yaml: str) -> None:
         """Make the directory and write its configuration.
 
         Raises:
             QaromaError: there is a run already, or something else stands in the way.
         """
-        if self.exists():
-            raise QaromaError(
-                f"{self.path} already holds a run; type --resume to go on with it, or choose another --output"
-            )
+        self.require_unused()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_atomically(self.config, config_yaml)
@@ -96,6 +106,52 @@ class RunDirectory:
             number += 1
             run = cls(Path("runs") / f"{slug}-{number}")
         return run
+
+
+def adapter_folder(run: str | Path) -> Path:
+    """The adapter of a run directory, or the folder itself if it is an adapter.
+
+    Raises:
+        QaromaError: neither.
+    """
+    found = find_adapter(run)
+    if found is None:
+        raise nothing_there(run, "a run nor an adapter folder")
+    return found
+
+
+def find_adapter(run: str | Path) -> Path | None:
+    """As :func:`adapter_folder`; None where there is none."""
+    return next((folder for folder in (Path(run), RunDirectory(run).adapter) if (folder / GROWTH).is_file()), None)
+
+
+def run_around(path: str | Path) -> RunDirectory | None:
+    """The run that a folder is, or lies in as an adapter or a checkpoint does."""
+    resolved = Path(path).resolve()
+    return next((RunDirectory(p) for p in (resolved, *list(resolved.parents)[:2]) if RunDirectory(p).exists()), None)
+
+
+def run_of_checkpoint(path: str | Path) -> RunDirectory | None:
+    """The run that a checkpoint folder lies in; None where it is no checkpoint."""
+    return run_around(path) if (Path(path) / STATE).is_file() else None
+
+
+def require_adapter_or_checkpoint(path: str | Path) -> None:
+    """See to it that a path is a run, an adapter folder, or a checkpoint in a run.
+
+    Raises:
+        QaromaError: none of these.
+    """
+    if find_adapter(path) is None and run_of_checkpoint(path) is None:
+        raise nothing_there(path, "a run, nor a checkpoint in one, nor an adapter folder of qaroma")
+
+
+def nothing_there(path: str | Path, expected: str) -> QaromaError:
+    """The error to raise where a path is none of what was expected, or a run that is not so far yet."""
+    run = RunDirectory(path)
+    if run.exists():
+        return QaromaError(f"{path} has no adapter yet; finish it with: {run.resume_command}")
+    return QaromaError(f"{path} is neither {expected}; give a run directory such as runs/NAME")
 
 
 def quoted(text: str) -> str:

@@ -1,23 +1,26 @@
-"""Reading a PEFT LoRA adapter, ours or anybody's, by PEFT's rules and without PEFT."""
+"""A LoRA adapter's files by PEFT's rules, ours or anybody's, read and written without PEFT.
+
+The file holds B as (M, R). It is turned here, on its way in and out, and is (R, M) everywhere else.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from qaroma.errors import QaromaError
-from qaroma.export.delta import Factors, check_shapes, linear_shapes
-from qaroma.method.adapter import Adapter
-from qaroma.model.base import fingerprint
-from qaroma.runs.adapter import read_growth
-from qaroma.runs.directory import CONFIG, GROWTH, WEIGHTS
+from qaroma.method.factors import Factors, Update
+from qaroma.method.head import is_inside
+from qaroma.runs.directory import CONFIG, WEIGHTS
 
 _PREFIX = "base_model.model."
 _NAME = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(\.[^.]+)?\.weight")
@@ -45,26 +48,31 @@ _OTHER_KINDS = {
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def read_lora(folder: str | Path) -> tuple[dict[str, Factors], dict[str, Any]]:
-    """The update of a PEFT LoRA, its scale folded into B.
+def read_lora(folder: str | Path, *, whole: Sequence[str] = ()) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+    """The update of a PEFT LoRA, its scale folded into B, and the modules that it holds whole.
 
     The scale of a module is alpha / R, or alpha / sqrt(R) with rsLoRA; alpha is the module's in
     ``alpha_pattern``, whose keys are regular expressions for the end of a name, or ``lora_alpha``.
 
     Args:
         folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        whole: names of modules that may have been trained in full.
 
     Returns:
-        Module name -> factors (those that the file holds), and the configuration.
+        Module name -> factors in fp32 (those that the file holds), and full parameter name -> tensor of
+        the modules in ``whole``.
 
     Raises:
         QaromaError: no adapter, one that is not a plain LoRA (named), or damaged files.
     """
-    config = read_config(folder)
-    tensors = _read_tensors(Path(folder))
+    config = read_config(folder, whole=whole)
     pairs: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
+    others = {}
+    for name, tensor in _read_tensors(Path(folder)).items():
         match = _NAME.fullmatch(name)
+        if match is None and is_inside(name.removeprefix(_PREFIX), whole):
+            others[name.removeprefix(_PREFIX)] = tensor
+            continue
         if match is None or tensor.ndim != 2:
             raise QaromaError(f"{folder} holds the tensor {name}; expected only LoRA factors of linear layers")
         pairs.setdefault(match["module"].removeprefix(_PREFIX), {})[match["factor"]] = tensor.float()
@@ -72,46 +80,71 @@ def read_lora(folder: str | Path) -> tuple[dict[str, Factors], dict[str, Any]]:
     for module, pair in pairs.items():
         if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
             raise QaromaError(f"{folder} is damaged: {module} has no A and B that fit; copy the adapter again")
-        found[module] = Factors(pair["A"], pair["B"] * scale_of(module, pair["A"].shape[0], config))
-    return found, config
+        found[module] = Factors(pair["A"], pair["B"].T * scale_of(module, pair["A"].shape[0], config))
+    return found, others
 
 
-def continue_from(adapter: Adapter, folder: str | Path) -> None:
-    """Make a saved adapter the first frozen components of one that will grow on.
+def write_lora(
+    folder: Path,
+    update: Update,
+    config: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
+    *,
+    whole: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the two files of a PEFT LoRA.
 
     Args:
-        adapter: new, without any component; its scale has no part in what is loaded.
-        folder: a PEFT LoRA, ours or not.
-
-    Raises:
-        QaromaError: no plain LoRA, one of another base, or one of modules that are not adapted here.
+        folder: an existing directory.
+        update: the modules that the file is to hold.
+        config: what ``adapter_config.json`` says.
+        dtype: of the factors in the file.
+        whole: full parameter name -> tensor of modules that are saved whole.
     """
-    found, _ = read_lora(folder)
-    check_shapes(found, linear_shapes(adapter.model), str(folder))
-    left_out = [name for name in found if name not in adapter.layers]
-    if left_out:
-        raise QaromaError(
-            f"{folder} adapts {left_out[0]}{' and others' if len(left_out) > 1 else ''}, which is not among the target "
-            "modules of this run; type --set growth.target_modules=all-linear, or name them too"
-        )
-    components: Mapping[str, list[int]] = {}
-    if (Path(folder) / GROWTH).is_file():
-        growth = read_growth(folder)
-        components = growth["components"]
-        told = (growth.get("base") or {}).get("fingerprint")
-        if told is not None and told != fingerprint(adapter.model):
-            raise QaromaError(f"{folder} was trained on {growth['base']['name']}, another model than this --model")
-    for name, factors in found.items():
-        parts = components.get(name, [factors.rank])
-        if not parts:  # written for PEFT's sake, all zeros
-            continue
-        adapter.layers[name].load_factors(
-            factors.A, factors.B.T, parts if sum(parts) == factors.rank else [factors.rank]
-        )
+    weights = {f"{_PREFIX}{name}": tensor for name, tensor in (whole or {}).items()}
+    for name, factors in update.items():
+        A, B = factors.on_host()
+        weights[f"{_PREFIX}{name}.lora_A.weight"] = A.to(dtype).contiguous()
+        weights[f"{_PREFIX}{name}.lora_B.weight"] = B.T.to(dtype).contiguous()
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
+def lora_config(ranks: Mapping[str, int], base: str | None, whole: Sequence[str] = ()) -> dict[str, Any]:
+    """``adapter_config.json`` for modules of these ranks, the scale folded in.
+
+    Args:
+        ranks: of the modules that the file holds.
+        base: name of the base model.
+        whole: modules of a classifier that are saved whole.
+    """
+    largest = max(ranks.values())
+    return {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if whole else "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": largest,
+        "lora_alpha": largest,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "modules_to_save": list(whole) or None,
+        "target_modules": list(ranks),
+        "rank_pattern": dict(ranks),
+        "alpha_pattern": dict(ranks),
+    }
+
+
+def read_config(folder: str | Path, *, whole: Sequence[str] = ()) -> dict[str, Any]:
     """``adapter_config.json`` of a plain LoRA.
+
+    Args:
+        folder: of the adapter.
+        whole: modules that may be saved whole.
 
     Raises:
         QaromaError: there is none, it cannot be read, or it names another kind of adapter.
@@ -127,7 +160,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if kind != "LORA":
         raise QaromaError(f"{folder} is a PEFT adapter of type {kind}; expected LORA")
     for key, name in _OTHER_KINDS.items():
-        if config.get(key):
+        if config.get(key) and not (key == "modules_to_save" and set(config[key]) <= set(whole)):
             raise QaromaError(f"{folder} is {name}; expected a plain LoRA")
     if config.get("bias", "none") != "none":
         raise QaromaError(f"{folder} trains biases (bias: {config['bias']}); expected a plain LoRA")

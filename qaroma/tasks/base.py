@@ -8,8 +8,6 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-IGNORED = -100  # label of a token that the loss does not count
-
 _Self = TypeVar("_Self", bound="Batch")
 
 
@@ -33,13 +31,11 @@ class Task(Protocol):
     """How examples become batches, batches a loss, and a validation pass a set of figures.
 
     Attributes:
-        metric: the figure by which the best adapter is chosen.
-        higher_is_better: which way that figure goes.
+        metric: the figure by which the best adapter is chosen (:mod:`qaroma.config.metrics`).
     """
 
     name: str
     metric: str
-    higher_is_better: bool
 
     def collate(self, examples: Sequence[Any]) -> Any:
         """Examples of one micro-batch, as a :class:`Batch` on the CPU."""

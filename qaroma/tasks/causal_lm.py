@@ -13,10 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qaroma.data.encode import Example
+from qaroma.data.encode import IGNORED, Example
 from qaroma.engine.loss import LMHead, linear_cross_entropy
-from qaroma.tasks.base import IGNORED
+from qaroma.errors import QaromaError
 from qaroma.tasks.evaluation import evaluate_loss
+
+# The head is asked where its largest logit is this: a soft cap bends nothing that lies far below it.
+LARGEST_LOGIT = 100.0
+# Of the logits' norm: ten times what bf16 rounds away, a tenth of what a scale, a cap or a bias changes.
+HEAD_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,6 @@ class CausalLM:
 
     name = "causal-lm"
     metric = "loss"
-    higher_is_better = False
 
     def __init__(self, pad_token_id: int = 0) -> None:
         self.pad_token_id = pad_token_id
@@ -119,3 +123,44 @@ def hidden_states(model: nn.Module, batch: TokenBatch) -> Tensor:
     decoder: Any = model.base_model
     output = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
     return output.last_hidden_state  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def require_known_head(model: Any) -> None:
+    """Compare one token's logits by the model's own forward pass with those that the loss would see.
+
+    The loss calls the decoder and the head apart (:class:`~qaroma.engine.loss.LMHead`), so what a
+    family does to its logits beside must be known here. The hidden state is made long enough for a
+    soft cap to show.
+
+    Args:
+        model: in eval mode, on its device; a model without an output head, as a classifier, passes.
+
+    Raises:
+        QaromaError: the logits differ, so that the model would be trained on another loss than its own.
+    """
+    projection = model.get_output_embeddings()
+    if projection is None:
+        return
+    head = LMHead(model)
+    token = head.vocabulary // 2  # an ordinary one in any vocabulary; padding may be embedded as zeros
+    example = Example([token], [IGNORED], "", ())
+    batch = CausalLM().collate([example]).to(projection.weight.device)
+    hidden_1D = hidden_states(model, batch)[:, -1]
+    factor = LARGEST_LOGIT / head.logits(hidden_1D).abs().max().clamp_min(1e-6).item()
+    ours = head.logits(hidden_1D * factor)
+    hook = projection.register_forward_pre_hook(lambda _, inputs: (inputs[0] * factor, *inputs[1:]))
+    try:
+        output = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+    finally:
+        hook.remove()
+    theirs = output.logits[:, -1].float()
+    # What is not a number is no difference: the loss of the first step will stop the run and say why.
+    if theirs.shape == ours.shape and not (theirs - ours).norm() > HEAD_TOLERANCE * theirs.norm():
+        return
+    family = getattr(model.config, "model_type", type(model).__name__)
+    raise QaromaError(
+        f"got a model of family {family}, which does something to its logits that qaroma does not know (one token's "
+        "differ from those of its output head); training would optimise another loss than the model's own. "
+        "Name another base with --model"
+    )

@@ -5,7 +5,7 @@ Dimensions: B examples, L sequence length, C outputs, S examples of a whole data
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qaroma.config.metrics import metrics_of
 from qaroma.data.labelled import LabelledExample
 from qaroma.errors import QaromaError
 from qaroma.tasks.evaluation import evaluating
@@ -50,13 +51,9 @@ class LabelledBatch:
         )
 
 
-METRICS = {"classification": ("accuracy", "f1", "matthews"), "regression": ("pearson", "spearman")}
-
-
 class _Labelled:
     """What both tasks do alike."""
 
-    higher_is_better = True
     labels_dtype: torch.dtype
 
     def __init__(self, pad_token_id: int = 0) -> None:
@@ -162,20 +159,15 @@ class Regression(_Labelled):
         return {"pearson": pearson(logits_SC[:, 0], labels_S), "spearman": spearman(logits_SC[:, 0], labels_S)}
 
 
-def outputs_of(about: Mapping[str, Any]) -> int | None:
-    """Outputs of the head that a run trains, by what its adapter remembers; None for a language model."""
-    return len(about["labels"]) or 1 if "labels" in about else None
-
-
 def labelled_task(kind: str, labels: Sequence[str], metric: str, pad_token_id: int) -> Classification | Regression:
     """The task of that name.
 
     Raises:
         QaromaError: A metric that is not the task's.
     """
-    if metric not in METRICS[kind]:
+    if metric not in metrics_of(kind):
         raise QaromaError(
-            f"evaluation.metric is {metric}; expected one of {', '.join(METRICS[kind])} for --task {kind}"
+            f"evaluation.metric is {metric}; expected one of {', '.join(metrics_of(kind))} for --task {kind}"
         )
     if kind == "classification":
         return Classification(len(labels), metric=metric, pad_token_id=pad_token_id)

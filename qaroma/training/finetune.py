@@ -9,37 +9,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
 from rich.console import Console
 
-from qaroma.config.load import dump_config, lies_in, load_config
+from qaroma.config.levels import LEVELS
+from qaroma.config.load import dump_config
 from qaroma.config.presets import Decision
-from qaroma.config.schema import Config
-from qaroma.engine.levels import LEVELS
-from qaroma.errors import QaromaError
+from qaroma.config.schema import Config, ResolvedConfig
 from qaroma.inference.answer_test import Answers, AnswerTest, read_conversations
 from qaroma.method.targets import unadaptable
-from qaroma.model.builtin import resolve_model
+from qaroma.model.builtin import ResolvedModel
 from qaroma.report.keyfigures import ENDINGS
 from qaroma.report.summary import BeforeAfter, RunSummary, Score, print_summary
 from qaroma.runs.checkpoint import load_newest
 from qaroma.runs.directory import RunDirectory
+from qaroma.runs.figures import figures_of
 from qaroma.runs.files import write_atomically
-from qaroma.tasks.labelled import outputs_of
+from qaroma.runs.reading import read_run
+from qaroma.runs.stop import StopRequest
 from qaroma.training.fit import Ending, FitState, fit, restore_state
-from qaroma.training.interrupt import StopRequest
 from qaroma.training.interruptions import interruptions_told
 from qaroma.training.live_page import LivePage
 from qaroma.training.prepare import PreparedData, prepare_data
 from qaroma.training.progress import ProgressView
+from qaroma.training.resume import resumed_config
 from qaroma.training.session import Session
 from qaroma.training.setup import build_session
 from qaroma.training.trackers import start_trackers
-
-# Settings that may differ when a run goes on; all others would make it another run.
-RESUMABLE = ("training.max_steps", "training.learning_rate", "training.evaluate_every", "training.patience",
-             "training.device", "training.memory", "training.track", "checkpoint", "evaluation", "output")  # fmt: skip
-FIXED = ("evaluation.metric",)  # of those: the best adapter so far was chosen by it
 
 
 def finetune(config: Config, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -60,11 +55,11 @@ def finetune(config: Config, *, resume: bool = False, console: Console | None = 
     start = time.perf_counter()
     console = console or Console(file=sys.stderr)
     if resume:
-        config = _resumed_config(config)
+        config = resumed_config(config)
     data = prepare_data(config)
     _print_decisions(console, data.notes, data.decisions)
     run = _run_directory(data.config, resume)
-    data.config.output = str(run.path)
+    data.config = data.config.model_copy(update={"output": str(run.path)})
     with interruptions_told(run):
         return _train(data, run, console, resume=resume, start=start)
 
@@ -82,7 +77,10 @@ def _train(data: PreparedData, run: RunDirectory, console: Console, *, resume: b
     start_trackers(session.accelerator, data.config.training.track, run.path, data.config.model_dump())
     page = LivePage(run.path, console, wanted=data.config.evaluation.report)
     try:
-        with StopRequest() as stop, ProgressView(console, total=_total(session), done=state.step) as view:
+        with (
+            StopRequest() as stop,
+            ProgressView(console, total=data.config.training.max_steps, done=state.step) as view,
+        ):
             ending = fit(session, state, view, page, stop)
     finally:
         session.accelerator.end_training()
@@ -90,12 +88,13 @@ def _train(data: PreparedData, run: RunDirectory, console: Console, *, resume: b
         console.print(f"saved at step {state.step}; go on with: {run.resume_command}", soft_wrap=True)
         raise KeyboardInterrupt
     _write_adapters(session, state)
+    if state.best is not None:
+        session.take_best()
     after = test.run_once(session.model, session.log, "after", state.step) if test else None
-    figures = _figures(session, state, ending, before, after)
-    figures["seconds"] = time.perf_counter() - start
+    figures = _figures(session, state, ending, time.perf_counter() - start)
     write_atomically(run.summary, json.dumps(figures, indent=2))
     page.update()
-    print_summary(_summary(session, state, figures, before, after), console)
+    print_summary(_summary(session, data.base.place, figures, before, after), console)
     return figures
 
 
@@ -108,64 +107,13 @@ def _answer_test(data: PreparedData) -> AnswerTest | None:
     return AnswerTest(conversations, data.tokenizer, data.template, chosen.max_new_tokens)
 
 
-def _resumed_config(given: Config) -> Config:
-    """The run's own configuration, with what may change taken from the command line.
-
-    Raises:
-        QaromaError: no run there, or settings that would make it another run.
-    """
-    run = RunDirectory(given.output) if given.output else None
-    if run is None or not run.exists():
-        where = f"{run.path} holds no run" if run else "no --output given"
-        raise QaromaError(f"cannot resume: {where}; type --resume --output runs/NAME (qaroma runs lists them)")
-    stored = load_config(run.config, {}, [])
-    ours, theirs = _given(stored), _given(given)
-    changed = {key: value for key, value in theirs.items() if value is not None and ours.get(key) != value}
-    refused = [
-        f"{key} was {ours.get(key)}, now {value}"
-        for key, value in changed.items()
-        if lies_in(key, FIXED) or not lies_in(key, RESUMABLE)
-    ]
-    if refused:
-        raise QaromaError(
-            f"cannot resume {run.path} with other settings: {'; '.join(refused)}. "
-            "Leave them as they were, or begin a new run with another --output"
-        )
-    for key, value in changed.items():
-        _set(stored, key, value)
-    stored.output = str(run.path)
-    return stored
-
-
-def _given(section: BaseModel, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value of all that was set, in a file, by a flag or from the data."""
-    given: dict[str, Any] = {}
-    dumped = section.model_dump()
-    for name in section.model_fields_set:
-        value = getattr(section, name)
-        given.update(
-            _given(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else {f"{prefix}{name}": dumped[name]}
-        )
-    return given
-
-
-def _set(config: Config, key: str, value: Any) -> None:
-    *sections, name = key.split(".")
-    target: Any = config
-    for section in sections:
-        target = getattr(target, section)
-    setattr(target, name, value)
-
-
-def _run_directory(config: Config, resume: bool) -> RunDirectory:
+def _run_directory(config: ResolvedConfig, resume: bool) -> RunDirectory:
     if config.output is not None:
         run = RunDirectory(config.output)
-        if run.exists() and not resume:
-            raise QaromaError(
-                f"{run.path} already holds a run; type --resume to go on with it, or choose another --output"
-            )
+        if not resume:
+            run.require_unused()
         return run
-    model = Path(config.model.name or "model").name
+    model = Path(config.model.name).name
     data = Path(config.data.train[0].path.replace(":", "-")).name.split(".")[0]
     return RunDirectory.unused(f"{model}-{data}")
 
@@ -182,81 +130,81 @@ def _restored(session: Session, console: Console) -> FitState:
 
 
 def _write_adapters(session: Session, state: FitState) -> None:
-    """``adapter_last`` as it stands, ``adapter`` the best; the model is left with the best one."""
+    """``adapter_last`` as it stands, and ``adapter`` too where no validation has chosen a best one."""
     session.save_adapter(session.run.adapter_last, state.step)
     if state.best is None:
         session.save_adapter(session.run.adapter, state.step)
-    else:
-        session.load_adapter(session.run.adapter)
 
 
-def _figures(
-    session: Session, state: FitState, ending: Ending, before: Answers | None, after: Answers | None
-) -> dict[str, Any]:
-    """What ``--json`` prints and ``summary.json`` keeps."""
-    records = session.log.records()
-    validations = [r for r in records if r.get("event") == "validation"]
-    best = next((r for r in validations if r["step"] == state.best_step), None) if state.best is not None else None
-    steps = [r for r in records if "event" not in r]
-    ranks = session.method.ranks()
-    metric = session.task.metric
+def _figures(session: Session, state: FitState, ending: Ending, elapsed: float) -> dict[str, Any]:
+    """What ``--json`` prints and ``summary.json`` keeps.
+
+    Args:
+        session, state, ending: of the run.
+        elapsed: seconds of this command; a run that was resumed took longer.
+    """
+    run, metric, scored = read_run(session.run.path), session.task.metric, state.best is not None
+    figures = figures_of(run)
+    loss, judged = figures.of("loss"), figures.of(metric)
+    training_loss = run.series("loss").values
     return {
         "run": session.run.path.as_posix(),
         "adapter": session.run.adapter.as_posix(),
         "method": session.method.name,
         "steps": state.step,
         "ended": ending,
-        "loss": steps[-1]["loss"] if steps else None,
-        "validation_loss_before": validations[0]["loss"] if validations else None,
-        "validation_loss": best["loss"] if best else None,
+        "loss": training_loss[-1] if training_loss else None,
+        "validation_loss_before": loss.before if loss else None,
+        "validation_loss": dict(run.validation("loss").points).get(state.best_step) if scored else None,
         "metric": metric,
-        "metric_before": validations[0][metric] if validations else None,
-        "metric_best": best[metric] if best else None,
-        "metric_last": validations[-1][metric] if validations else None,
-        "best_step": state.best_step if best else state.step,
-        "exact_match_before": before.exact_match if before else None,
-        "exact_match": after.exact_match if after else None,
-        "growth_events": sum(r.get("event") == "growth" for r in records),
-        "rank_min": min(ranks.values()),
-        "rank_mean": sum(ranks.values()) / len(ranks),
-        "rank_max": max(ranks.values()),
+        "metric_before": judged.before if judged else None,
+        "metric_best": state.best,
+        "metric_last": judged.last if judged else None,
+        "best_step": state.best_step if scored else state.step,
+        "exact_match_before": figures.exact_match_before,
+        "exact_match": figures.exact_match,
+        "growth_events": figures.growth_events,
+        "rank_min": figures.rank_min,
+        "rank_mean": figures.rank_mean,
+        "rank_max": figures.rank_max,
         "trainable_parameters_start": state.trainable_start,
-        "trainable_parameters_mean": state.trainable_sum / max(state.step, 1),
-        "trainable_parameters_end": steps[-1]["trainable_parameters"] if steps else 0,
-        "memory_bytes": max((r["memory_bytes"] for r in steps), default=0),
+        "trainable_parameters_mean": figures.trainable_mean or 0.0,
+        "trainable_parameters_end": figures.trainable_end or 0,
+        "memory_bytes": figures.memory_bytes or 0,
         "training_seconds": state.seconds,
+        "seconds": max(elapsed, state.seconds),
     }
 
 
 def _summary(
-    session: Session, state: FitState, figures: Mapping[str, Any], before: Answers | None, after: Answers | None
+    session: Session, base: ResolvedModel, figures: Mapping[str, Any], before: Answers | None, after: Answers | None
 ) -> RunSummary:
+    """What is printed of a run whose ``summary.json`` is written."""
+    run = read_run(session.run.path)
     scores = []
     if figures["validation_loss_before"] is not None:
         scores.append(Score("validation loss", figures["validation_loss_before"], figures["validation_loss"]))
         if session.task.metric != "loss":
-            scores.append(Score(session.task.metric, figures["metric_before"], figures["metric_best"]))
+            scores.append(
+                Score(session.task.metric, figures["metric_before"], figures["metric_best"], session.task.metric)
+            )
     if after:
-        scores.append(Score("exact match", before.exact_match if before else None, after.exact_match, percent=True))
+        scores.append(Score("exact match", before.exact_match if before else None, after.exact_match, "exact_match"))
     shown = session.config.evaluation.show
-    base, outputs = resolve_model(session.base_name), outputs_of(session.remember)
     examples = _side_by_side(before, after)[:shown] if after else []
     return RunSummary(
         run=figures["run"],
         adapter=figures["adapter"],
         base=str(base.folder_or_id),
         base_gguf=base.gguf_file,
-        steps=state.step,
-        seconds=max(figures["seconds"], figures["training_seconds"]),  # a resumed run took longer than this command
+        steps=run.step,
         stopped=ENDINGS[figures["ended"]],
-        ranks=session.method.ranks(),
-        trainable_start=figures["trainable_parameters_start"],
-        trainable_mean=figures["trainable_parameters_mean"],
-        trainable_end=figures["trainable_parameters_end"],
+        ranks=run.adapter_ranks(),
+        figures=figures_of(run),
         scores=scores,
         examples=examples,
         evaluation_data=(session.config.evaluation.data if after else None) or session.config.data.validation,
-        outputs=outputs,
+        outputs=session.remember.outputs,
     )
 
 
@@ -275,8 +223,3 @@ def _print_decisions(console: Console, notes: Sequence[str], decisions: Sequence
     for d in decisions:
         value = f"{d.value:g}" if isinstance(d.value, float) else str(d.value)
         console.print(f"{d.key:<{width}}  {value:<10}  {d.reason}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _total(session: Session) -> int:
-    assert session.config.training.max_steps is not None
-    return session.config.training.max_steps

@@ -10,12 +10,12 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
+from qaroma.config.metrics import metric_facts
 from qaroma.errors import QaromaError
-from qaroma.method.base import MethodState
 from qaroma.method.growth import GrowthEvent
 from qaroma.runs.checkpoint import Checkpoint, save_checkpoint
+from qaroma.runs.stop import StopRequest
 from qaroma.tasks.base import Batch
-from qaroma.training.interrupt import StopRequest
 from qaroma.training.live_page import LivePage
 from qaroma.training.memory import memory_bytes, relieve
 from qaroma.training.progress import ProgressView
@@ -55,9 +55,6 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
         QaromaError: a loss that is not finite; the state before that step is saved.
     """
     training, method = session.config.training, session.method
-    assert training.max_steps is not None
-    assert training.evaluate_every is not None
-    assert session.config.checkpoint.every is not None
     ranks = method.ranks()
     if state.step == 0:
         state.trainable_start = method.trainable_parameters()
@@ -110,7 +107,7 @@ def _train_step(session: Session, state: FitState, view: ProgressView) -> dict[s
 def _probe(session: Session, state: FitState, view: ProgressView) -> None:
     """Give the method the gradients from which its new components begin: those of the step to come."""
     start = time.perf_counter()
-    while session.method.probing and state.step < (session.config.training.max_steps or 0):
+    while session.method.probing and state.step < session.config.training.max_steps:
         _gradients(session, state.step, view)
         session.method.probe()
     state.seconds += time.perf_counter() - start
@@ -135,7 +132,7 @@ def _stop_on_bad_loss(session: Session, state: FitState, loss: float, examples: 
     session.method.zero_grad()
     path = save_state(session, state)
     where = ", ".join(session.train[i].origin for i in examples[:8])
-    rate = session.config.training.learning_rate or 0.0
+    rate = session.config.training.learning_rate
     raise QaromaError(
         f"the loss of step {state.step + 1} is {loss} (examples {where}, ...). "
         f"The state before it is saved in {path}; look at these rows, or go on with a smaller rate: "
@@ -214,8 +211,8 @@ def _validate(session: Session, state: FitState, view: ProgressView) -> None:
     record = {"event": "validation", "step": state.step, **figures}
     session.log.write(record)
     track(session.accelerator, record, "validation/")
-    value, higher = figures[session.task.metric], session.task.higher_is_better
-    better = state.best is None or (value > state.best if higher else value < state.best)
+    value = figures[session.task.metric]
+    better = state.best is None or metric_facts(session.task.metric).better(value, state.best)
     gained = state.step > 0 and better
     view.validation(state.step, figures, session.task.metric, best=gained)
     if gained:
@@ -238,22 +235,19 @@ def validation_metrics(session: Session) -> dict[str, Any]:
 
 def save_state(session: Session, state: FitState) -> str:
     """Write a checkpoint of this moment; returns its path."""
-    method = session.method.state()
-    tensors = {f"method.{name}": tensor for name, tensor in method.tensors.items()}
-    tensors["random.cpu"] = torch.get_rng_state()
+    tensors = {"random.cpu": torch.get_rng_state()}
     if session.accelerator.device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state()
-    values = {"fit": asdict(state), "method": {"name": session.method.name, **method.values}}
-    checkpoint = Checkpoint(state.step, tensors, values)
+    values = {"fit": asdict(state), "adapter": session.info(state.step).to_json()}
+    method = session.method
+    checkpoint = Checkpoint.of(state.step, method.name, method.state(), tensors=tensors, values=values)
     keep = session.config.checkpoint.keep
     return str(save_checkpoint(session.run.checkpoints, checkpoint, fingerprint=session.fingerprint, keep=keep))
 
 
 def restore_state(session: Session, checkpoint: Checkpoint) -> FitState:
     """Put a checkpoint's state into the session's method and the random generators."""
-    prefix = "method."
-    tensors = {k.removeprefix(prefix): t for k, t in checkpoint.tensors.items() if k.startswith(prefix)}
-    session.method.load_state(MethodState(tensors, checkpoint.values["method"]))
+    session.method.load_state(checkpoint.method_state())
     torch.set_rng_state(checkpoint.tensors["random.cpu"])
     if "random.cuda" in checkpoint.tensors and session.accelerator.device.type == "cuda":
         torch.cuda.set_rng_state(checkpoint.tensors["random.cuda"])

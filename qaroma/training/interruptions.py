@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
+from qaroma.config.words import memory_size
 from qaroma.errors import QaromaError
 from qaroma.runs.checkpoint import list_checkpoints
 from qaroma.runs.directory import RunDirectory
@@ -68,7 +69,8 @@ def card_words() -> str:
         free, total = torch.cuda.mem_get_info()
     except (RuntimeError, AssertionError):  # no card, or one so full that it cannot be asked
         return "See which programs hold the card with: nvidia-smi."
-    return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free; see which programs hold the rest with: nvidia-smi."
+    room = f"{memory_size(free, 1)} of {memory_size(total, 1)} are free"
+    return f"{room}; see which programs hold the rest with: nvidia-smi."
 
 
 def _safe(run: RunDirectory) -> str:

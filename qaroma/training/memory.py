@@ -7,16 +7,20 @@ from typing import Any
 import psutil
 import torch
 
-from qaroma.config.schema import Config
-from qaroma.engine.levels import LEVELS, apply_level
+from qaroma.config.levels import LEVELS
+from qaroma.config.schema import ResolvedConfig
+from qaroma.config.words import memory_size
+from qaroma.engine.levels import apply_level
 from qaroma.errors import QaromaError
-from qaroma.model.base import load_config, resolve_dtype
-from qaroma.plan.search import RESERVE, Planner
+from qaroma.model.base import resolve_dtype
+from qaroma.model.found import FoundModel
+from qaroma.plan.card import RESERVE
+from qaroma.plan.search import Planner
+from qaroma.plan.shapes import plannable
 from qaroma.plan.trace import StepSettings
 from qaroma.training.interruptions import card_words
 from qaroma.training.session import Session
 
-EXACT_LEVEL = 2  # the last level that changes no number
 SMALL_SHARE = 0.25  # of the free memory: below it nothing needs to be traced
 
 
@@ -55,10 +59,11 @@ def relieve(session: Session) -> str:
     """
     if session.accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
-    if session.level >= EXACT_LEVEL and session.plan.micro_batch > 1:
+    last = session.level + 1 == len(LEVELS)
+    if (last or not LEVELS[session.level + 1].exact) and session.plan.micro_batch > 1:
         session.plan.micro_batch //= 2
         return f"going on with micro-batches of {session.plan.micro_batch}, the same effective batch"
-    if session.level + 1 < len(LEVELS):
+    if not last:
         session.level += 1
         enter_level(session.model, session.level, session.config)
         return f"going on at memory level {session.level} ({LEVELS[session.level].summary})"
@@ -69,16 +74,21 @@ def relieve(session: Session) -> str:
     )
 
 
-def enter_level(model: Any, level: int, config: Config) -> None:
+def enter_level(model: Any, level: int, config: ResolvedConfig) -> None:
     """Put a run's model into a memory level; a packed head is quantised as the base is, or in NF4."""
     quant_type = "nf4" if config.model.quantization == "none" else config.model.quantization
     apply_level(model, level, quant_type=quant_type, double_quantization=config.model.double_quantization)
 
 
-def choose_level(config: Config, device: torch.device) -> int:
+def choose_level(config: ResolvedConfig, base: FoundModel, device: torch.device) -> int:
     """The memory level of a run: the one that was typed, or the fastest that fits.
 
     A small model needs no look; for others a step is traced on fake tensors (seconds).
+
+    Args:
+        config: of the run.
+        base: what its model was found to be.
+        device: where it trains.
 
     Raises:
         QaromaError: not even the smallest level fits.
@@ -86,19 +96,14 @@ def choose_level(config: Config, device: torch.device) -> int:
     asked = config.training.memory
     if asked != "auto":
         return int(asked)
-    assert config.model.name is not None
-    assert config.data.max_length is not None
-    model_config = load_config(
-        config.model.name, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
-    )
     free = free_bytes(device)
     tokens = config.training.micro_batch * config.data.max_length
-    bound = generous_bound(model_config.get_text_config(), tokens)
+    bound = generous_bound(base.config.get_text_config(), tokens)
     if bound < SMALL_SHARE * free:
         return 0
     if config.task != "causal-lm":  # the planner traces language models
         return 0 if bound < free else 1
-    targets = config.growth.target_modules or "all-linear"
+    targets = config.growth.target_modules
     settings = StepSettings(
         level=0,
         seq_len=config.data.max_length,
@@ -110,10 +115,10 @@ def choose_level(config: Config, device: torch.device) -> int:
         dtype=resolve_dtype(config.model.compute_dtype, device),
     )
     host = int(psutil.virtual_memory().available) if device.type == "cuda" else None
-    level = Planner(model_config).fastest_level(settings, free - RESERVE, host)
+    level = Planner(plannable(base)).fastest_level(settings, free - RESERVE, host)
     if level is None:
         raise QaromaError(
-            f"{config.model.name} does not fit in {free / 2**30:.1f} GiB with micro-batches of {tokens} tokens; type a "
+            f"{config.model.name} does not fit in {memory_size(free, 1)} with micro-batches of {tokens} tokens; type a "
             f"smaller --micro-batch or --max-length (qaroma plan --model {config.model.name} says what fits), or "
             f"--memory 3 to try all the same{others_hold(device)}"
         )

@@ -8,8 +8,10 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from qaroma.config.load import require_model_and_data
+from qaroma.config.metrics import metrics_of
 from qaroma.config.presets import DataFacts, Decision, resolve
-from qaroma.config.schema import Config
+from qaroma.config.schema import Config, ResolvedConfig
 from qaroma.data.encode import Encoded, Example, encode_rows, limit_length, split_validation
 from qaroma.data.glue import dev_file, glue_task, read_glue, read_train
 from qaroma.data.labelled import Kind, LabelledSet, encode_labelled, split_labelled, takes_token_types
@@ -17,10 +19,12 @@ from qaroma.data.packing import pack
 from qaroma.data.sources import RowSet, read_rows
 from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
-from qaroma.model.base import load_config, load_tokenizer
+from qaroma.model.base import load_tokenizer
+from qaroma.model.found import FoundModel, find_model
+from qaroma.runs.adapter_info import TaskInfo
 from qaroma.tasks.base import Task
 from qaroma.tasks.causal_lm import CausalLM
-from qaroma.tasks.labelled import METRICS, labelled_task
+from qaroma.tasks.labelled import labelled_task
 
 _NO_LIMIT = 2**31
 
@@ -30,7 +34,8 @@ class PreparedData:
     """The data as the model will see it, and what was decided from it.
 
     Attributes:
-        config: resolved.
+        config: of the run.
+        base: what its model was found to be.
         decisions: what was decided, to print.
         notes: sentences to print: the form that was recognised, rows left out.
         tokenizer: of the base.
@@ -40,7 +45,8 @@ class PreparedData:
         remember: what an adapter must know of the task to be used again.
     """
 
-    config: Config
+    config: ResolvedConfig
+    base: FoundModel
     decisions: list[Decision]
     notes: list[str]
     tokenizer: PreTrainedTokenizerBase
@@ -48,7 +54,7 @@ class PreparedData:
     train: list[Any]
     validation: list[Any]
     template: Template | None = None
-    remember: dict[str, Any] = field(default_factory=dict)
+    remember: TaskInfo = field(default_factory=TaskInfo)
 
 
 def prepare_data(config: Config) -> PreparedData:
@@ -57,19 +63,13 @@ def prepare_data(config: Config) -> PreparedData:
     Raises:
         QaromaError: no model or data named; unreadable rows; nothing to train on.
     """
-    if config.model.name is None:
-        raise QaromaError("no base model given; type --model FOLDER_OR_HUB_ID (for a first try: --model smollm2-135m)")
-    if not config.data.train:
-        raise QaromaError("no training data given; type --data FILE (.jsonl, .json, .csv, .parquet or .txt)")
-    options: dict[str, Any] = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
-    tokenizer = load_tokenizer(config.model.name, **options)
-    model_config = load_config(config.model.name, **options)
-    if config.task == "causal-lm":
-        return _prepare_conversations(config, tokenizer, model_config)
-    return _prepare_labelled(config, tokenizer, model_config)
+    name = require_model_and_data(config)
+    base = find_model(name, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
+    prepare = _prepare_conversations if config.task == "causal-lm" else _prepare_labelled
+    return prepare(config, base, load_tokenizer(base))
 
 
-def _prepare_conversations(config: Config, tokenizer: PreTrainedTokenizerBase, model_config: Any) -> PreparedData:
+def _prepare_conversations(config: Config, base: FoundModel, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
     named = next((s.path for s in config.data.train if s.path.startswith("glue:")), None)
     if named is not None:
         task = glue_task(named)
@@ -81,10 +81,9 @@ def _prepare_conversations(config: Config, tokenizer: PreTrainedTokenizerBase, m
     validation = None
     if config.data.validation is not None:
         validation = _encode(config, [(config.data.validation, 1.0)], tokenizer, encoded.template)
-    longest = getattr(model_config, "max_position_embeddings", None)
     share = 0.0 if validation is not None else config.data.validation_share
     train, held_out = _split(config, encoded, share)
-    facts = DataFacts(len(train.examples), encoded.lengths, longest, len((validation or held_out).examples))
+    facts = DataFacts(len(train.examples), encoded.lengths, base.longest_input, len((validation or held_out).examples))
     resolved, decisions = resolve(config, facts)
     notes = [f"data: {encoded.form}, {len(encoded.examples)} examples", *encoded.notes]
     limit = (resolved.data.max_length, resolved.data.on_too_long)
@@ -95,11 +94,12 @@ def _prepare_conversations(config: Config, tokenizer: PreTrainedTokenizerBase, m
         held_out = limit_length(validation, *limit)
     examples: list[Example] = train.examples
     if resolved.data.packing:
-        examples = pack(examples, resolved.data.max_length or max(train.lengths))
+        examples = pack(examples, resolved.data.max_length)
         notes.append(f"{len(train.examples)} examples packed into {len(examples)} rows")
     notes.append(f"{len(train.examples)} examples to train on, {len(held_out.examples)} to validate on")
     return PreparedData(
         resolved,
+        base,
         decisions,
         notes,
         tokenizer,
@@ -107,27 +107,28 @@ def _prepare_conversations(config: Config, tokenizer: PreTrainedTokenizerBase, m
         examples,
         held_out.examples,
         encoded.template,
-        {"task": "causal-lm", "template": encoded.template.to_json()},
+        TaskInfo(template=encoded.template.to_json()),
     )
 
 
-def _prepare_labelled(config: Config, tokenizer: PreTrainedTokenizerBase, model_config: Any) -> PreparedData:
+def _prepare_labelled(config: Config, base: FoundModel, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
     kind = cast(Kind, config.task)
+    if config.evaluation.prompts:
+        raise QaromaError(f"evaluation.prompts is for --task causal-lm, a {kind} model writes no text; leave it out")
     train_rows, dev_rows = _labelled_rows(config)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # attention does not look at it
     options: dict[str, Any] = {
-        "token_types": takes_token_types(model_config),
+        "token_types": takes_token_types(base.config),
         "skip_bad": config.data.skip_bad_rows,
     }
     whole, train, held_out = _encode_labelled(config, kind, train_rows, dev_rows, tokenizer, None, **options)
     lengths = [*whole.lengths, *(held_out.lengths if dev_rows is not None else [])]
-    longest = min(getattr(model_config, "max_position_embeddings", None) or _NO_LIMIT, tokenizer.model_max_length)
+    longest = min(base.longest_input or _NO_LIMIT, tokenizer.model_max_length)
     resolved, decisions = resolve(config, DataFacts(len(train.examples), lengths, longest, len(held_out.examples)))
     counts = f"{len(train.examples)} examples to train on, {len(held_out.examples)} to validate on"
     notes = [f"data: {kind} of {' and '.join(whole.fields)}, {counts}", *whole.notes]
     limit = resolved.data.max_length
-    assert limit is not None
     long = sum(length > limit for length in lengths)
     if long and config.data.on_too_long == "error":
         raise QaromaError(
@@ -139,9 +140,9 @@ def _prepare_labelled(config: Config, tokenizer: PreTrainedTokenizerBase, model_
     if whole.bad:
         notes.append(f"{len(whole.bad)} bad rows left out")
     task = _labelled_task(config, kind, whole.labels, tokenizer.pad_token_id or 0)
-    remember = {"task": kind, "labels": list(whole.labels), "metric": task.metric, "max_length": limit}
+    remember = TaskInfo(kind, labels=tuple(whole.labels), metric=task.metric, max_length=limit)
     return PreparedData(
-        resolved, decisions, notes, tokenizer, task, train.examples, held_out.examples, remember=remember
+        resolved, base, decisions, notes, tokenizer, task, train.examples, held_out.examples, remember=remember
     )
 
 
@@ -187,7 +188,7 @@ def _encode_labelled(
 def _labelled_task(config: Config, kind: Kind, labels: Sequence[str], pad_token_id: int) -> Task:
     """The task, with the figure that chooses the best adapter: the one asked for, GLUE's, or the usual one."""
     known = glue_task(config.data.train[0].path)
-    metric = config.evaluation.metric or (known.metric if known else METRICS[kind][0])
+    metric = config.evaluation.metric or (known.metric if known else metrics_of(kind)[0])
     return labelled_task(kind, labels, metric, pad_token_id)
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
 
-from qaroma.config.schema import Config
+from qaroma.config.schema import ResolvedConfig
 from qaroma.engine.placement import head_quantization
 from qaroma.method.base import Method
 from qaroma.method.head import TrainedHead
+from qaroma.model.base import uses_remote_code
 from qaroma.model.builtin import portable_name
-from qaroma.runs.adapter import read_factors, read_growth, read_head, save_factors
+from qaroma.runs.adapter import read_adapter, write_adapter
+from qaroma.runs.adapter_info import AdapterInfo, BaseInfo, TaskInfo
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.log import MetricsLog
 from qaroma.tasks.base import Batch, Task
@@ -28,7 +30,7 @@ class Session:
     """One run's parts.
 
     Attributes:
-        config: resolved; no value of None that the run needs.
+        config: of the run.
         run, log: where it is written.
         model: base with the adapter attached.
         base_name, fingerprint: which base that is.
@@ -39,16 +41,16 @@ class Session:
         plan: which examples make up which step.
         accelerator: device and backward pass.
         sampler: answers chosen prompts while the run trains; None where there are none.
-        level: memory level that the model is in (:mod:`qaroma.engine.levels`).
+        level: memory level that the model is in (:data:`qaroma.config.levels.LEVELS`).
     """
 
-    config: Config
+    config: ResolvedConfig
     run: RunDirectory
     log: MetricsLog
     model: nn.Module
     base_name: str
     fingerprint: str
-    remember: dict[str, Any]
+    remember: TaskInfo
     task: Task
     method: Method
     head: TrainedHead | None
@@ -71,39 +73,45 @@ class Session:
 
     def save_adapter(self, folder: Path, step: int) -> None:
         """Write the adapter, and the head where one is trained, as they stand."""
-        save_factors(
+        write_adapter(
             folder,
             self.method.factors(),
-            self.method.components(),
+            self.info(step),
             base=portable_name(self.base_name),
-            growth=self._describe(step),
             head=self.head.tensors() if self.head else None,
         )
 
-    def load_adapter(self, folder: Path) -> None:
-        """Go back to what :meth:`save_adapter` wrote, once nothing trains any more."""
-        self.method.load_factors(read_factors(folder), read_growth(folder)["components"])
-        if self.head:
-            self.head.load(read_head(folder))
+    def take_best(self) -> None:
+        """Put the best adapter, which :meth:`save_adapter` wrote to ``run.adapter``, in the place of the last.
 
-    def _describe(self, step: int) -> dict[str, Any]:
-        """What ``growth.json`` says beside the components."""
+        Only once nothing trains any more.
+        """
+        best = read_adapter(self.run.adapter)
+        self.method.load_factors(best.update, best.info.components)
+        if self.head:
+            self.head.load(best.head)
+
+    def info(self, step: int) -> AdapterInfo:
+        """What the adapter of this moment is to remember."""
         model, growth = self.config.model, self.config.growth
-        return {
-            "inner_rank": self.config.component_rank,
-            "alpha": growth.alpha,
-            "method": self.method.name,
-            "step": step,
-            "base": {
-                "name": self.base_name,
-                "revision": model.revision,
-                "fingerprint": self.fingerprint,
-                "quantization": model.quantization,
-                "double_quantization": model.double_quantization,
-                "head_quantization": head_quantization(self.model),
-                "compute_dtype": model.compute_dtype,
-            },
-            **self.remember,
-            "head": self.head.names if self.head else [],
-            "settings": growth.model_dump(),
-        }
+        assert growth.alpha is not None
+        return AdapterInfo(
+            components=self.method.components(),
+            inner_rank=self.config.component_rank,
+            alpha=growth.alpha,
+            method=self.method.name,
+            step=step,
+            base=BaseInfo(
+                name=self.base_name,
+                revision=model.revision,
+                fingerprint=self.fingerprint,
+                quantization=model.quantization,
+                double_quantization=model.double_quantization,
+                compute_dtype=model.compute_dtype,
+                head_quantization=head_quantization(self.model),
+                attention=model.attention,
+                needs_remote_code=uses_remote_code(self.model),
+            ),
+            task=replace(self.remember, head=tuple(self.head.names)) if self.head else self.remember,
+            settings=growth.model_dump(),
+        )

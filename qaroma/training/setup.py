@@ -8,30 +8,25 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from qaroma.config.levels import LEVELS
+from qaroma.config.methods import METHODS
 from qaroma.config.presets import growth_settings
-from qaroma.config.schema import PEFT_METHODS, Config
-from qaroma.engine.levels import LEVELS
+from qaroma.config.schema import GrowingSection, ResolvedConfig
 from qaroma.errors import QaromaError
-from qaroma.method.adapter import Adapter
-from qaroma.method.aroma import GrowthController
-from qaroma.method.base import Method
+from qaroma.method.base import Method, MethodOptions
 from qaroma.method.head import TrainedHead, head_names, is_inside
-from qaroma.method.lora import PlainLora
-from qaroma.method.peft_lora import AdaLora, PeftLora, PeftMethod, inject_adalora, inject_lora, require_peft
 from qaroma.method.targets import find_targets
 from qaroma.model.base import fingerprint, load_base, resolve_dtype
+from qaroma.runs.adapter import continue_from
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.log import MetricsLog
-from qaroma.runs.peft_lora import continue_from
-from qaroma.tasks.labelled import outputs_of
+from qaroma.tasks.causal_lm import require_known_head
 from qaroma.training.batches import BatchPlan
 from qaroma.training.memory import choose_level, enter_level
 from qaroma.training.prepare import PreparedData
 from qaroma.training.samples import Sampler
 from qaroma.training.session import Session
 from qaroma.training.trackers import require_trackers
-
-_OF_PEFT: dict[str, type[PeftMethod]] = {"peft-lora": PeftLora, "adalora": AdaLora}
 
 
 def build_session(data: PreparedData, run: RunDirectory) -> Session:
@@ -41,12 +36,10 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
         QaromaError: a model that cannot be loaded or adapted, or a device that is not there.
     """
     config = data.config
-    assert config.model.name is not None
-    if config.method in PEFT_METHODS:
-        require_peft(config.method)
+    METHODS[config.method].require()
     torch.manual_seed(config.training.seed)
     accelerator = _accelerator(config, run)
-    level = choose_level(config, accelerator.device)
+    level = choose_level(config, data.base, accelerator.device)
     model = _load(data, level, accelerator.device)
     identity = fingerprint(model)
     names = head_names(model, model.new_parameters) if data.template is None else []
@@ -54,6 +47,7 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
         model.config.pad_token_id = data.tokenizer.pad_token_id  # decoders look for the last token before it
     method, head = build_method(config, model, names)
     enter_level(model, level, config)
+    require_known_head(model)
     training = config.training
     plan = BatchPlan(
         [len(e.input_ids) for e in data.train],
@@ -81,7 +75,7 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
     )
 
 
-def _accelerator(config: Config, run: RunDirectory) -> Accelerator:
+def _accelerator(config: ResolvedConfig, run: RunDirectory) -> Accelerator:
     """The device and the trackers.
 
     Raises:
@@ -101,31 +95,27 @@ def _accelerator(config: Config, run: RunDirectory) -> Accelerator:
 def _load(data: PreparedData, level: int, device: torch.device) -> Any:
     """The base, as its task and its memory level want it."""
     model = data.config.model
-    assert model.name is not None
     return load_base(
-        model.name,
+        data.base,
         quantization=model.quantization,
         double_quantization=model.double_quantization,
         quantize_head=LEVELS[level].packed_head,
         compute_dtype=resolve_dtype(model.compute_dtype, device),
         device=device,
         attention=model.attention,
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-        num_labels=outputs_of(data.remember),
+        num_labels=data.remember.outputs,
         host_embeddings=LEVELS[level].host_embeddings,
     )
 
 
 def _sampler(data: PreparedData) -> Sampler | None:
     chosen = data.config.evaluation
-    if not chosen.prompts:
+    if not chosen.prompts or data.template is None:
         return None
-    assert data.template is not None
     return Sampler(chosen.prompts, data.tokenizer, data.template, chosen.max_new_tokens)
 
 
-def build_method(config: Config, model: Any, head: Sequence[str] = ()) -> tuple[Method, TrainedHead | None]:
+def build_method(config: ResolvedConfig, model: Any, head: Sequence[str] = ()) -> tuple[Method, TrainedHead | None]:
     """Attach the adapter and make the method that trains it, and the head where one is trained.
 
     Args:
@@ -133,47 +123,30 @@ def build_method(config: Config, model: Any, head: Sequence[str] = ()) -> tuple[
         model: the base; changed in place.
         head: modules to train in full.
     """
-    growth, training = config.growth, config.training
-    common: dict[str, Any] = {
-        "learning_rate": training.learning_rate,
-        "total_steps": training.max_steps,
-        "weight_decay": training.weight_decay,
-        "max_grad_norm": training.max_grad_norm,
-        "head_learning_rate": training.head_learning_rate,
-    }
-    fixed: dict[str, Any] = {"warmup": growth.warmup or 0, "min_lr_ratio": growth.min_lr_ratio or 0.0}
-    targets = [n for n in find_targets(model, growth.target_modules or "all-linear") if not is_inside(n, head)]
-    carrier = (_inject if config.method in PEFT_METHODS else _attach)(config, model, targets)
-    trained = TrainedHead(model, head) if head else None  # attaching froze it
-    common["head"] = trained.parameters() if trained else ()
-    if config.method in PEFT_METHODS:
-        return _OF_PEFT[config.method](carrier, **fixed, **common), trained
-    if config.method == "lora":
-        return PlainLora(carrier, **fixed, **common), trained
-    return GrowthController(carrier, growth_settings(growth, config.method), **common), trained
-
-
-def _attach(config: Config, model: Any, targets: Sequence[str]) -> Adapter:
-    """Our own adapter, with what another one brings where the run goes on from it."""
-    options: dict[str, Any] = {
-        "alpha": config.growth.alpha,
-        "dropout": config.growth.dropout,
-        "seed": config.training.seed,
-    }
-    adapter = Adapter(model, targets, inner_rank=config.component_rank, **options)
+    kind: type[Method] = METHODS[config.method].load()
+    options = _method_options(config)
+    targets = find_targets(model, config.growth.target_modules)
+    attached = kind.attach(model, [name for name in targets if not is_inside(name, head)], options)
     if config.model.adapter is not None:
-        continue_from(adapter, config.model.adapter)
-    return adapter
+        continue_from(attached, config.model.adapter)
+    trained = TrainedHead(model, head) if head else None  # attaching froze it
+    return kind.build(attached, options, trained.parameters() if trained else ()), trained
 
 
-def _inject(config: Config, model: Any, targets: Sequence[str]) -> Any:
-    """PEFT's adapter for the methods that are PEFT's."""
-    options: dict[str, Any] = {
-        "rank": config.rank,
-        "alpha": config.growth.alpha,
-        "dropout": config.growth.dropout or 0.0,
-        "seed": config.training.seed,
-    }
-    if config.method == "adalora":
-        return inject_adalora(model, targets, total_steps=config.training.max_steps or 1, **options)
-    return inject_lora(model, targets, **options)
+def _method_options(config: ResolvedConfig) -> MethodOptions:
+    """What the method is asked for, as plain values."""
+    growth, training = config.growth, config.training
+    return MethodOptions(
+        rank=config.component_rank,
+        alpha=growth.alpha,
+        dropout=growth.dropout,
+        seed=training.seed,
+        learning_rate=training.learning_rate,
+        head_learning_rate=training.head_learning_rate,
+        total_steps=training.max_steps,
+        warmup=growth.warmup,
+        min_lr_ratio=growth.min_lr_ratio,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        growth=growth_settings(growth) if isinstance(growth, GrowingSection) else None,
+    )

@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qaroma.cli.options import CONFIG_OPTION, SET_OPTION, config_options, read_config, require_model_and_data
+from qaroma.cli.options import CONFIG_OPTION, SET_OPTION, config_options, read_config
+from qaroma.config.load import require_model_and_data
+from qaroma.model.builtin import require_model
+from qaroma.training.checks import check_sources
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,6 +49,8 @@ def command(config: str | None, examples: int, rows: int, sets: tuple[str, ...],
     """
     settings = read_config(config, parameters, sets)
     name = require_model_and_data(settings)
+    require_model(name)
+    check_sources(settings)
 
     from rich.console import Console
 

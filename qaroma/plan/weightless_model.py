@@ -30,7 +30,7 @@ def with_depth(config: Any, layers: int) -> Any:
     return changed
 
 
-def skeleton(
+def weightless_model(
     config: Any, *, dtype: torch.dtype = torch.bfloat16, packed: bool = True, double: bool = True,
     packed_head: bool = False,
 ) -> Any:  # fmt: skip
@@ -78,7 +78,7 @@ def _from_config(config: Any, dtype: torch.dtype) -> Any:
 
 
 def materialise(model: nn.Module) -> None:
-    """Give a skeleton new, uninitialised tensors on the default device. Tied parameters stay tied."""
+    """Give a weightless model new, uninitialised tensors on the default device. Tied parameters stay tied."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         for table in (module._parameters, module._buffers):

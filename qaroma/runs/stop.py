@@ -1,9 +1,10 @@
-"""Ctrl-C between steps: the first one asks for a save, the second one ends at once."""
+"""Ctrl-C as a request: the first one asks to stop at the next good moment, the second one ends at once."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -12,15 +13,19 @@ class StopRequest:
     """Turns SIGINT (and SIGTERM, as a scheduler sends it) into a flag while it is entered.
 
     Outside the main thread, where no signal can be caught, it does nothing.
+
+    Args:
+        signals: that ask for the stop.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, signals: Sequence[int] = (signal.SIGINT, signal.SIGTERM)) -> None:
         self.requested = False
+        self._signals = signals
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in self._signals:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 

@@ -1,0 +1,32 @@
+"""The card that is planned for: its memory, and what of it is kept free."""
+
+from __future__ import annotations
+
+import re
+
+from qaroma.errors import QaromaError
+
+RESERVE = int(0.65 * 2**30)  # of a card's memory: CUDA's context and what fragmentation costs
+
+_UNITS = {"": 2**30, "g": 2**30, "m": 2**20, "t": 2**40}
+
+
+def parse_memory(text: str) -> int:
+    """The bytes of a card as one would say it: ``8GiB``, ``8GB``, ``8`` or ``8192MiB``.
+
+    GB counts as GiB: the 8 GB of a card's name are 8,192 MiB.
+
+    Raises:
+        QaromaError: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([gmt]?)i?b?\s*", text, re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise QaromaError(f"Got memory '{text}'; expected a size such as 8GiB or 8192MiB. Type: --vram 8GiB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def this_card() -> int | None:
+    """The memory of this machine's GPU in bytes; None where it has none."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None

@@ -1,0 +1,164 @@
+"""``growth.json``: what an adapter remembers beside its factors. Read and written here alone, without torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qaroma.errors import QaromaError
+from qaroma.runs.directory import GROWTH
+
+VERSION = 2  # 1: qaroma 0.1.0, which did not say how the base attends and whether it needs code of its own
+CAUSAL = "causal-lm"
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """What it takes to open the base again as training saw it.
+
+    Attributes:
+        name: built-in name, folder, .gguf file or hub id.
+        revision: branch, tag or commit on the hub.
+        fingerprint: see :func:`qaroma.model.base.fingerprint`.
+        quantization: ``nf4``, ``fp4`` or ``none``.
+        double_quantization: whether the constants are quantised too.
+        head_quantization: of the output head, ``none`` where it is dense.
+        compute_dtype: ``auto``, ``bf16`` or ``fp32``.
+        attention: ``sdpa``, ``eager`` or ``flash_attention_2``.
+        needs_remote_code: it runs Python code of its own, which the user must allow each time.
+    """
+
+    name: str
+    revision: str | None
+    fingerprint: str
+    quantization: str
+    double_quantization: bool
+    compute_dtype: str
+    head_quantization: str = "none"
+    attention: str = "sdpa"
+    needs_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """What an adapter must know of its task to be used again.
+
+    Attributes:
+        kind: ``causal-lm``, ``classification`` or ``regression``.
+        template: of a language model, see :meth:`qaroma.data.templates.Template.to_json`.
+        labels: names of a classifier's classes, in the order of its outputs.
+        metric: by which the best adapter was chosen; None is the loss.
+        max_length: tokens at which a text is cut.
+        head: modules that were trained in full and are saved whole.
+    """
+
+    kind: str = CAUSAL
+    template: Mapping[str, Any] | None = None
+    labels: tuple[str, ...] = ()
+    metric: str | None = None
+    max_length: int | None = None
+    head: tuple[str, ...] = ()
+
+    @property
+    def outputs(self) -> int | None:
+        """Outputs of the head (1 is a regression); None for a language model."""
+        return None if self.kind == CAUSAL else len(self.labels) or 1
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """An adapter but for its numbers.
+
+    Attributes:
+        components: inner ranks of each module's components, in order; every target module, in the model's order.
+        inner_rank: rank of one component.
+        alpha: the update was alpha / inner_rank times B A; the factors in the file hold that already.
+        method: that trained it.
+        step: optimiser steps it was trained for.
+        base: None where a loop of the user's own saved it and did not say.
+        task: what it was trained for.
+        settings: of its growth, for people.
+    """
+
+    components: Mapping[str, list[int]]
+    inner_rank: int
+    alpha: float
+    method: str | None = None
+    step: int | None = None
+    base: BaseInfo | None = None
+    task: TaskInfo = field(default_factory=TaskInfo)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def ranks(self) -> dict[str, int]:
+        """Rank of each module."""
+        return {name: sum(parts) for name, parts in self.components.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """As ``growth.json`` holds it: the task's fields beside the adapter's own."""
+        values = asdict(self)
+        task = values.pop("task")
+        return {"version": VERSION, **values, "task": task.pop("kind"), **task}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> AdapterInfo:
+        """What :meth:`to_json` gave, or what 0.1.0 wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: a value that is missing, or of another kind.
+        """
+        base = values.get("base")
+        return cls(
+            components={str(name): [int(rank) for rank in ranks] for name, ranks in values["components"].items()},
+            inner_rank=int(values["inner_rank"]),
+            alpha=float(values["alpha"]),
+            method=values.get("method"),
+            step=values.get("step"),
+            base=None if base is None else BaseInfo(**base),
+            task=TaskInfo(
+                kind=values.get("task", CAUSAL),  # adapters of language models once left it out
+                template=values.get("template"),
+                labels=tuple(values.get("labels", ())),
+                metric=values.get("metric"),
+                max_length=values.get("max_length"),
+                head=tuple(values.get("head", ())),
+            ),
+            settings=values.get("settings", {}),
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write ``growth.json`` into an existing folder that nobody reads yet."""
+        (folder / GROWTH).write_text(json.dumps(self.to_json(), indent=2), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> AdapterInfo:
+        """What an adapter folder says of itself.
+
+        Raises:
+            QaromaError: not an adapter folder of qaroma, a damaged one, or one of a newer version.
+        """
+        path = Path(folder) / GROWTH
+        if not path.is_file():
+            raise QaromaError(
+                f"{folder} is no adapter of qaroma (it has no {GROWTH}); give a run directory such as runs/NAME"
+            )
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            version = int(values["version"])
+            if version <= VERSION:
+                return cls.from_json(values)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise QaromaError(
+                f"{path} is damaged ({error!r}); copy the adapter again, or resume the run that wrote it"
+            ) from error
+        raise QaromaError(f"{path} has version {version}, this qaroma reads up to {VERSION}; upgrade qaroma")
+
+
+def info_if_any(folder: Path) -> AdapterInfo | None:
+    """What an adapter folder says of itself; None where there is none, or no whole one."""
+    try:
+        return AdapterInfo.read(folder)
+    except QaromaError:
+        return None

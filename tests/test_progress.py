@@ -1,0 +1,53 @@
+"""Progress in a pipe: some twenty lines, whatever the length of the run."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from qaroma.method.growth import GrowthEvent
+from qaroma.training.progress import ProgressView, curve
+
+RECORD = {
+    "loss": 1.5, "learning_rate": 1e-3, "mean_rank": 2.0, "active_modules": 3, "trainable_parameters": 1234,
+    "tokens_per_second": 99.0, "memory_bytes": 2**30,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("total", "lines"), [(7, 7), (400, 20), (405, 21)])
+def test_lines_in_a_pipe(total: int, lines: int) -> None:
+    out = io.StringIO()
+    with ProgressView(Console(file=out), total=total) as view:
+        for step in range(1, total + 1):
+            view.step({**RECORD, "step": step}, [])
+    said = out.getvalue().splitlines()
+    assert len(said) == lines
+    assert (
+        said[-1]
+        == f"step {total}/{total}  loss 1.500  lr 1.0e-03  rank 2.00  active 3  params 1,234  99 tok/s  1.00 GiB"
+    )
+
+
+def test_growth_and_validation_are_said_when_they_happen() -> None:
+    out = io.StringIO()
+    view = ProgressView(Console(file=out, width=200), total=400)
+    events = [
+        GrowthEvent(3, name, 1, 0.1, 0.2, decision)
+        for name, decision in (("a", "commit"), ("b", "commit"), ("c", "done"))
+    ]
+    view.step({**RECORD, "step": 3}, events)
+    view.validation(3, {"loss": 0.5}, "loss", best=True)
+    view.validation(6, {"loss": 0.75, "f1": 0.25}, "f1", best=False)
+    assert out.getvalue().splitlines() == [
+        "step 3: 2 modules grew by a component, 1 modules are done",
+        "step 3: validation loss 0.5000 (best so far)",
+        "step 6: validation loss 0.7500, f1 0.2500",
+    ]
+
+
+def test_a_curve_has_its_lowest_value_lowest() -> None:
+    assert curve([3.0, 2.0, 1.0]) == "█▅▁"
+    assert curve([2.0, 2.0]) == "▁▁"
+    assert curve([]) == ""
