@@ -89,10 +89,10 @@ def test_first_update_after_a_reset(mode: str, size: float) -> None:
 
 def test_max_update_bounds_both_ways() -> None:
     flat = FlatAdamW(groups({"a": (3,)}), max_update=1.0)
-    before, flat.steps["a"] = flat.values.clone(), 100_000  # no correction is left
+    before, flat.steps["a"] = flat.values.clone(), [100_000]  # no correction is left
     flat.first_moment.copy_(torch.tensor([3.0, -3.0, 0.5]))
     flat.second_moment.fill_(1.0)
-    flat.step({"a": 0.1})
+    flat.step({"a": [0.1]})
     torch.testing.assert_close(before - flat.values, torch.tensor([0.1, -0.1, 0.045]), rtol=1e-3, atol=0.0)
 
 
