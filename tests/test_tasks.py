@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_config
 
-from qaroma.data.encode import Example
+from qaroma.data.encode import IGNORED, Example
 from qaroma.engine.levels import apply_level
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_base
-from qaroma.tasks.base import IGNORED
 from qaroma.tasks.causal_lm import CausalLM, require_known_head
 
 
