@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import click
 
 from qaroma.cli.options import CONFIG_OPTION, SET_OPTION, config_options, read_config
 from qaroma.cli.output import JSON_OPTION, figures_only
-from qaroma.compare.specs import plan_runs
+from qaroma.compare.specs import parse_seeds, plan_runs
 from qaroma.config.load import require_model_and_data
 from qaroma.config.schema import Config
+from qaroma.errors import QaromaError
 from qaroma.model.builtin import require_model
 from qaroma.runs.directory import quoted
 from qaroma.training.checks import check_sources
@@ -20,6 +22,7 @@ Examples:
   qaroma compare --config mrpc.yaml --methods aroma,lora:8,adalora:8 --seeds 0,1,2 --output runs/mrpc
   qaroma compare --config mrpc.yaml --methods "aroma,aroma+reset=none,lora:8+training.learning_rate=1e-3" \\
       --seeds 0,1,2 --output runs/reset
+  qaroma compare --suite growth --data DATA --output runs/suite --beds text,minilm --tables oracle
 """
 
 
@@ -27,7 +30,6 @@ Examples:
 @CONFIG_OPTION
 @click.option(
     "--methods",
-    required=True,
     metavar="NAME[:RANK][+KEY=VALUE]...",
     help="Methods, separated by commas: aroma, relora, lora, peft-lora, adalora. KEY is any setting of this method "
     "alone; those of growth need no prefix.",
@@ -48,14 +50,35 @@ Examples:
     "model.quantization",
 )
 @click.option("--table-only", is_flag=True, help="Run nothing; make the table from the runs that are finished.")
+@click.option(
+    "--suite",
+    type=click.Choice(["growth"]),
+    help="Instead of --methods: judge growth against the best rank and rate of LoRA, on beds of its own. --data is "
+    "then the folder of their files.",
+)
+@click.option("--ours", default="aroma", show_default=True, metavar="NAME[+KEY=VALUE]...", help="What a suite judges.")
+@click.option("--beds", metavar="NAMES", help="Beds of a suite, or beginnings of their names; all where not given.")
+@click.option(
+    "--tables",
+    default="oracle,ladder,planted",
+    show_default=True,
+    metavar="NAMES",
+    help="Tables of a suite: oracle, ladder, planted, rate, paper, cost.",
+)
+@click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Processes of a suite.")
 @SET_OPTION
 @JSON_OPTION
 def command(
     config: str | None,
-    methods: str,
+    methods: str | None,
     seeds: str,
     output: str,
     table_only: bool,
+    suite: str | None,
+    ours: str,
+    beds: str | None,
+    tables: str,
+    jobs: int,
     sets: tuple[str, ...],
     json_output: bool,
     **parameters: str | float | bool | None,
@@ -68,6 +91,29 @@ def command(
     methods, and 'qaroma[report]' for the plot.
     """
     context = click.get_current_context()
+    if suite is not None:
+        from qaroma.compare.suite.suite import run_suite
+
+        typed = context.get_parameter_source("seeds") == click.core.ParameterSource.COMMANDLINE
+        with figures_only(json_output) as write:
+            results = run_suite(
+                folder=output,
+                data=_data_folder(parameters),
+                command=_typed(context),
+                ours=ours,
+                beds=beds,
+                tables=tables,
+                seeds=tuple(parse_seeds(seeds)) if typed else None,
+                jobs=jobs,
+                table_only=table_only,
+            )
+            if json_output:
+                write(results)
+                return
+        click.echo(results["table"])
+        return
+    if methods is None:
+        raise click.UsageError("Missing option '--methods'.")
 
     def make_config(more: Sequence[str]) -> Config:
         return read_config(config, parameters, [*sets, *more])
@@ -94,6 +140,18 @@ def command(
             write(results)
             return
     click.echo(results["table"])
+
+
+def _data_folder(parameters: Mapping[str, Any]) -> str:
+    """The one folder that ``--data`` names for a suite.
+
+    Raises:
+        QaromaError: none, or several.
+    """
+    folders = parameters["data__train"]
+    if len(folders) != 1:
+        raise QaromaError(f"got {len(folders)} times --data; a suite wants the one folder of its beds' files")
+    return str(folders[0])
 
 
 def _typed(context: click.Context) -> str:

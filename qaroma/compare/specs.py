@@ -160,6 +160,18 @@ def report(problems: Sequence[str]) -> QaromaError:
     return QaromaError("\n".join([f"{len(problems)} problems:", *(f"  {problem}" for problem in problems)]))
 
 
+def parse_seeds(text: str) -> list[int]:
+    """Whole numbers, separated by commas.
+
+    Raises:
+        QaromaError: anything else, or a seed given twice.
+    """
+    numbers, problems = _seeds(text)
+    if problems:
+        raise report(problems)
+    return numbers
+
+
 def _seeds(text: str) -> tuple[list[int], list[str]]:
     parts = [part.strip() for part in text.split(",")]
     wrong = [part for part in parts if not part.isdecimal()]

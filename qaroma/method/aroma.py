@@ -130,7 +130,7 @@ class GrowthController(AdapterMethod):
             rates[name] = [settled] * (len(self.adapter.layers[name].active_components) - 1) + [newest]
         return rates
 
-    def step(self) -> list[GrowthEvent]:
+    def step(self, loss: float | None = None) -> list[GrowthEvent]:
         """Clip, update, zero the gradients; check and grow where that is due.
 
         A check synchronises with the device once, for all modules together.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qaroma.method.adapter import Adapter
+from qaroma.method.budget import BudgetSettings
 from qaroma.method.factors import Factors, Update
 from qaroma.method.growth import GrowthEvent, GrowthSettings
 from qaroma.method.optimiser import FlatAdamW
@@ -50,7 +51,7 @@ class MethodOptions:
     min_lr_ratio: float
     weight_decay: float
     max_grad_norm: float
-    growth: GrowthSettings | None
+    growth: GrowthSettings | BudgetSettings | None
 
     def optimisation(self) -> dict[str, Any]:
         """The keyword arguments that every method's class has."""
@@ -116,9 +117,16 @@ class Method:
         """A scalar to add to every step's loss; None adds nothing."""
         return None
 
-    def step(self) -> list[GrowthEvent]:
-        """Clip, update, zero the gradients and grow; returns what grew."""
+    def step(self, loss: float | None = None) -> list[GrowthEvent]:
+        """Clip, update, zero the gradients and grow; returns what grew.
+
+        Args:
+            loss: mean training loss of the step, before its update; some methods grow by it.
+        """
         raise NotImplementedError
+
+    def validated(self, loss: float, standard_error: float) -> None:
+        """Take note of a validation: mean loss of the rows, and that mean's standard error."""
 
     def zero_grad(self) -> None:
         """Throw away what has accumulated."""
@@ -169,6 +177,7 @@ class FactorTrainer:
         head: fp32 parameters that are trained in full beside the adapter.
         max_grad_norm: gradients are clipped to this joint norm before an update.
         weight_decay, max_update: see :class:`FlatAdamW`.
+        rank: of the first components; None is the adapter's inner rank.
     """
 
     def __init__(
@@ -179,6 +188,7 @@ class FactorTrainer:
         max_grad_norm: float,
         weight_decay: float,
         max_update: float | None,
+        rank: int | None = None,
     ) -> None:
         self.adapter, self.head, self.max_grad_norm = adapter, list(head), max_grad_norm
         self._options = {"weight_decay": weight_decay, "max_update": max_update}
@@ -264,7 +274,13 @@ class FactorTrainer:
         }
         return MethodState(tensors, values)
 
-    def load_state(self, state: MethodState) -> None:
+    def load_state(self, state: MethodState, *, keeps_updates: bool = False) -> None:
+        """Go on from such a state.
+
+        Args:
+            state: as :meth:`state` gave it.
+            keeps_updates: whether the optimiser keeps its updates at this moment.
+        """
         active = state.values["active"]
         for name, layer in self.adapter.layers.items():
             layer.active_A = layer.active_B = None
@@ -274,6 +290,7 @@ class FactorTrainer:
             if name in active:
                 layer.start_component(layer.A.new_zeros(sum(active[name]), layer.in_features), active[name])
         self._build_optimiser()
+        self.optimiser.keep_updates(keeps_updates)
         self.optimiser.steps.update(state.values["steps"])
         if self.head:
             self.optimiser.steps[HEAD] = state.values["head_steps"]
@@ -283,12 +300,12 @@ class FactorTrainer:
         self.adapter.generator.set_state(state.tensors["generator"])
 
     def _trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """What trains and its moments, each under its name in a checkpoint; views that can be written into."""
+        """What trains and what the optimiser keeps of it, by its name in a checkpoint; views that can be written into."""
         for group, parameters in self._trained().items():
-            for (key, parameter), moments in zip(parameters.items(), self.optimiser.moments(group), strict=True):
+            for (key, parameter), beside in zip(parameters.items(), self.optimiser.beside(group), strict=True):
                 yield f"active.{group}.{key}", parameter.detach()
-                yield f"first_moment.{group}.{key}", moments[0]
-                yield f"second_moment.{group}.{key}", moments[1]
+                for kind, tensor in beside.items():
+                    yield f"{kind}.{group}.{key}", tensor
 
 
 def factors_in(state: MethodState) -> dict[str, Factors]:

@@ -52,7 +52,7 @@ class PlainLora(AdapterMethod):
     def build(cls, attached: Adapter, options: MethodOptions, head: Sequence[nn.Parameter] = ()) -> PlainLora:
         return cls(attached, head=head, **options.optimisation(), **options.cosine())
 
-    def step(self) -> list[GrowthEvent]:
+    def step(self, loss: float | None = None) -> list[GrowthEvent]:
         """Clip, update, zero the gradients. LoRA grows nothing."""
         factor = warm_cosine(self.steps_done, total=self.total_steps, warmup=self.warmup, min_ratio=self.min_lr_ratio)
         self.learning_rate = self.peak * factor

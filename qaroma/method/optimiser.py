@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 PRUNED_SHARE = 0.999  # of the moments, at a reset "prune" (paper, section 3.3)
-_BUFFERS = ("values", "gradients", "first_moment", "second_moment")
+_BUFFERS = ("values", "gradients", "first_moment", "second_moment", "last_update")
 
 
 class FlatAdamW:
@@ -36,6 +36,7 @@ class FlatAdamW:
     gradients: Tensor
     first_moment: Tensor
     second_moment: Tensor
+    last_update: Tensor | None  # what the last step subtracted from the values; kept on request
 
     def __init__(
         self,
@@ -53,6 +54,7 @@ class FlatAdamW:
         self.steps: dict[str, list[int]] = {name: [0] * len(self.parts.get(name, (1,))) for name in self.groups}
         self.values = _flattened([p.data for ps in self.groups.values() for p in ps])
         self.gradients, self.first_moment, self.second_moment = (torch.zeros_like(self.values) for _ in range(3))
+        self.last_update = None
         self._point_parameters({p: p.shape for ps in self.groups.values() for p in ps})
 
     def _point_parameters(self, shapes: Mapping[nn.Parameter, torch.Size]) -> None:
@@ -112,7 +114,24 @@ class FlatAdamW:
             update.clamp_(-self.max_update, self.max_update)
         if self.weight_decay:
             update.add_(self.values, alpha=self.weight_decay)
-        self.values.sub_(update.mul_(lr))
+        update.mul_(lr)
+        self.values.sub_(update)
+        if self.last_update is not None:
+            self.last_update = update
+
+    def keep_updates(self, wanted: bool) -> None:
+        """Whether each update is kept until the next one, for :meth:`agreement`."""
+        if wanted != (self.last_update is not None):
+            self.last_update = torch.zeros_like(self.values) if wanted else None
+
+    def agreement(self) -> Tensor:
+        """Cosine of the angle between the gradients' descent direction and the last update, a scalar on the device.
+
+        Positive where the loss still falls along what the last update did; 0 where there is nothing to compare.
+        """
+        assert self.last_update is not None
+        cosine: Tensor = torch.nn.functional.cosine_similarity(self.gradients, self.last_update, dim=0, eps=1e-30)
+        return cosine
 
     @torch.no_grad()
     def reset(self, names: Sequence[str], mode: str, generator: torch.Generator) -> None:
@@ -149,7 +168,7 @@ class FlatAdamW:
             gone: name -> how many of its oldest parts train no more.
         """
         shapes: dict[nn.Parameter, torch.Size] = {}
-        grown: dict[str, list[Tensor]] = {buffer: [] for buffer in _BUFFERS}
+        grown: dict[str, list[Tensor]] = {buffer: [] for buffer in self._kept_buffers()}
         for name, parameters in self.groups.items():
             dropped = sum(self.parts.get(name, ())[: gone.get(name, 0)])
             offset = self.slices[name].start
@@ -176,7 +195,7 @@ class FlatAdamW:
             for p in self.groups[name]:
                 p.grad = None
         kept = [self.slices[name] for name in self.groups if name not in gone]
-        for attribute in _BUFFERS:
+        for attribute in self._kept_buffers():
             buffer: Tensor = getattr(self, attribute)
             setattr(self, attribute, torch.cat([buffer[part] for part in kept]) if kept else buffer.new_zeros(0))
         self.groups = {name: ps for name, ps in self.groups.items() if name not in gone}
@@ -184,18 +203,22 @@ class FlatAdamW:
         self.steps = {name: t for name, t in self.steps.items() if name not in gone}
         self._point_parameters({p: p.shape for ps in self.groups.values() for p in ps})
 
-    def moments(self, name: str) -> list[tuple[Tensor, Tensor]]:
-        """First and second moment of each parameter of a group, as views in the parameter's shape."""
+    def _kept_buffers(self) -> list[str]:
+        return [name for name in _BUFFERS if getattr(self, name) is not None]
+
+    def beside(self, name: str) -> list[dict[str, Tensor]]:
+        """What is kept beside each parameter of a group (moments, last update), as views in the parameter's shape."""
         found, offset = [], self.slices[name].start
+        kept = {key: buffer for key, buffer in self.buffers().items() if key != "values"}
         for p in self.groups[name]:
             part = slice(offset, offset + p.numel())
-            found.append((self.first_moment[part].view(p.shape), self.second_moment[part].view(p.shape)))
+            found.append({key: buffer[part].view(p.shape) for key, buffer in kept.items()})
             offset += p.numel()
         return found
 
     def buffers(self) -> dict[str, Tensor]:
-        """What lasts from step to step: the values and both moments of all groups, each one flat tensor."""
-        return {"values": self.values, "first_moment": self.first_moment, "second_moment": self.second_moment}
+        """What lasts from step to step: values, moments and, where kept, the last update, each one flat tensor."""
+        return {name: getattr(self, name) for name in self._kept_buffers() if name != "gradients"}
 
 
 def _flattened(tensors: Sequence[Tensor]) -> Tensor:

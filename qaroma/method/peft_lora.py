@@ -148,7 +148,7 @@ class PeftMethod(Method):
     def build(cls, attached: Any, options: MethodOptions, head: Sequence[nn.Parameter] = ()) -> PeftMethod:
         return cls(attached, head=head, **options.optimisation(), **options.cosine())
 
-    def step(self) -> list[GrowthEvent]:
+    def step(self, loss: float | None = None) -> list[GrowthEvent]:
         """Clip, update, zero the gradients. Nothing grows."""
         factor = warm_cosine(self.steps_done, total=self.total_steps, warmup=self.warmup, min_ratio=self.min_lr_ratio)
         for group in self.optimiser.param_groups:

@@ -1,0 +1,133 @@
+"""Beds of real models, through the product's own data path: MiniLM on GLUE, SmolLM2 of six layers on answers."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qaroma.compare.suite.beds import Bed, Place, minilm
+from qaroma.compare.suite.bench import Bench
+from qaroma.config.load import read_settings
+from qaroma.config.presets import DataFacts
+from qaroma.data import demo
+from qaroma.method.head import head_names
+from qaroma.model.base import load_base, load_tokenizer
+from qaroma.runs.files import write_atomically
+from qaroma.tasks.base import Task
+from qaroma.tasks.labelled import outputs_of
+from qaroma.training.batches import BatchPlan
+from qaroma.training.prepare import prepare_data
+
+LAYERS = 6  # of SmolLM2's thirty
+LONGEST = {"language": 96, "labelled": 128}  # tokens of a row; longer answers are left out, longer texts cut
+VALIDATED, SCORED = 64, 200  # rows; of a GLUE task the whole dev set scores
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The encoded rows of a bed, and the model as it is loaded."""
+
+    model: Any
+    task: Task
+    train: Sequence[Any]
+    validation: Sequence[Any]
+    test: Sequence[Any]
+    head: Sequence[str]
+
+
+def set_up_model(bed: Bed, place: Place, seed: int) -> Bench:
+    """A bed of a real model; validation takes some training rows, so that the test rows decide nothing."""
+    data = _prepared(bed, place)
+    model = copy.deepcopy(data.model)
+    lengths = [len(example.input_ids) for example in data.train]
+    plan = BatchPlan(lengths, micro_batch=bed.batch, grad_accum=1, seed=seed)
+
+    def loss(step: int) -> torch.Tensor:
+        [rows] = plan.step(step)
+        total, count = data.task.loss(model, data.task.collate([data.train[row] for row in rows]))
+        return total / count
+
+    def figures(rows: Sequence[Any]) -> Any:
+        by_length = sorted(rows, key=lambda example: len(example.input_ids))  # hardly any padding
+        batches = (data.task.collate(by_length[i : i + 16]) for i in range(0, len(rows), 16))
+        return data.task.evaluate(model, batches, torch.device("cpu"))
+
+    return Bench(
+        model,
+        DataFacts(len(data.train), lengths, LONGEST[bed.kind], len(data.validation)),
+        loss=loss,
+        validate=lambda: float(figures(data.validation)["loss"]),
+        score=lambda: float(figures(data.test)[bed.metric]),
+        head=data.head,
+    )
+
+
+@lru_cache(maxsize=1)
+def _prepared(bed: Bed, place: Place) -> _Data:
+    labelled = bed.kind == "labelled"
+    name = str(minilm()) if labelled else str(_cut_smollm2(place.cache))
+    flags: dict[str, Any] = {
+        "model.name": name,
+        "model.quantization": "none",
+        "task": bed.task,
+        "method": "lora",
+        "data.train": [str(place.data / bed.source)] if bed.source else [str(_calendar(place.cache))],
+        "data.max_length": LONGEST[bed.kind],
+        "data.on_too_long": "truncate" if labelled else "drop",
+        "data.template": "auto" if labelled else "none",  # a chat template is half of a short row
+        "data.validation": str((place.data / bed.source).with_name("dev.jsonl")) if labelled else None,
+        "data.validation_share": 0.2,
+        "data.validation_max": SCORED,
+    }
+    data = prepare_data(read_settings(None, flags, []))
+    torch.manual_seed(0)  # a new head begins alike in every trial
+    model: Any = load_base(
+        name,
+        quantization="none",
+        compute_dtype=torch.bfloat16,  # the product's choice, and half the time
+        device="cpu",
+        num_labels=outputs_of(data.remember),
+    )
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0)).tolist()
+    shuffled = [data.train[i] for i in order]
+    head = head_names(model, model.new_parameters) if labelled else ()
+    return _Data(model, data.task, shuffled[VALIDATED:], shuffled[:VALIDATED], data.validation, head)
+
+
+def _calendar(cache: Path) -> Path:
+    """The quickstart's rows as a file."""
+    file = cache / "calendar.jsonl"
+    if not file.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        rows = demo.rows("train", demo.TRAIN_ROWS + SCORED, 0)
+        write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def _cut_smollm2(cache: Path) -> Path:
+    """A folder with the first layers of the built-in model, written once."""
+    folder = cache / f"smollm2-{LAYERS}-layers"
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    model: Any = load_base("smollm2-135m", quantization="none", compute_dtype=torch.bfloat16, device="cpu")
+    model.model.layers = model.model.layers[:LAYERS]
+    model.config.num_hidden_layers = LAYERS
+    model.config.layer_types = None
+    own = cache / f"{folder.name}-{os.getpid()}"  # two workers may come here at once
+    model.save_pretrained(own)
+    load_tokenizer("smollm2-135m").save_pretrained(own)
+    try:
+        os.replace(own, folder)
+    except OSError:
+        shutil.rmtree(own)
+    return folder

@@ -1,0 +1,186 @@
+"""Growth within a budget: how much rank a run needs is told from how its loss falls, with no unit in it.
+
+The two loops of the paper ask how large a component is, which says what the learning rate was. This machine
+asks whether the run will get there: rank is needed as long as the loss, at the speed of the present rank, will
+not have fallen to next to nothing when the steps are over. Like :mod:`qaroma.method.growth` it takes numbers and
+gives decisions, and knows no tensor and no model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+GOAL = 0.05  # of the first loss: what a run that memorises is to reach
+GOAL_TIME = 0.9  # of the steps: when it is to be there
+LEARNT = 0.01  # of the first loss: below it nothing is left to learn
+LEARNT_STEPS = 10  # over so many steps
+LAST_GROWTH = 0.5  # of the steps: a component that begins later hardly pays
+CHECKS = 20  # in a run
+SHORTEST_CHECK = 8  # steps: fewer say nothing of how the loss falls
+LARGEST_GROWTH = 2.0  # at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetSettings:
+    """What a run that grows within a budget is asked for (``qaroma.config.GrowthSection`` explains each).
+
+    Raises:
+        ValueError: no rank to begin with, or one above the budget.
+    """
+
+    start_rank: int
+    max_rank: int
+    window: int | None = None
+    warmup: int = 6
+    min_lr_ratio: float = 0.1
+    measured_rate: bool = True
+    max_update: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.start_rank <= self.max_rank:
+            raise ValueError(f"start_rank {self.start_rank} must lie between 1 and max_rank {self.max_rank}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"at least one component trains, got a window of {self.window}")
+
+
+@dataclass
+class BudgetState:
+    """Where a run stands that grows within a budget; all of its modules have the same rank.
+
+    Args:
+        settings: the choices.
+        total_steps: step budget T.
+        rank: of every module now.
+        step: optimiser steps done.
+        born: step at which each component began, oldest first.
+        first_loss: mean training loss of the first step.
+        losses: of the last two intervals between checks.
+        halted: validation has worsened: nothing grows any more.
+        learnt: step at which nothing was left to learn; the rate then falls to zero, and the run ends.
+    """
+
+    settings: BudgetSettings
+    total_steps: int
+    rank: int
+    step: int = 0
+    born: list[int] = field(default_factory=lambda: [0])
+    first_loss: float | None = None
+    losses: list[float] = field(default_factory=list)
+    best_validation: float | None = None
+    halted: bool = False
+    learnt: int | None = None
+
+    @classmethod
+    def start(cls, settings: BudgetSettings, total_steps: int) -> BudgetState:
+        return cls(settings, total_steps, settings.start_rank)
+
+    @property
+    def interval(self) -> int:
+        """Steps between two checks."""
+        return max(SHORTEST_CHECK, self.total_steps // CHECKS)
+
+    @property
+    def end(self) -> int:
+        """The step at which the run is over, by the budget or because everything is learnt."""
+        if self.learnt is None:
+            return self.total_steps
+        return min(self.total_steps, self.learnt + max(SHORTEST_CHECK, self.learnt // 10))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run ends by itself."""
+        return self.learnt is not None and self.step >= self.end
+
+    def observe(self, loss: float) -> int:
+        """Count a step and its mean training loss, as it was before the update.
+
+        Returns:
+            By how much the rank of every module grows now; mostly 0.
+        """
+        self.step += 1
+        if self.first_loss is None:
+            self.first_loss = loss
+        self.losses = [*self.losses, loss][-max(2 * self.interval, LEARNT_STEPS) :]
+        recent = self.losses[-LEARNT_STEPS:]
+        if self.learnt is None and len(recent) == LEARNT_STEPS and _mean(recent) < LEARNT * self.first_loss:
+            self.learnt = self.step
+        grown = self._missing_rank() if self._may_grow() else 0
+        if grown:
+            self.rank += grown
+            self.born.append(self.step)
+        return grown
+
+    def validated(self, loss: float, standard_error: float) -> None:
+        """Take a validation: worse than the best one by more than two standard errors, it ends growth.
+
+        Args:
+            loss: mean loss of the validation rows.
+            standard_error: of that mean.
+        """
+        if self.best_validation is None or loss < self.best_validation:
+            self.best_validation = loss
+        elif loss > self.best_validation + 2 * standard_error:
+            self.halted = True
+
+    def rate_factor(self) -> float:
+        """What the fall to zero after everything is learnt leaves of the next update's learning rate."""
+        if self.learnt is None:
+            return 1.0
+        return max(0.0, (self.end - self.step) / (self.end - self.learnt))
+
+    def _may_grow(self) -> bool:
+        due = self.step % self.interval == 0 and self.step - self.born[-1] >= self.interval
+        whole = len(self.losses) >= 2 * self.interval
+        in_time = self.step < LAST_GROWTH * self.total_steps
+        return due and whole and in_time and not self.halted and self.learnt is None
+
+    def _missing_rank(self) -> int:
+        """The rank that is missing, progress going as the rank, for the loss to reach its goal in time.
+
+        The loss is taken to fall on as it did over the last two intervals, along the steeper of a straight line
+        and an exponential.
+        """
+        assert self.first_loss is not None
+        goal, interval = GOAL * self.first_loss, self.interval
+        before, now = _mean(self.losses[-2 * interval : -interval]), _mean(self.losses[-interval:])
+        if now <= goal:
+            return 0
+        left = GOAL_TIME * self.total_steps - self.step
+        straight = _needed(now - goal, (before - now) / interval, interval, left)
+        exponential = math.inf
+        if min(before, now) > 0:
+            exponential = _needed(math.log(now / goal), math.log(before / now) / interval, interval, left)
+        missing = min(straight, exponential)
+        if missing <= 1:
+            return 0
+        wanted = math.ceil(self.rank * min(missing, LARGEST_GROWTH))
+        return max(0, min(wanted, self.settings.max_rank) - self.rank)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the settings and the budget, as JSON values; floats survive exactly."""
+        return {key: value for key, value in asdict(self).items() if key not in ("settings", "total_steps")}
+
+    def load_json(self, state: Mapping[str, Any]) -> None:
+        for key, value in state.items():
+            setattr(self, key, value)
+
+
+def _needed(distance: float, speed: float, interval: int, left: float) -> float:
+    """How many times the present speed covers a distance in the steps that are left.
+
+    Args:
+        distance: from the mean of the last interval, which is where the loss was half an interval ago.
+        speed: of the fall, a step; infinitely many times where nothing falls.
+        interval: between two checks, in steps.
+        left: steps.
+    """
+    if speed <= 0 or left <= 0:
+        return math.inf
+    return (distance - speed * interval / 2) / (speed * left)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,149 @@
+"""AROMA with joint components: all of a module's components train, and the run's budget says when new ones begin."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import nn
+
+from qaroma.method.adapter import Adapter
+from qaroma.method.base import AdapterMethod, FactorTrainer, MethodState
+from qaroma.method.budget import BudgetSettings, BudgetState
+from qaroma.method.growth import GrowthEvent
+from qaroma.method.rate import MeasuredRate
+from qaroma.method.schedule import cosine, warm_cosine
+
+MEASURED_SHARE = 4  # the rate is measured over the first quarter of a run
+
+
+class JointController(AdapterMethod):
+    """Trains an adapter whose components all train together, one call of :meth:`step` after each backward pass.
+
+    Usable in any loop::
+
+        adapter = attach(model)
+        growth = JointController(adapter, BudgetSettings(start_rank=8, max_rank=32), learning_rate=1e-3,
+                                 total_steps=500)
+        for batch in batches:
+            mean_loss = loss(model, batch)
+            mean_loss.backward()
+            growth.step(mean_loss.item())
+            if growth.finished:
+                break
+
+    A module's learning rate falls with the square root of its rank, so that one rate holds for every rank.
+
+    Args:
+        adapter: as :func:`qaroma.attach` returns it, with an inner rank of 1; its first components are begun here.
+        settings: of growth.
+        learning_rate: peak of a cosine, at the rank that the run begins with; where ``settings.measured_rate``,
+            only where the measuring begins.
+        total_steps: step budget T.
+        weight_decay, max_grad_norm: of the optimiser.
+        head: parameters trained in full beside the adapter.
+        head_learning_rate: peak of their cosine; None is ``learning_rate``.
+    """
+
+    name = "aroma"
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        settings: BudgetSettings,
+        *,
+        learning_rate: float,
+        total_steps: int,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+        head: Sequence[nn.Parameter] = (),
+        head_learning_rate: float | None = None,
+    ) -> None:
+        self.adapter, self.settings = adapter, settings
+        self.head_peak = head_learning_rate or learning_rate
+        self.peak, self.total_steps, self.learning_rate = learning_rate, total_steps, 0.0
+        self.growth = BudgetState.start(settings, total_steps)
+        self.rate = MeasuredRate(total_steps // MEASURED_SHARE if settings.measured_rate else 0)
+        self.trainer = FactorTrainer(
+            adapter,
+            head=head,
+            max_grad_norm=max_grad_norm,
+            weight_decay=weight_decay,
+            max_update=settings.max_update,
+            rank=settings.start_rank,
+        )
+        self.trainer.optimiser.keep_updates(self.rate.measuring(0))
+
+    @property
+    def finished(self) -> bool:
+        return self.growth.finished
+
+    def learning_rates(self) -> list[float]:
+        """Learning rate of the next update of each active component, oldest first: the same in every module."""
+        state, s = self.growth, self.settings
+        settled = (
+            self.peak
+            * self.rate.factor
+            * math.sqrt(s.start_rank / state.rank)
+            * cosine(state.step, total=self.total_steps, warmup=s.warmup, min_ratio=s.min_lr_ratio)
+            * state.rate_factor()
+        )
+        training = state.born if s.window is None else state.born[-s.window :]
+        climbs = [min(1.0, (state.step - born + 1) / s.warmup) if s.warmup else 1.0 for born in training]
+        return [settled * climb for climb in climbs]
+
+    def step(self, loss: float | None = None) -> list[GrowthEvent]:
+        """Clip, update, zero the gradients; grow where rank is missing.
+
+        While the rate is measured, each step synchronises with the device once.
+
+        Args:
+            loss: mean training loss of this step, before its update.
+
+        Returns:
+            One event for each module where rank was added, else none.
+
+        Raises:
+            ValueError: no loss, by which this method grows.
+        """
+        if loss is None:
+            raise ValueError("growth within a budget follows the training loss: call step(loss)")
+        step, optimiser = self.growth.step, self.trainer.optimiser
+        if self.rate.measuring(step) and step:
+            self.rate.observe(optimiser.agreement().item())
+        optimiser.keep_updates(self.rate.measuring(step + 1))
+        rates = self.learning_rates()
+        self.learning_rate = max(rates)
+        of_head = warm_cosine(
+            step, total=self.total_steps, warmup=self.settings.warmup, min_ratio=self.settings.min_lr_ratio
+        )
+        self.trainer.update(dict.fromkeys(self.adapter.layers, rates), self.head_peak * of_head)
+        grown = self.growth.observe(loss)
+        if not grown:
+            return []
+        self.trainer.begin(dict.fromkeys(self.adapter.layers, grown), window=self.settings.window, reset="full")
+        return self._events("commit", len(self.growth.born) - 1)
+
+    def validated(self, loss: float, standard_error: float) -> None:
+        self.growth.validated(loss, standard_error)
+
+    def finish(self) -> list[GrowthEvent]:
+        """Training is over: every component is kept, rounded as the forward pass uses it."""
+        self.trainer.end({name: True for name, _ in self.adapter.active_layers()})
+        return self._events("keep", len(self.growth.born))
+
+    def _events(self, decision: Literal["commit", "keep"], component: int) -> list[GrowthEvent]:
+        step = self.growth.step
+        return [GrowthEvent(step, name, component, None, None, decision) for name in self.adapter.layers]
+
+    def state(self) -> MethodState:
+        state = self.trainer.state()
+        return MethodState(
+            state.tensors, {**state.values, "growth": self.growth.to_json(), "rate_factor": self.rate.factor}
+        )
+
+    def load_state(self, state: MethodState) -> None:
+        self.growth.load_json(state.values["growth"])
+        self.rate.factor = state.values["rate_factor"]
+        self.trainer.load_state(state, keeps_updates=self.rate.measuring(self.growth.step))
