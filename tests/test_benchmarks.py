@@ -458,7 +458,7 @@ def test_a_run_is_scored_with_its_adapter(
         (["r", "--tasks", "hellaswag", "--quantization", "fp4"], "got --quantization with RUN"),
         (["r", "--tasks", ","], "got no name in --tasks"),
         (["r", "--tasks", "commonsense"], "then --data LLM-Adapters/dataset"),
-        (["r", "--tasks", "commonsense", "--data", "nowhere"], "there is no folder 'nowhere'"),
+        (["--base", "gpt2", "--tasks", "commonsense", "--data", "nowhere"], "there is no folder 'nowhere'"),
         (["r"], "--tasks"),
     ],
 )

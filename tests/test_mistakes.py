@@ -29,7 +29,7 @@ MISTAKES = {
     "export NO_SUCH_RUN": "NO_SUCH_RUN is neither a run, nor a checkpoint in one, nor an adapter folder of qaroma",
     "push NO_SUCH_RUN name": "NO_SUCH_RUN is neither a run nor an adapter folder",
     "report NO_SUCH_RUN": "NO_SUCH_RUN is not there; give a run directory such as runs/NAME",
-    "compare-runs NO_SUCH_RUN begun": "there is no run NO_SUCH_RUN",
+    "compare-runs NO_SUCH_RUN begun": "NO_SUCH_RUN is not there",
     "runs NO_SUCH_FOLDER": "there is no folder NO_SUCH_FOLDER",
     "finetune": "got no model and no data; expected --model FOLDER_OR_HUB_ID",
     "finetune --config unknown.yaml": "unknown.yaml line 1: modle: unknown key; did you mean model?",

@@ -15,6 +15,7 @@ from test_training import make_config, records
 from torch import nn
 
 from qaroma.cli import main
+from qaroma.config.presets import DataFacts, resolve
 from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
 from qaroma.method.adapter import Adapter
@@ -24,6 +25,7 @@ from qaroma.method.growth import GrowthSettings
 from qaroma.method.lora import PlainLora
 from qaroma.method.peft_lora import PeftLora, inject_lora
 from qaroma.method.schedule import warm_cosine
+from qaroma.model.found import find_model
 from qaroma.training import fit as fit_module
 from qaroma.training import memory
 from qaroma.training.finetune import finetune
@@ -132,9 +134,9 @@ def test_auto_counts_the_examples_of_a_micro_batch(
     monkeypatch.setattr(memory, "Planner", Planner)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 4 * memory.generous_bound(tiny_config(), 2 * 512))
     for micro_batch, level in ((1, 0), (32, 2)):
-        config = make_config(tiny_folder, data_file, None, training__micro_batch=micro_batch)
-        config.data.max_length = 512
-        assert memory.choose_level(config, torch.device("cpu")) == level
+        given = make_config(tiny_folder, data_file, None, training__micro_batch=micro_batch, data__max_length=512)
+        config, _ = resolve(given, DataFacts(8, [512], None))
+        assert memory.choose_level(config, find_model(tiny_folder), torch.device("cpu")) == level
     assert asked == [(32, 512, 1, True)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import click
@@ -99,10 +100,6 @@ def _check(run: str | None, names: list[str], base: str | None, parameters: dict
     """Refuse what cannot be scored, before torch is imported."""
     if run is None and base is None:
         raise QaromaError("got neither RUN nor --base; expected a run directory such as runs/NAME, or --base MODEL")
-    if run is not None:
-        adapter_folder(run)
-    elif base is not None:
-        require_model(base)
     if run is not None and parameters["model__quantization"] is not None:
         raise QaromaError("got --quantization with RUN, which remembers how its base was quantised; leave it out")
     if not names:
@@ -112,5 +109,11 @@ def _check(run: str | None, names: list[str], base: str | None, parameters: dict
             "the commonsense tasks need LLM-Adapters' test sets; get them with: "
             "git clone https://github.com/AGI-Edgerunners/LLM-Adapters, then --data LLM-Adapters/dataset"
         )
+    if parameters["data"] is not None and not Path(parameters["data"]).expanduser().is_dir():
+        raise QaromaError(f"there is no folder '{parameters['data']}'; expected LLM-Adapters' test sets")
     if importlib.util.find_spec("lm_eval") is None:
         raise QaromaError('benchmarks need lm-evaluation-harness; type: pip install "qaroma[bench]"')
+    if run is not None:
+        adapter_folder(run)
+    elif base is not None:
+        require_model(base)
