@@ -1,8 +1,9 @@
 """Values that a run decides for itself, each with the reason that is printed beside it.
 
-``auto`` scales the paper's proportions to the data: a file of 1,000 rows is some hundred steps, in
-which the paper's inner loop of 1,000 would never end. ``paper`` is its table for LLaMA3-8B, or for
-RoBERTa-base where the task is one with labels. The methods of fixed rank share a third one.
+``auto`` grows within a budget: rank from what the data has to tell, the learning rate from the weights, both set
+right while the run goes on. Where inner loops are asked for it scales the paper's proportions to the data.
+``paper`` is the published table for LLaMA3-8B, or for RoBERTa-base where the task is one with labels. The methods
+of fixed rank share a third one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from qaroma.config.methods import METHODS
 from qaroma.config.schema import (
+    BudgetGrowthSection,
     Config,
     GrowingSection,
     MeasuredGrowthSection,
@@ -21,12 +23,28 @@ from qaroma.config.schema import (
     ResolvedGrowthSection,
 )
 from qaroma.errors import QaromaError
+from qaroma.method.budget import BudgetSettings
 from qaroma.method.growth import GrowthSettings
+from qaroma.method.rate import rate_for
 
 EPOCHS = 3.0
 MIN_STEPS, MAX_EPOCHS = 60, 20  # a small file is repeated until it is worth growing on
 COMPONENTS = 4  # inner loops that the step budget holds
 MAX_LENGTH = 2048
+
+# Growth within a budget. A trained number takes in about two thirds of a thousandth of a bit a step (measured: random
+# pairs memorised by a byte-level model), and a token that is trained on tells about three bits.
+STEPS_FOR_A_BIT = 1500.0
+BITS_A_TOKEN = 3.0
+BLOCK = 8  # the rank to begin with, where rows are not seen often enough to find out that one is missing
+OFTEN = 10.0  # passes over the data from which on they are
+SMALL_BUDGET, LARGE_BUDGET = 16, 32  # of rank: for data that a block takes in, and for more
+PATIENCE = 3  # validations, of the ten that a run has
+FEWEST_VALIDATION_ROWS = 16  # by which a run may be ended
+# Settings of the inner loops: whoever gives one of them wants these.
+OF_LOOPS = ("t_in", "check_every", "eps_in", "eps_out", "inner_criterion", "outer_criterion", "init", "on_converged",
+            "reset", "check_first", "restart_warmup")  # fmt: skip
+OF_BUDGET = ("start_rank", "measured_rate")
 
 # METHOD, "Published hyper-parameters", LLaMA3-8B Commonsense170K: by inner rank.
 PAPER = {
@@ -47,16 +65,39 @@ Decide = Callable[[str, Any, str], Any]  # key, value and reason; gives the valu
 
 
 @dataclass(frozen=True)
-class DataFacts:
-    """What the data says.
+class ModelFacts:
+    """What the base says.
 
-    Number of training rows, lengths of all rows in tokens, the model's longest input, number of validation rows.
+    Attributes:
+        component_parameters: N + M of one rank-one component, summed over all adapted layers.
+        width: N, the median over layers.
+        weight_std: standard deviation of a layer's elements, the median over some layers.
+    """
+
+    component_parameters: int
+    width: int
+    weight_std: float
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What the data says, and the base that trains on it.
+
+    Attributes:
+        rows: to train on.
+        lengths: of all rows, in tokens.
+        model_max_length: the model's longest input, where it has one.
+        validation_rows: to validate on.
+        trained_bits: what the training rows have to tell, copies counted once; None where nobody counted.
+        model: of the base; None where it has not been looked at, for all that does not depend on it.
     """
 
     rows: int
     lengths: Sequence[int]
     model_max_length: int | None
     validation_rows: int = 0
+    trained_bits: float | None = None
+    model: ModelFacts | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +144,7 @@ def resolve(config: Config, facts: DataFacts) -> tuple[ResolvedConfig, list[Deci
     if config.data.packing:
         facts = _packed(facts, max_length)
     steps = _decide_steps(config, facts, decide)
-    PRESETS[config.growth.preset if method.grows else "fixed"](settled, steps, decide)
+    PRESETS[config.growth.preset if method.grows else "fixed"](settled, steps, facts, decide)
     tenth = max(1, round(steps / 10))
     batch = config.training.micro_batch * config.training.grad_accum
     # A validation row costs a third of a training row: forward only.
@@ -111,9 +152,9 @@ def resolve(config: Config, facts: DataFacts) -> tuple[ResolvedConfig, list[Deci
     reason = "a tenth of the run" if tenth >= affordable else "keeps validation to a seventh of the time"
     decide("training.evaluate_every", max(tenth, affordable), reason)
     decide("checkpoint.every", tenth, "a tenth of the run")
+    _decide_patience(settled, facts, decide)
     resolved = _as_resolved(settled)
-    if isinstance(resolved.growth, GrowingSection):
-        growth_settings(resolved.growth)
+    growth_settings(resolved.growth)
     return resolved, decisions
 
 
@@ -122,20 +163,47 @@ def _as_resolved(settled: Config) -> ResolvedConfig:
     method = METHODS[settled.method]
     kind: type[ResolvedGrowthSection] = GrowingSection if method.grows else ResolvedGrowthSection
     if method.criteria:
-        kind = MeasuredGrowthSection
+        kind = BudgetGrowthSection if settled.growth.schedule == "budget" else MeasuredGrowthSection
     values = settled.model_dump()
     return ResolvedConfig.model_validate({**values, "growth": kind.model_validate(values["growth"])})
 
 
-def growth_settings(growth: GrowingSection) -> GrowthSettings:
-    """The resolved section as the method takes it.
+def growth_settings(growth: ResolvedGrowthSection) -> GrowthSettings | BudgetSettings | None:
+    """The resolved section as the method takes it; None for a method of fixed rank.
 
     Args:
-        growth: resolved for a method that grows; without criteria where it is no measured one.
+        growth: resolved; without criteria where it is no measured one.
 
     Raises:
         QaromaError: settings that contradict each other.
     """
+    if isinstance(growth, BudgetGrowthSection):
+        return _budget_settings(growth)
+    return _loop_settings(growth) if isinstance(growth, GrowingSection) else None
+
+
+def _window(growth: GrowingSection | BudgetGrowthSection) -> int | None:
+    return None if growth.window == "all" else growth.window
+
+
+def _budget_settings(growth: BudgetGrowthSection) -> BudgetSettings:
+    if growth.start_rank > growth.max_rank:
+        raise QaromaError(
+            f"max_rank {growth.max_rank} is less than the {growth.start_rank} that every module begins with; "
+            f"type --set growth.start_rank={growth.max_rank} or less, or a larger growth.max_rank"
+        )
+    return BudgetSettings(
+        start_rank=growth.start_rank,
+        max_rank=growth.max_rank,
+        window=_window(growth),
+        warmup=growth.warmup,
+        min_lr_ratio=growth.min_lr_ratio,
+        measured_rate=growth.measured_rate,
+        max_update=growth.max_update,
+    )
+
+
+def _loop_settings(growth: GrowingSection) -> GrowthSettings:
     if growth.max_rank is not None and growth.max_rank < growth.inner_rank:
         raise QaromaError(
             f"max_rank {growth.max_rank} holds no component of inner_rank {growth.inner_rank}; "
@@ -149,6 +217,7 @@ def growth_settings(growth: GrowingSection) -> GrowthSettings:
             schedule=growth.schedule,
             reset=growth.reset,
             max_rank=growth.max_rank,
+            window=_window(growth),
             warmup=growth.warmup,
             restart_warmup=growth.restart_warmup,
             min_lr_ratio=growth.min_lr_ratio,
@@ -207,8 +276,81 @@ def _decide_steps(config: Config, facts: DataFacts, decide: Decide) -> int:
     return int(decide("training.max_steps", steps, reason))
 
 
-def _decide_auto(config: Config, steps: int, decide: Decide) -> None:
+def _decide_auto(config: Config, steps: int, facts: DataFacts, decide: Decide) -> None:
+    """Growth within a budget, unless the method or a setting is one of inner loops."""
     decide("growth.target_modules", "all-linear", "every linear layer but the head")
+    growth = config.growth
+    loops = [f"growth.{name}" for name in OF_LOOPS if getattr(growth, name) is not None]
+    loops += ["growth.inner_rank"] if growth.inner_rank not in (None, 1) else []
+    budget = [f"growth.{name}" for name in OF_BUDGET if getattr(growth, name) is not None]
+    if growth.schedule == "budget" and loops:
+        raise QaromaError(
+            f"{loops[0]} is a setting of inner loops, which schedule budget does not have; leave it out, or type "
+            "--set growth.schedule=lockstep"
+        )
+    wanted = "lockstep" if loops or not METHODS[config.method].criteria else "budget"
+    if budget and (growth.schedule or wanted) != "budget":
+        raise QaromaError(
+            f"{budget[0]} is a setting of growth within a budget, got growth.schedule={growth.schedule or wanted}"
+            f"{f' because of {loops[0]}' if loops else ''}; leave one of them out"
+        )
+    why = f"{loops[0]} is one of inner loops" if loops else "rank where the loss falls too slowly"
+    if decide("growth.schedule", wanted, why) == "budget":
+        _decide_budget(config, steps, facts, decide)
+    else:
+        _decide_loops(config, steps, decide)
+
+
+def _decide_budget(config: Config, steps: int, facts: DataFacts, decide: Decide) -> None:
+    """Ranks from what the data has to tell, the rate from the weights."""
+    decide("growth.inner_rank", 1, "rank-one components")
+    alpha = decide("growth.alpha", 2.0, "the update is 2 B A, as the paper for LLaMA")
+    decide("growth.window", "all", "freezing the older components costs more than it saves")
+    needed, told = _needed_rank(config, steps, facts)
+    passes = steps * config.training.micro_batch * config.training.grad_accum / max(facts.rows, 1)
+    if passes >= OFTEN:
+        start, why = max(1, min(LARGE_BUDGET, round(needed))), f"{told}; {passes:.0f} passes tell soon whether it does"
+    else:
+        start, why = max(BLOCK, min(LARGE_BUDGET, round(needed))), f"{told}; at least {BLOCK} in {passes:.1f} passes"
+    largest = LARGE_BUDGET if needed > BLOCK else SMALL_BUDGET
+    largest = decide("growth.max_rank", largest, "twice the block, or four times it where the data fills the block")
+    start = decide("growth.start_rank", min(start, largest), why)
+    decide("growth.measured_rate", True, "the rate below is where the measuring begins")
+    decide("growth.warmup", max(1, min(100, steps // 40)), "a fortieth of the run, at most 100: of every component")
+    rate, why = 1e-3, "the base was not looked at"
+    if facts.model is not None:
+        width, std = facts.model.width, facts.model.weight_std
+        rate = rate_for(steps=steps, width=width, weight_std=std, scale=alpha, rank=start)
+        why = f"noise makes 2.5 % of weights of size {std:.2g} and width {width} in {steps} steps"
+    rate = decide("training.learning_rate", float(f"{rate:.1e}"), why)
+    if config.task != "causal-lm":
+        decide("training.head_learning_rate", min(rate, 1e-3), "the adapter's, at most 1e-3: the head is a full matrix")
+    decide("growth.dropout", 0.0, "none")
+    decide("growth.min_lr_ratio", 0.1, "the cosine ends at a tenth")
+
+
+def _needed_rank(config: Config, steps: int, facts: DataFacts) -> tuple[float, str]:
+    """The rank that takes in what the data has to tell, and that in words; a block where nobody counted."""
+    if facts.model is None or facts.trained_bits is None:
+        return float(BLOCK), f"a block of {BLOCK}"
+    examples = steps * config.training.micro_batch * config.training.grad_accum
+    bits = facts.trained_bits * min(1.0, examples / max(facts.rows, 1))
+    needed = bits * STEPS_FOR_A_BIT / (facts.model.component_parameters * steps)
+    return needed, f"rank {needed:.2g} takes in {bits:,.0f} bits in {steps} steps"
+
+
+def _decide_patience(config: Config, facts: DataFacts, decide: Decide) -> None:
+    if config.growth.preset == "paper" or not METHODS[config.method].grows:
+        decide("training.patience", 0, "the run has a length of its own")
+    elif facts.validation_rows < FEWEST_VALIDATION_ROWS:
+        decide("training.patience", 0, f"{facts.validation_rows} validation rows are too few to end a run by")
+    else:
+        decide("training.patience", PATIENCE, "validations without a better one; the best adapter is kept")
+
+
+def _decide_loops(config: Config, steps: int, decide: Decide) -> None:
+    """The paper's proportions, scaled to the data: 1,000 rows are some hundred steps."""
+    decide("growth.window", 1, "paper")
     inner_rank = decide("growth.inner_rank", 1, "rank-one components")
     decide("growth.alpha", 2.0 * inner_rank, "2 x inner rank, as the paper for LLaMA")
     longest = min(1000, max(2, round(steps / COMPONENTS)))
@@ -227,11 +369,12 @@ def _decide_auto(config: Config, steps: int, decide: Decide) -> None:
     _decide_common(decide)
 
 
-def _decide_paper(config: Config, steps: int, decide: Decide) -> None:
+def _decide_paper(config: Config, steps: int, facts: DataFacts, decide: Decide) -> None:
     llama = config.task == "causal-lm"
     model = "paper, LLaMA3-8B" if llama else "paper, RoBERTa-base"
     modules = (PAPER_MODULES, model) if llama else ("all-linear", "paper: all of an encoder's")
     decide("growth.target_modules", *modules)
+    decide("growth.window", 1, "paper")
     inner_rank = decide("growth.inner_rank", 1, model)
     published = PAPER[8 if inner_rank == 8 else 1] if llama else PAPER_ENCODER
     decide("growth.alpha", published["alpha"] if llama else published["alpha"] * inner_rank, model)
@@ -269,7 +412,7 @@ def _decide_common(decide: Decide) -> None:
     decide("growth.min_lr_ratio", 0.1, "paper")
 
 
-def _decide_fixed(config: Config, steps: int, decide: Decide) -> None:
+def _decide_fixed(config: Config, steps: int, facts: DataFacts, decide: Decide) -> None:
     """One rule for LoRA, PEFT's LoRA and AdaLoRA, so that what differs between them is the method."""
     decide("growth.target_modules", "all-linear", "every linear layer but the head")
     decide("growth.alpha", 2.0 * config.rank, "2 x rank")
@@ -279,7 +422,7 @@ def _decide_fixed(config: Config, steps: int, decide: Decide) -> None:
     decide("growth.min_lr_ratio", 0.1, "as aroma's")
 
 
-PRESETS: dict[str, Callable[[Config, int, Decide], None]] = {
+PRESETS: dict[str, Callable[[Config, int, DataFacts, Decide], None]] = {
     "auto": _decide_auto,
     "paper": _decide_paper,
     "fixed": _decide_fixed,

@@ -116,8 +116,10 @@ class GrowthSection(Section):
         description="Outer criterion: a component smaller than this share (of what outer_criterion says) ends its "
         "module's growth.",
     )
-    inner_criterion: Literal["norm", "product"] | None = Field(
-        None, description="norm: change of ||BA|| (eq. 5); product: norm of the change of BA."
+    inner_criterion: Literal["norm", "product", "fixed"] | None = Field(
+        None,
+        description="norm: change of ||BA|| (eq. 5); product: norm of the change of BA; fixed: none, every inner loop "
+        "lasts t_in steps (as in the reference code).",
     )
     outer_criterion: Literal["weight", "update"] | None = Field(
         None,
@@ -129,8 +131,21 @@ class GrowthSection(Section):
         description="How a component begins. kaiming: random A (paper); gradient: A is the leading right singular "
         "vector of the loss's gradient, from two more backward passes.",
     )
-    schedule: Literal["lockstep", "independent"] | None = Field(
-        None, description="lockstep: all modules grow together (paper); independent: each by itself."
+    schedule: Literal["budget", "lockstep", "independent"] | None = Field(
+        None,
+        description="When components begin. budget: where the loss falls too slowly for the steps that are left; by "
+        "inner loops: lockstep, all modules together (paper), or independent, each by itself.",
+    )
+    window: PositiveInt | Literal["all"] | None = Field(
+        None, description="How many of a module's newest components train: 1 (paper), more, or all."
+    )
+    start_rank: PositiveInt | None = Field(
+        None, description="Rank that every module begins with (schedule budget); later components add to it."
+    )
+    measured_rate: bool | None = Field(
+        None,
+        description="Set the learning rate right while the run begins, by whether the next gradient still points "
+        "along the last update (schedule budget).",
     )
     on_converged: Literal["discard", "keep"] | None = Field(
         None, description="What becomes of the last, small component of a module that is done."
@@ -140,7 +155,10 @@ class GrowthSection(Section):
         description="Optimiser state at a new component: prune 99.9 % of the moments, full (steps too), or none.",
     )
     check_first: bool | None = Field(None, description="Apply the outer criterion to the first component too.")
-    max_rank: PositiveInt | None = Field(None, description="Upper bound of a module's rank; None is no bound.")
+    max_rank: PositiveInt | None = Field(
+        None,
+        description="Upper bound of a module's rank; None follows the data, or is no bound for inner loops.",
+    )
     dropout: NonNegativeFloat | None = Field(
         None, lt=1.0, description="Dropout before A, on the active component only."
     )
@@ -176,7 +194,9 @@ class TrainingSection(Section):
     evaluate_every: PositiveInt | None = Field(
         None, description="Steps between validations; None is a tenth of the run, or more where validation takes long."
     )
-    patience: PositiveInt | None = Field(None, description="Stop after so many validations without a better figure.")
+    patience: NonNegativeInt | None = Field(
+        None, description="Stop after so many validations without a better figure; 0 never does."
+    )
     seed: NonNegativeInt = Field(0, description="Seed of everything random.")
     track: list[Literal["tensorboard", "wandb"]] = Field(
         default_factory=list, description="Also log to TensorBoard or Weights & Biases."
@@ -264,14 +284,26 @@ class ResolvedGrowthSection(GrowthSection):
     min_lr_ratio: NonNegativeFloat = Field(le=1.0)
 
 
+class BudgetGrowthSection(ResolvedGrowthSection):
+    """What growth within a budget has."""
+
+    inner_rank: Literal[1]
+    schedule: Literal["budget"]
+    window: PositiveInt | Literal["all"]
+    start_rank: PositiveInt
+    max_rank: PositiveInt
+    measured_rate: bool
+
+
 class GrowingSection(ResolvedGrowthSection):
-    """What every method has that grows component by component."""
+    """What every method has that grows by inner loops."""
 
     inner_rank: PositiveInt
     t_in: PositiveInt
     restart_warmup: NonNegativeInt
     init: Literal["kaiming", "gradient"]
     schedule: Literal["lockstep", "independent"]
+    window: PositiveInt | Literal["all"]
     reset: Literal["prune", "full", "none"]
 
 
@@ -281,7 +313,7 @@ class MeasuredGrowthSection(GrowingSection):
     check_every: PositiveInt
     eps_in: PositiveFloat
     eps_out: NonNegativeFloat
-    inner_criterion: Literal["norm", "product"]
+    inner_criterion: Literal["norm", "product", "fixed"]
     outer_criterion: Literal["weight", "update"]
     on_converged: Literal["discard", "keep"]
     check_first: bool
@@ -295,6 +327,7 @@ class ResolvedTrainingSection(TrainingSection):
     learning_rate: PositiveFloat
     max_steps: PositiveInt
     evaluate_every: PositiveInt
+    patience: NonNegativeInt
 
 
 class ResolvedCheckpointSection(CheckpointSection):
@@ -312,8 +345,14 @@ class ResolvedConfig(Config):
 
     @property
     def component_rank(self) -> int:
-        """The rank that every module begins with: that of one component where ranks grow, or the configured one."""
-        return self.growth.inner_rank if isinstance(self.growth, GrowingSection) else self.rank
+        """Rank r of one component where ranks grow, or the configured one."""
+        grows = isinstance(self.growth, (BudgetGrowthSection, GrowingSection))
+        return self.growth.inner_rank or 1 if grows else self.rank
+
+    @property
+    def largest_training_rank(self) -> int:
+        """The most rank of a module that can train at one time, which memory is planned for."""
+        return self.growth.max_rank if isinstance(self.growth, BudgetGrowthSection) else self.component_rank
 
     model: ResolvedModelSection
     data: ResolvedDataSection

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qaroma.errors import QaromaError
 from qaroma.method.adapter import Adapter
 from qaroma.method.base import AdapterMethod, FactorTrainer, MethodOptions, MethodState
+from qaroma.method.budget import BudgetSettings
 from qaroma.method.criteria import (
     change_norm_sq,
     dense_inner_product,
@@ -20,6 +21,7 @@ from qaroma.method.criteria import (
 )
 from qaroma.method.dequantise import dense_weight
 from qaroma.method.growth import GrowthEvent, GrowthSettings, GrowthState, Measurement
+from qaroma.method.joint import JointController
 from qaroma.method.probe import GradientProbe
 from qaroma.method.schedule import cosine, jagged_cosine, warm_cosine
 
@@ -86,7 +88,9 @@ class GrowthController(AdapterMethod):
         self._begun(list(adapter.layers))
 
     @classmethod
-    def build(cls, attached: Adapter, options: MethodOptions, head: Sequence[nn.Parameter] = ()) -> GrowthController:
+    def build(cls, attached: Adapter, options: MethodOptions, head: Sequence[nn.Parameter] = ()) -> AdapterMethod:
+        if isinstance(options.growth, BudgetSettings):
+            return JointController(attached, options.growth, head=head, **options.optimisation())
         if options.growth is None:
             raise ValueError("got no growth settings; expected GrowthSettings for a method that grows")
         return cls(attached, options.growth, head=head, **options.optimisation())

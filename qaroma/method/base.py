@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +103,11 @@ class Method:
     def finished(self) -> bool:
         """Whether nothing is left to train."""
         return False
+
+    @property
+    def ending(self) -> Literal["grown", "learnt"]:
+        """Why nothing is left to train: every module has its rank, or the training rows are learnt."""
+        return "grown"
 
     @property
     def probing(self) -> bool:
@@ -300,7 +305,7 @@ class FactorTrainer:
         self.adapter.generator.set_state(state.tensors["generator"])
 
     def _trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """What trains and what the optimiser keeps of it, by its name in a checkpoint; views that can be written into."""
+        """What trains and what the optimiser keeps beside it, by name; views that can be written into."""
         for group, parameters in self._trained().items():
             for (key, parameter), beside in zip(parameters.items(), self.optimiser.beside(group), strict=True):
                 yield f"active.{group}.{key}", parameter.detach()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Literal
 
 from torch import nn
@@ -12,7 +13,7 @@ from qaroma.method.adapter import Adapter
 from qaroma.method.base import AdapterMethod, FactorTrainer, MethodState
 from qaroma.method.budget import BudgetSettings, BudgetState
 from qaroma.method.growth import GrowthEvent
-from qaroma.method.rate import MeasuredRate
+from qaroma.method.rate import RISEN, MeasuredRate
 from qaroma.method.schedule import cosine, warm_cosine
 
 MEASURED_SHARE = 4  # the rate is measured over the first quarter of a run
@@ -79,6 +80,10 @@ class JointController(AdapterMethod):
     def finished(self) -> bool:
         return self.growth.finished
 
+    @property
+    def ending(self) -> Literal["grown", "learnt"]:
+        return "learnt"
+
     def learning_rates(self) -> list[float]:
         """Learning rate of the next update of each active component, oldest first: the same in every module."""
         state, s = self.growth, self.settings
@@ -90,8 +95,13 @@ class JointController(AdapterMethod):
             * state.rate_factor()
         )
         training = state.born if s.window is None else state.born[-s.window :]
-        climbs = [min(1.0, (state.step - born + 1) / s.warmup) if s.warmup else 1.0 for born in training]
-        return [settled * climb for climb in climbs]
+        return [settled * self._climb(state.step - born, first=born == 0) for born in training]
+
+    def _climb(self, age: int, *, first: bool) -> float:
+        """A component's own warm-up; the measured rate is one for the first components."""
+        if not self.settings.warmup or (first and self.rate.steps):
+            return 1.0
+        return min(1.0, (age + 1) / self.settings.warmup)
 
     def step(self, loss: float | None = None) -> list[GrowthEvent]:
         """Clip, update, zero the gradients; grow where rank is missing.
@@ -111,7 +121,9 @@ class JointController(AdapterMethod):
             raise ValueError("growth within a budget follows the training loss: call step(loss)")
         step, optimiser = self.growth.step, self.trainer.optimiser
         if self.rate.measuring(step) and step:
-            self.rate.observe(optimiser.agreement().item())
+            first = self.growth.first_loss
+            risen = first is not None and loss > RISEN * first
+            self.rate.observe(step, optimiser.agreement().item(), risen=risen)
         optimiser.keep_updates(self.rate.measuring(step + 1))
         rates = self.learning_rates()
         self.learning_rate = max(rates)
@@ -139,11 +151,10 @@ class JointController(AdapterMethod):
 
     def state(self) -> MethodState:
         state = self.trainer.state()
-        return MethodState(
-            state.tensors, {**state.values, "growth": self.growth.to_json(), "rate_factor": self.rate.factor}
-        )
+        return MethodState(state.tensors, {**state.values, "growth": self.growth.to_json(), "rate": asdict(self.rate)})
 
     def load_state(self, state: MethodState) -> None:
         self.growth.load_json(state.values["growth"])
-        self.rate.factor = state.values["rate_factor"]
+        for key, value in state.values["rate"].items():
+            setattr(self.rate, key, value)
         self.trainer.load_state(state, keeps_updates=self.rate.measuring(self.growth.step))

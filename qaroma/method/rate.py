@@ -8,13 +8,15 @@ from dataclasses import dataclass
 # Of a weight's norm, times the square root of the rank: what noise alone makes of an update at a rate that works.
 # Fits the best rates known for SmolLM2-135M, MiniLM-L6 and LLaMA-3-8B within a third.
 NOISE_SIZE = 0.025
-# Of the measured rate: most of a step's change (its logarithm), a pull upwards, what cosine counts as much, the bound.
-GAIN, BIAS, WIDTH, LARGEST_FACTOR = 0.07, 0.02, 0.05, 32.0
+# Of the measured rate, all found on a byte-level model: its first factor; the most that a step changes its logarithm,
+# first and last; the cosine at which the best rates stand; what counts as a large difference from it; the bound.
+SMALL_START, FASTEST, SLOWEST, AIM, WIDTH, LARGEST_FACTOR = 0.25, 0.4, 0.07, -0.02, 0.05, 64.0
+RISEN = 1.05  # of the first loss: above it, the rate was too large
 _COSINE = 0.404  # mean square of a cosine that ends at a tenth
 
 
 def noise_size(rate: float, *, steps: int, width: int, weight_std: float, scale: float) -> float:
-    """Relative size that a rank-one component reaches under gradients of pure noise (METHOD, "What the criteria measure").
+    """Relative size that a rank-one component reaches under gradients of pure noise.
 
     ``s d sqrt(1 / (3 n) + d^2) / sigma`` with ``d = sqrt(sum of rate_t^2)``: simulated for n = 128 to 4,096, it
     holds within 30 %.
@@ -51,26 +53,49 @@ class MeasuredRate:
     """A factor on the learning rate, found while the run begins: does the next gradient want more of the last update?
 
     Where the gradient of step t points along the update of step t - 1, that update was too short; where it points
-    back, too long. The cosine between them moves the factor, for all components together; after the first steps
-    it stays. A rate that starts wrong is so set right, and a run does not depend on what it was given.
+    back, too long. The cosine between the two moves the factor, one for all components: fast from a small start
+    until the cosine first says that it is enough, then ever more slowly; after a quarter of the run it stays at its
+    mean over the second half of that time. A loss above the first one moves it down, whatever the cosine says. A
+    run so does not depend on the rate it was given.
 
     Args:
-        steps: over which it is measured.
-        factor: on the learning rate.
+        steps: over which it is measured; 0 leaves the rate as it was given.
     """
 
     steps: int
     factor: float = 1.0
+    cosine: float | None = None  # of the step before
+    enough: int | None = None  # step at which the cosine first said so
+    log_sum: float = 0.0
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps:
+            self.factor = SMALL_START
 
     def measuring(self, step: int) -> bool:
-        """Whether the update of this step (counted from 0) is looked at."""
+        """Whether the factor still moves before the update of this step (counted from 0)."""
         return step < self.steps
 
-    def observe(self, cosine: float) -> None:
-        """Move the factor.
+    def observe(self, step: int, cosine: float, *, risen: bool) -> None:
+        """Move the factor before the update of a step.
 
         Args:
-            cosine: of the angle between the descent direction of a step's gradient and the update before it.
+            step: counted from 0; the first one has no update before it.
+            cosine: of the angle between the descent direction of this step's gradient and the last update.
+            risen: whether the loss is above the first one.
         """
-        self.factor *= math.exp(GAIN * math.tanh((cosine + BIAS) / WIDTH))
-        self.factor = min(max(self.factor, 1 / LARGEST_FACTOR), LARGEST_FACTOR)
+        recent = cosine if self.cosine is None else (cosine + self.cosine) / 2
+        self.cosine = cosine
+        gain = FASTEST
+        if self.enough is not None:
+            gain = max(SLOWEST, FASTEST / (1 + (step - self.enough) / 3))
+        elif recent < AIM:
+            self.enough = step
+        change = -FASTEST if risen else gain * math.tanh((recent - AIM) / WIDTH)
+        self.factor = min(max(self.factor * math.exp(change), 1 / LARGEST_FACTOR), LARGEST_FACTOR)
+        if step >= self.steps // 2:
+            self.log_sum += math.log(self.factor)
+            self.count += 1
+        if step == self.steps - 1:
+            self.factor = math.exp(self.log_sum / self.count)

@@ -14,6 +14,7 @@ from qaroma.runs.reading import Run
 
 ENDINGS = {
     "grown": "every module has the rank it needs",
+    "learnt": "the training rows are learnt",
     "budget": "the step budget is spent",
     "patience": "validation no longer improved",
 }

@@ -102,7 +102,12 @@ class CausalLM:
     def evaluate(self, model: nn.Module, batches: Iterable[TokenBatch], device: torch.device) -> dict[str, Any]:
         """Loss per token, perplexity, and the number of tokens."""
         total = evaluate_loss(lambda batch: self.loss(model, batch.to(device)), batches, model)
-        return {"loss": total.mean, "perplexity": math.exp(min(total.mean, 700.0)), "tokens": total.count}
+        return {
+            "loss": total.mean,
+            "loss_error": total.error,
+            "perplexity": math.exp(min(total.mean, 700.0)),
+            "tokens": total.count,
+        }
 
 
 def _positions(lengths: Sequence[int], total: int) -> Tensor:

@@ -18,10 +18,11 @@ Batch = TypeVar("Batch")
 
 @dataclass(frozen=True)
 class Loss:
-    """A summed cross-entropy, in nats, and the number of tokens it is the sum of."""
+    """A summed cross-entropy, in nats, the number of tokens it is the sum of, and its mean's standard error."""
 
     sum: float
     count: int
+    error: float = 0.0
 
     @property
     def mean(self) -> float:
@@ -81,4 +82,22 @@ def evaluate_loss(
     trained = sum(int(count) for count in counts)
     if trained == 0:
         raise QaromaError("the evaluation data has no trained token; expected rows with answers.")
-    return Loss(float(torch.stack(sums).double().sum().item()), trained)
+    per_batch, tokens = torch.stack(sums).double().cpu(), torch.tensor([int(count) for count in counts]).double()
+    return Loss(float(per_batch.sum()), trained, standard_error(per_batch, tokens))
+
+
+def standard_error(sums: Tensor, counts: Tensor) -> float:
+    """The standard error of a mean per token, from batches that are taken for a sample: a ratio of two means.
+
+    Args:
+        sums: of the loss in each batch.
+        counts: of the tokens in each batch.
+
+    Returns:
+        0 where one batch is all there is.
+    """
+    batches = len(sums)
+    if batches < 2:
+        return 0.0
+    residuals = sums - sums.sum() / counts.sum() * counts
+    return float((residuals.square().sum() * batches / (batches - 1)).sqrt() / counts.sum())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qaroma.config.metrics import metrics_of
 from qaroma.data.labelled import LabelledExample
 from qaroma.errors import QaromaError
-from qaroma.tasks.evaluation import evaluating
+from qaroma.tasks.evaluation import evaluating, standard_error
 from qaroma.tasks.metrics import accuracy, confusion, f1, matthews, pearson, spearman
 
 
@@ -81,9 +81,10 @@ class _Labelled:
         return model(**inputs).logits.float()  # type: ignore[no-any-return]
 
     def loss(self, model: nn.Module, batch: LabelledBatch) -> tuple[Tensor, int]:
-        return self.loss_of(self.logits(model, batch), batch.labels), batch.counted
+        return self.losses(self.logits(model, batch), batch.labels).sum(), batch.counted
 
-    def loss_of(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+    def losses(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+        """The loss of each example, (B,)."""
         raise NotImplementedError
 
     def figures(self, logits_SC: Tensor, labels_S: Tensor) -> dict[str, float]:
@@ -93,8 +94,10 @@ class _Labelled:
     def evaluate(self, model: nn.Module, batches: Iterable[LabelledBatch], device: torch.device) -> dict[str, Any]:
         """Loss, figures and number of examples over the whole set."""
         logits_SC, labels_S = self.predict(model, batches, device)
+        losses_S = self.losses(logits_SC, labels_S).double()
         return {
-            "loss": self.loss_of(logits_SC, labels_S).item() / len(labels_S),
+            "loss": losses_S.mean().item(),
+            "loss_error": standard_error(losses_S, torch.ones_like(losses_S)),
             **self.figures(logits_SC, labels_S),
             "examples": len(labels_S),
         }
@@ -127,8 +130,8 @@ class Classification(_Labelled):
         super().__init__(pad_token_id)
         self.classes, self.metric = classes, metric
 
-    def loss_of(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
-        return F.cross_entropy(logits_BC, labels_B, reduction="sum")
+    def losses(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+        return F.cross_entropy(logits_BC, labels_B, reduction="none")
 
     def figures(self, logits_SC: Tensor, labels_S: Tensor) -> dict[str, float]:
         """Accuracy, F1 and Matthews correlation."""
@@ -151,8 +154,8 @@ class Regression(_Labelled):
         super().__init__(pad_token_id)
         self.metric = metric
 
-    def loss_of(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
-        return F.mse_loss(logits_BC[:, 0], labels_B, reduction="sum")
+    def losses(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+        return F.mse_loss(logits_BC[:, 0], labels_B, reduction="none")
 
     def figures(self, logits_SC: Tensor, labels_S: Tensor) -> dict[str, float]:
         """Pearson and Spearman correlation; the loss beside them is the mean squared error."""

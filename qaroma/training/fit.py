@@ -22,7 +22,7 @@ from qaroma.training.progress import ProgressView
 from qaroma.training.session import Session
 from qaroma.training.trackers import track
 
-Ending = Literal["grown", "budget", "patience", "interrupted"]
+Ending = Literal["grown", "learnt", "budget", "patience", "interrupted"]
 
 
 @dataclass
@@ -67,7 +67,7 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
     session.model.train()
     while state.step < training.max_steps and not method.finished:
         record = _train_step(session, state, view)
-        events = method.step()
+        events = method.step(record["loss"])
         _record_step(session, state, record, events, view)
         ranks = _log_ranks(session, state, ranks)
         _probe(session, state, view)
@@ -75,7 +75,7 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
         validated = state.step % training.evaluate_every == 0 or last
         if validated:
             _validate(session, state, view)
-            if training.patience is not None and state.without_gain >= training.patience:
+            if training.patience and state.without_gain >= training.patience:
                 ending = "patience"
         every = session.config.evaluation.sample_every
         sampled = last or (validated if every is None else state.step % every == 0)
@@ -89,7 +89,8 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
             return "interrupted"
         if ending == "patience":
             break
-    ending = "grown" if method.finished else ending
+    if method.finished:
+        ending = method.ending
     _log_new(session, method.finish())
     _log_ranks(session, state, ranks)
     return ending
@@ -212,6 +213,7 @@ def _validate(session: Session, state: FitState, view: ProgressView) -> None:
     session.log.write(record)
     track(session.accelerator, record, "validation/")
     value = figures[session.task.metric]
+    session.method.validated(figures["loss"], figures.get("loss_error", 0.0))
     better = state.best is None or metric_facts(session.task.metric).better(value, state.best)
     gained = state.step > 0 and better
     view.validation(state.step, figures, session.task.metric, best=gained)

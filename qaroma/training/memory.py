@@ -108,7 +108,7 @@ def choose_level(config: ResolvedConfig, base: FoundModel, device: torch.device)
         level=0,
         seq_len=config.data.max_length,
         micro_batch=config.training.micro_batch,
-        inner_rank=config.component_rank,
+        inner_rank=config.largest_training_rank,
         targets=targets if isinstance(targets, str) else tuple(targets),
         quantized=config.model.quantization != "none",
         double_quantization=config.model.double_quantization,

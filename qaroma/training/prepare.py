@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -9,10 +10,11 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase
 
 from qaroma.config.load import require_model_and_data
+from qaroma.config.methods import METHODS
 from qaroma.config.metrics import metrics_of
-from qaroma.config.presets import DataFacts, Decision, resolve
+from qaroma.config.presets import BITS_A_TOKEN, DataFacts, Decision, ModelFacts, resolve
 from qaroma.config.schema import Config, ResolvedConfig
-from qaroma.data.encode import Encoded, Example, encode_rows, limit_length, split_validation
+from qaroma.data.encode import IGNORED, Encoded, Example, encode_rows, limit_length, split_validation
 from qaroma.data.glue import dev_file, glue_task, read_glue, read_train
 from qaroma.data.labelled import Kind, LabelledSet, encode_labelled, split_labelled, takes_token_types
 from qaroma.data.packing import pack
@@ -20,6 +22,7 @@ from qaroma.data.sources import RowSet, read_rows
 from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_tokenizer
+from qaroma.model.facts import facts_of_base
 from qaroma.model.found import FoundModel, find_model
 from qaroma.runs.adapter_info import TaskInfo
 from qaroma.tasks.base import Task
@@ -83,7 +86,14 @@ def _prepare_conversations(config: Config, base: FoundModel, tokenizer: PreTrain
         validation = _encode(config, [(config.data.validation, 1.0)], tokenizer, encoded.template)
     share = 0.0 if validation is not None else config.data.validation_share
     train, held_out = _split(config, encoded, share)
-    facts = DataFacts(len(train.examples), encoded.lengths, base.longest_input, len((validation or held_out).examples))
+    facts = DataFacts(
+        len(train.examples),
+        encoded.lengths,
+        base.longest_input,
+        validation_rows=len((validation or held_out).examples),
+        trained_bits=BITS_A_TOKEN * _trained_tokens(train.examples),
+        model=_model_facts(config, base),
+    )
     resolved, decisions = resolve(config, facts)
     notes = [f"data: {encoded.form}, {len(encoded.examples)} examples", *encoded.notes]
     limit = (resolved.data.max_length, resolved.data.on_too_long)
@@ -125,7 +135,15 @@ def _prepare_labelled(config: Config, base: FoundModel, tokenizer: PreTrainedTok
     whole, train, held_out = _encode_labelled(config, kind, train_rows, dev_rows, tokenizer, None, **options)
     lengths = [*whole.lengths, *(held_out.lengths if dev_rows is not None else [])]
     longest = min(base.longest_input or _NO_LIMIT, tokenizer.model_max_length)
-    resolved, decisions = resolve(config, DataFacts(len(train.examples), lengths, longest, len(held_out.examples)))
+    facts = DataFacts(
+        len(train.examples),
+        lengths,
+        longest,
+        validation_rows=len(held_out.examples),
+        trained_bits=len(train.examples) * (math.log2(len(whole.labels)) if whole.labels else BITS_A_TOKEN),
+        model=_model_facts(config, base),
+    )
+    resolved, decisions = resolve(config, facts)
     counts = f"{len(train.examples)} examples to train on, {len(held_out.examples)} to validate on"
     notes = [f"data: {kind} of {' and '.join(whole.fields)}, {counts}", *whole.notes]
     limit = resolved.data.max_length
@@ -144,6 +162,19 @@ def _prepare_labelled(config: Config, base: FoundModel, tokenizer: PreTrainedTok
     return PreparedData(
         resolved, base, decisions, notes, tokenizer, task, train.examples, held_out.examples, remember=remember
     )
+
+
+def _model_facts(config: Config, base: FoundModel) -> ModelFacts | None:
+    """What growth within a budget wants to know of the base; None where nothing grows."""
+    if not METHODS[config.method].grows or config.growth.preset != "auto":
+        return None
+    return facts_of_base(base, config.growth.target_modules or "all-linear", task=config.task)
+
+
+def _trained_tokens(examples: Sequence[Example]) -> int:
+    """Tokens that the loss counts, copies of a row counted once."""
+    once = {(example.origin, tuple(example.input_ids)): example for example in examples}
+    return sum(label != IGNORED for example in once.values() for label in example.labels)
 
 
 def _labelled_rows(config: Config) -> tuple[RowSet, RowSet | None]:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from qaroma.config.levels import LEVELS
 from qaroma.config.methods import METHODS
 from qaroma.config.presets import growth_settings
-from qaroma.config.schema import GrowingSection, ResolvedConfig
+from qaroma.config.schema import ResolvedConfig
 from qaroma.errors import QaromaError
 from qaroma.method.base import Method, MethodOptions
 from qaroma.method.head import TrainedHead, head_names, is_inside
@@ -148,5 +148,5 @@ def _method_options(config: ResolvedConfig) -> MethodOptions:
         min_lr_ratio=growth.min_lr_ratio,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        growth=growth_settings(growth) if isinstance(growth, GrowingSection) else None,
+        growth=growth_settings(growth),
     )

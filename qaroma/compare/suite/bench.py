@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qaroma.config.presets import DataFacts
-
-Factors = Mapping[str, tuple[Tensor, Tensor]]
+from qaroma.method.factors import Update
 
 
 @dataclass
@@ -22,7 +21,7 @@ class Bench:
         model: fresh, without an adapter.
         facts: what the presets are told of the data.
         loss: mean loss of the batch of a step (counted from 0), a scalar with a graph.
-        validate: loss of rows that neither train nor score: what a method may decide by.
+        validate: loss of rows that neither train nor score, and its standard error: what a method may decide by.
         score: the bed's metric on rows that nothing is decided by.
         head: modules to train in full.
         learnt: more figures of the finished adapter, from its factors.
@@ -31,10 +30,10 @@ class Bench:
     model: nn.Module
     facts: DataFacts
     loss: Callable[[int], Tensor]
-    validate: Callable[[], float]
+    validate: Callable[[], tuple[float, float]]
     score: Callable[[], float]
     head: Sequence[str] = ()
-    learnt: Callable[[Factors], dict[str, Any]] = field(default=lambda factors: {})
+    learnt: Callable[[Update], dict[str, Any]] = field(default=lambda factors: {})
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

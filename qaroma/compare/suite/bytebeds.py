@@ -5,6 +5,7 @@ Dimensions: B rows, L length.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from torch import Tensor
 from qaroma.compare.suite.beds import PRETRAINING, Bed, Place
 from qaroma.compare.suite.bench import Bench, step_generator
 from qaroma.compare.suite.bytemodel import LENGTH, next_byte_logits, next_byte_loss, pretrained, read_text, windows
-from qaroma.config.presets import DataFacts
-from qaroma.tasks.evaluation import evaluating
+from qaroma.config.presets import BITS_A_TOKEN, DataFacts
+from qaroma.method.targets import find_targets
+from qaroma.model.facts import facts_of_module
+from qaroma.tasks.evaluation import evaluating, standard_error
 
 HELD_OUT = 40_000  # bytes at the end of a text: the last two thirds score, what is before them validates
 SCORED, VALIDATED = 256, 64  # windows
@@ -32,18 +35,29 @@ def set_up_text(bed: Bed, place: Place, seed: int) -> Bench:
     validation = windows(held_out[:third], VALIDATED, torch.Generator().manual_seed(7))
     test = windows(held_out[third:], SCORED, torch.Generator().manual_seed(77))
 
-    def loss_of(rows_BL: Tensor) -> float:
+    def losses_of(rows_BL: Tensor, size: int) -> Tensor:
         with evaluating(model):
-            losses = [next_byte_loss(model, rows_BL[i : i + 32]).item() for i in range(0, len(rows_BL), 32)]
-        return sum(losses) / len(losses)
+            losses = [next_byte_loss(model, rows_BL[i : i + size]) for i in range(0, len(rows_BL), size)]
+        return torch.stack(losses).double()
+
+    def validate() -> tuple[float, float]:
+        losses = losses_of(validation, 8)
+        return float(losses.mean()), standard_error(losses, torch.ones_like(losses))
 
     rows = len(train) // LENGTH
     return Bench(
         model,
-        DataFacts(rows, [LENGTH] * rows, LENGTH, VALIDATED),
+        DataFacts(
+            rows,
+            [LENGTH] * rows,
+            LENGTH,
+            validation_rows=VALIDATED,
+            trained_bits=BITS_A_TOKEN * LENGTH * rows,
+            model=facts_of_module(model, find_targets(model)),
+        ),
         loss=lambda step: next_byte_loss(model, windows(train, bed.batch, step_generator(seed, step))),
-        validate=lambda: loss_of(validation),
-        score=lambda: loss_of(test),
+        validate=validate,
+        score=lambda: float(losses_of(test, 32).mean()),
     )
 
 
@@ -80,9 +94,15 @@ def set_up_ladder(bed: Bed, place: Place, seed: int) -> Bench:
 
     return Bench(
         model,
-        DataFacts(count, [rows.shape[1]] * count, LENGTH, count),
+        DataFacts(
+            count,
+            [rows.shape[1]] * count,
+            LENGTH,
+            trained_bits=BITS_A_TOKEN * ANSWER * count,
+            model=facts_of_module(model, find_targets(model)),
+        ),
         loss=loss,
-        validate=lambda: look()[0],
+        validate=lambda: (look()[0], math.inf),
         score=lambda: look()[1],
     )
 

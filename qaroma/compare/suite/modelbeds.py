@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,17 @@ import torch
 from qaroma.compare.suite.beds import Bed, Place, minilm
 from qaroma.compare.suite.bench import Bench
 from qaroma.config.load import read_settings
-from qaroma.config.presets import DataFacts
+from qaroma.config.presets import BITS_A_TOKEN, DataFacts
 from qaroma.data import demo
-from qaroma.method.head import head_names
+from qaroma.data.encode import IGNORED
+from qaroma.method.head import head_names, is_inside
+from qaroma.method.targets import find_targets
 from qaroma.model.base import load_base, load_tokenizer
+from qaroma.model.facts import facts_of_module
 from qaroma.runs.files import write_atomically
 from qaroma.tasks.base import Task
-from qaroma.tasks.labelled import outputs_of
 from qaroma.training.batches import BatchPlan
-from qaroma.training.prepare import prepare_data
+from qaroma.training.prepare import PreparedData, prepare_data
 
 LAYERS = 6  # of SmolLM2's thirty
 LONGEST = {"language": 96, "labelled": 128}  # tokens of a row; longer answers are left out, longer texts cut
@@ -36,6 +39,7 @@ VALIDATED, SCORED = 64, 200  # rows; of a GLUE task the whole dev set scores
 class _Data:
     """The encoded rows of a bed, and the model as it is loaded."""
 
+    facts: DataFacts
     model: Any
     task: Task
     train: Sequence[Any]
@@ -61,11 +65,15 @@ def set_up_model(bed: Bed, place: Place, seed: int) -> Bench:
         batches = (data.task.collate(by_length[i : i + 16]) for i in range(0, len(rows), 16))
         return data.task.evaluate(model, batches, torch.device("cpu"))
 
+    def validate() -> tuple[float, float]:
+        found = figures(data.validation)
+        return float(found["loss"]), float(found["loss_error"])
+
     return Bench(
         model,
-        DataFacts(len(data.train), lengths, LONGEST[bed.kind], len(data.validation)),
+        replace(data.facts, lengths=lengths),
         loss=loss,
-        validate=lambda: float(figures(data.validation)["loss"]),
+        validate=validate,
         score=lambda: float(figures(data.test)[bed.metric]),
         head=data.head,
     )
@@ -95,12 +103,37 @@ def _prepared(bed: Bed, place: Place) -> _Data:
         quantization="none",
         compute_dtype=torch.bfloat16,  # the product's choice, and half the time
         device="cpu",
-        num_labels=outputs_of(data.remember),
+        num_labels=data.remember.outputs,
     )
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0)).tolist()
     shuffled = [data.train[i] for i in order]
     head = head_names(model, model.new_parameters) if labelled else ()
-    return _Data(model, data.task, shuffled[VALIDATED:], shuffled[:VALIDATED], data.validation, head)
+    return _Data(
+        _facts(bed, model, head, shuffled[VALIDATED:], data),
+        model,
+        data.task,
+        shuffled[VALIDATED:],
+        shuffled[:VALIDATED],
+        data.validation,
+        head,
+    )
+
+
+def _facts(bed: Bed, model: Any, head: Sequence[str], train: Sequence[Any], data: PreparedData) -> DataFacts:
+    """What the presets are told, as the product tells it."""
+    names = [name for name in find_targets(model) if not is_inside(name, head)]
+    labels = data.remember.labels
+    bits = len(train) * (math.log2(len(labels)) if labels else BITS_A_TOKEN)
+    if bed.kind == "language":
+        bits = BITS_A_TOKEN * sum(label != IGNORED for example in train for label in example.labels)
+    return DataFacts(
+        len(train),
+        [],
+        LONGEST[bed.kind],
+        validation_rows=VALIDATED,
+        trained_bits=bits,
+        model=facts_of_module(model, names),
+    )
 
 
 def _calendar(cache: Path) -> Path:

@@ -7,15 +7,19 @@ Dimensions: K layers, T rows, N width.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qaroma.compare.suite.beds import Bed, Place
-from qaroma.compare.suite.bench import Bench, Factors, step_generator
+from qaroma.compare.suite.bench import Bench, step_generator
 from qaroma.config.presets import DataFacts
+from qaroma.method.factors import Update
 from qaroma.method.spectrum import product_svd
+from qaroma.method.targets import find_targets
+from qaroma.model.facts import facts_of_module
 from qaroma.tasks.evaluation import evaluating
 
 LAYERS, WIDTH, LARGEST = 24, 64, 8
@@ -71,15 +75,15 @@ def set_up_planted(bed: Bed, place: Place, seed: int) -> Bench:
 
     return Bench(
         model,
-        DataFacts(ROWS, [1] * ROWS, None, 256),
+        DataFacts(ROWS, [1] * ROWS, None, validation_rows=256, model=facts_of_module(model, find_targets(model))),
         loss=lambda step: error(*rows(bed.batch, step_generator(seed, step % (ROWS // bed.batch)))),
-        validate=lambda: held_out_error(256, 5),
+        validate=lambda: (held_out_error(256, 5), math.inf),
         score=lambda: held_out_error(1024, 55),
         learnt=lambda factors: learnt_ranks(factors, ranks),
     )
 
 
-def learnt_ranks(factors: Factors, planted: list[int]) -> dict[str, Any]:
+def learnt_ranks(factors: Update, planted: list[int]) -> dict[str, Any]:
     """Planted ranks beside the numerical ranks of what was learnt, and beside the ranks that were given.
 
     Args:

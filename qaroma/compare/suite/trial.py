@@ -14,12 +14,13 @@ from torch import Tensor
 
 from qaroma.compare.specs import parse_spec
 from qaroma.compare.suite.beds import ENOUGH, Bed, Place
-from qaroma.compare.suite.bench import Bench, Factors
+from qaroma.compare.suite.bench import Bench
 from qaroma.compare.suite.cells import Cell, Figures
 from qaroma.config.load import read_settings
 from qaroma.config.presets import resolve
-from qaroma.config.schema import Config
+from qaroma.config.schema import ResolvedConfig
 from qaroma.method.base import Method
+from qaroma.method.factors import Factors, Update
 from qaroma.method.head import TrainedHead
 from qaroma.method.spectrum import effective_rank
 from qaroma.training.setup import build_method
@@ -40,7 +41,7 @@ def set_up(bed: Bed, place: Place, seed: int) -> Bench:
     return bench
 
 
-def configure(bed: Bed, bench: Bench, cell: Cell) -> Config:
+def configure(bed: Bed, bench: Bench, cell: Cell) -> ResolvedConfig:
     """The resolved configuration of a cell: the presets decide all that the bed and the arm do not say."""
     sets = parse_spec(cell.arm, 8).sets
     flags: dict[str, Any] = {
@@ -56,7 +57,6 @@ def configure(bed: Bed, bench: Bench, cell: Cell) -> Config:
     }
     resolved, _ = resolve(read_settings(None, flags, sets), bench.facts)
     if cell.factor != 1.0:
-        assert resolved.training.learning_rate is not None
         flags["training.learning_rate"] = cell.factor * resolved.training.learning_rate
         resolved, _ = resolve(read_settings(None, flags, sets), bench.facts)
     return resolved
@@ -66,7 +66,7 @@ def configure(bed: Bed, bench: Bench, cell: Cell) -> Config:
 class Kept:
     """A trained state that can be gone back to once training is over."""
 
-    factors: Factors
+    factors: Update
     components: Mapping[str, list[int]]
     head: Mapping[str, Tensor]
 
@@ -77,13 +77,13 @@ class Trial:
 
     bed: Bed
     bench: Bench
-    config: Config
+    config: ResolvedConfig
     method: Method
     head: TrainedHead | None
 
     def kept(self) -> Kept:
         """A copy of what is trained."""
-        factors = {name: (A.clone(), B.clone()) for name, (A, B) in self.method.factors().items()}
+        factors = {name: Factors(A.clone(), B.clone()) for name, (A, B) in self.method.factors().items()}
         components = {name: list(parts) for name, parts in self.method.components().items()}
         return Kept(factors, components, self.head.tensors() if self.head else {})
 
@@ -153,7 +153,7 @@ def train_step(trial: Trial, course: Course) -> float:
     loss.backward()  # type: ignore[no-untyped-call]
     value = loss.item()
     between = time.process_time()
-    events = method.step()
+    events = method.step(value)
     (course.grown_updates if events else course.plain_updates).append(time.process_time() - between)
     course.gradients += between - start
     course.steps += 1
@@ -171,7 +171,7 @@ def train(trial: Trial, *, validates: bool) -> Course:
         validates: whether to look at the validation rows on the way, as the product does.
     """
     bed, bench, method = trial.bed, trial.bench, trial.method
-    every = trial.config.training.evaluate_every or bed.steps
+    every = trial.config.training.evaluate_every
     course = Course()
     bench.model.train()
     while course.steps < bed.steps and not method.finished:
@@ -190,19 +190,21 @@ def train(trial: Trial, *, validates: bool) -> Course:
             course.ended = "patience"
             break
     if method.finished:
-        course.ended = "grown"
+        course.ended = method.ending
     method.finish()
     return course
 
 
 def _out_of_patience(trial: Trial, course: Course) -> bool:
     """Look at the validation rows and keep what is the best so far; whether the run should end."""
-    course.validations.append((course.steps, trial.bench.validate()))
+    loss, error = trial.bench.validate()
+    course.validations.append((course.steps, loss))
+    trial.method.validated(loss, error)
     best_step, _ = min(course.validations, key=lambda seen: seen[1])
     if best_step == course.steps:
         course.best = trial.kept()
     patience = trial.config.training.patience
-    return patience is not None and sum(step > best_step for step, _ in course.validations) >= patience
+    return bool(patience) and sum(step > best_step for step, _ in course.validations) >= patience
 
 
 def carry_out(cell: Cell, bed: Bed, place: Place) -> Figures:
