@@ -198,7 +198,7 @@ class FactorTrainer:
         self.adapter, self.head, self.max_grad_norm = adapter, list(head), max_grad_norm
         self._options = {"weight_decay": weight_decay, "max_update": max_update}
         for layer in adapter.layers.values():
-            layer.start_component(adapter.initial_A(layer, adapter.inner_rank))
+            layer.start_component(adapter.initial_A(layer, rank))
         self._build_optimiser()
 
     def _trained(self) -> dict[str, dict[str, nn.Parameter]]:

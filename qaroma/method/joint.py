@@ -95,13 +95,8 @@ class JointController(AdapterMethod):
             * state.rate_factor()
         )
         training = state.born if s.window is None else state.born[-s.window :]
-        return [settled * self._climb(state.step - born, first=born == 0) for born in training]
-
-    def _climb(self, age: int, *, first: bool) -> float:
-        """A component's own warm-up; the measured rate is one for the first components."""
-        if not self.settings.warmup or (first and self.rate.steps):
-            return 1.0
-        return min(1.0, (age + 1) / self.settings.warmup)
+        climbs = [min(1.0, (state.step - born + 1) / s.warmup) if s.warmup else 1.0 for born in training]
+        return [settled * climb for climb in climbs]
 
     def step(self, loss: float | None = None) -> list[GrowthEvent]:
         """Clip, update, zero the gradients; grow where rank is missing.

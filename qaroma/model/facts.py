@@ -46,7 +46,7 @@ def facts_of_module(model: nn.Module, names: list[str], *, weight_std: float | N
     """
     layers: list[Any] = [model.get_submodule(name) for name in names]
     if weight_std is None:
-        weight_std = median(float(layer.weight.float().std()) for layer in layers)
+        weight_std = median(float(layer.weight.detach().float().std()) for layer in layers)
     return ModelFacts(
         component_parameters=sum(layer.in_features + layer.out_features for layer in layers),
         width=int(median(layer.in_features for layer in layers)),
