@@ -10,7 +10,7 @@ from dataclasses import dataclass
 NOISE_SIZE = 0.025
 # Of the measured rate, all found on a byte-level model: its first factor; the most that a step changes its logarithm,
 # first and last; the cosine at which the best rates stand; what counts as a large difference from it; the bound.
-SMALL_START, FASTEST, SLOWEST, AIM, WIDTH, LARGEST_FACTOR = 0.25, 0.4, 0.07, -0.02, 0.05, 64.0
+SMALL_START, FASTEST, SLOWEST, AIM, WIDTH, LARGEST_FACTOR = 0.5, 0.4, 0.07, -0.02, 0.05, 64.0
 RISEN = 1.2  # of the first loss: above it, the rate was too large
 _COSINE = 0.404  # mean square of a cosine that ends at a tenth
 
