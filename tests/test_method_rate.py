@@ -1,0 +1,126 @@
+"""Learning rates from dimensions, and the factor that a run measures on them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qaroma.method.optimiser import FlatAdamW
+from qaroma.method.rate import FASTEST, LARGEST_FACTOR, NOISE_SIZE, MeasuredRate, noise_size, rate_for
+
+
+@pytest.mark.parametrize("rank", [1, 8, 32])
+@pytest.mark.parametrize(("width", "std"), [(384, 0.05), (576, 0.19), (4096, 0.0165)])
+def test_the_rate_is_the_one_at_which_noise_has_the_size_wanted(rank: int, width: int, std: float) -> None:
+    dimensions = {"steps": 240, "width": width, "weight_std": std, "scale": 2.0}
+    rate = rate_for(**dimensions, rank=rank)
+    assert noise_size(rate, **dimensions) * math.sqrt(rank) == pytest.approx(NOISE_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("width", "std", "steps", "rank", "rate"),
+    [
+        (576, 0.19, 60, 1, 9.3e-3),  # SmolLM2-135M
+        (576, 0.19, 60, 8, 5.0e-3),
+        (384, 0.05, 240, 1, 1.8e-3),  # MiniLM-L6
+        (384, 0.05, 240, 8, 7.4e-4),
+        (4096, 0.0165, 100, 8, 1.0e-3),  # LLaMA-3-8B
+    ],
+)
+def test_the_rates_of_models_that_are_known(width: int, std: float, steps: int, rank: int, rate: float) -> None:
+    found = rate_for(steps=steps, width=width, weight_std=std, scale=2.0, rank=rank)
+    assert found == pytest.approx(rate, rel=0.03)
+
+
+def test_noise_has_that_size() -> None:
+    """By AdamW on gradients of pure noise, beside a weight of known size."""
+    steps, width, height, std, rate = 200, 256, 128, 0.05, 2e-3
+    generator = torch.Generator().manual_seed(0)
+    A = nn.Parameter(torch.empty(1, width).uniform_(-(width**-0.5), width**-0.5, generator=generator))
+    B = nn.Parameter(torch.zeros(1, height))
+    optimiser = FlatAdamW({"m": [A, B]})
+    for step in range(steps):
+        optimiser.gradients.normal_(generator=generator)
+        optimiser.step({"m": [rate * (0.55 + 0.45 * math.cos(math.pi * step / steps))]})
+    found = 2.0 * (B.T @ A).norm().item() / (std * math.sqrt(width * height))
+    wanted = noise_size(rate, steps=steps, width=width, weight_std=std, scale=2.0)
+    assert found == pytest.approx(wanted, rel=0.3)
+
+
+def observed(rate: MeasuredRate, cosine: float, *, risen: bool = False) -> list[float]:
+    factors = [rate.factor]
+    for step in range(1, rate.steps):
+        rate.observe(step, cosine, risen=risen)
+        factors.append(rate.factor)
+    return factors
+
+
+def test_a_rate_that_is_not_measured_stays_as_it_was_given() -> None:
+    rate = MeasuredRate(0)
+    assert (rate.factor, rate.measuring(0)) == (1.0, False)
+    assert [MeasuredRate(3).measuring(step) for step in (0, 2, 3)] == [True, True, False]
+
+
+def test_the_factor_rises_while_updates_are_too_short_and_falls_where_they_are_too_long() -> None:
+    assert observed(MeasuredRate(12), 0.5)[:-1] == sorted(observed(MeasuredRate(12), 0.5)[:-1])
+    falling = observed(MeasuredRate(12), -0.5)
+    assert falling[:-1] == sorted(falling[:-1], reverse=True)
+    steps = [math.log(a / b) for a, b in zip(falling[:-2], falling[1:-1], strict=True)]
+    assert steps == sorted(steps, reverse=True)  # ever more slowly, once it was enough
+    assert observed(MeasuredRate(200), 1.0)[50] == LARGEST_FACTOR
+    assert observed(MeasuredRate(2000), -1.0)[1500] == 1 / LARGEST_FACTOR
+
+
+def test_a_risen_loss_moves_the_factor_down_whatever_the_cosine_says() -> None:
+    rate = MeasuredRate(10)
+    before = rate.factor
+    rate.observe(1, 1.0, risen=True)
+    assert rate.factor == pytest.approx(before * math.exp(-FASTEST))
+
+
+def test_the_factor_that_stays_is_the_geometric_mean_of_the_second_half() -> None:
+    rate, seen = MeasuredRate(8), []
+    for step, cosine in enumerate((0.3, 0.1, -0.1, 0.05, -0.2, 0.0, 0.4), start=1):
+        rate.observe(step, cosine, risen=False)
+        if step in (4, 5, 6):
+            seen.append(rate.factor)
+    # The last step's own factor is not shown: it is what the mean and the others leave of it.
+    last = rate.factor**4 / math.prod(seen)
+    assert 1.0 < last / seen[-1] < math.exp(FASTEST)
+    assert rate.count == 4
+
+
+def agreement_by_hand(optimiser: FlatAdamW) -> Tensor:
+    gradients = torch.cat([p.grad.reshape(-1) for ps in optimiser.groups.values() for p in ps])
+    assert optimiser.last_update is not None
+    return torch.dot(gradients, optimiser.last_update) / (gradients.norm() * optimiser.last_update.norm())
+
+
+def test_agreement_is_the_cosine_of_the_gradient_and_what_was_subtracted() -> None:
+    torch.manual_seed(0)
+    groups = {name: [nn.Parameter(torch.randn(2, 5)), nn.Parameter(torch.randn(2, 3))] for name in "ab"}
+    optimiser = FlatAdamW(groups, parts={"a": [2], "b": [2]})
+    optimiser.keep_updates(True)
+    optimiser.gradients.normal_()
+    assert optimiser.agreement().item() == 0.0  # nothing was done yet
+    before = optimiser.values.clone()
+    optimiser.step({"a": [1e-2], "b": [3e-2]})
+    torch.testing.assert_close(optimiser.last_update, before - optimiser.values, rtol=1e-4, atol=1e-7)
+    assert optimiser.agreement().item() > 0.5  # the same gradient again
+    optimiser.gradients.normal_()
+    torch.testing.assert_close(optimiser.agreement(), agreement_by_hand(optimiser))
+    # A component that begins was not updated: it adds to the gradient's length alone.
+    dot = torch.dot(optimiser.gradients, optimiser.last_update)
+    optimiser.grow({"a": [torch.randn(1, 5), torch.randn(1, 3)]}, gone={"a": 0})
+    assert optimiser.last_update is not None
+    assert len(optimiser.last_update) == len(optimiser.values) == 40
+    torch.testing.assert_close(torch.dot(optimiser.gradients, optimiser.last_update), dot)
+    optimiser.gradients.normal_()
+    torch.testing.assert_close(optimiser.agreement(), agreement_by_hand(optimiser))
+    optimiser.drop(["a"])
+    torch.testing.assert_close(optimiser.agreement(), agreement_by_hand(optimiser))
+    optimiser.keep_updates(False)
+    assert "last_update" not in optimiser.buffers()
