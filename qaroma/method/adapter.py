@@ -144,13 +144,15 @@ class AdaptedLinear(nn.Module):
             active.B.zero_()
         self.place_active()
 
-    def extended(self, rows: int, *, frozen: int) -> None:
-        """Count a component that the optimiser has added to the fp32 factors, and those it has taken away.
+    def extended(self, active: Sequence[nn.Parameter], rows: int, *, frozen: int) -> None:
+        """Take the fp32 factors to which the optimiser has added a component, and from which it took the oldest.
 
         Args:
+            active: (K, N) and (K, M), those that train from now on.
             rows: inner rank of the new component, which stands last.
             frozen: how many of the oldest active components train no more.
         """
+        self.active_A, self.active_B = active
         self.components += self.active_components[:frozen]
         self.active_components = [*self.active_components[frozen:], rows]
         self.reserve(self.rank)

@@ -253,7 +253,7 @@ class FactorTrainer:
         rows = {name: (A, torch.zeros(len(A), layers[name].out_features)) for name, A in fresh.items()}
         self.optimiser.grow(rows, gone=gone)
         for name, layer in layers.items():
-            layer.extended(len(fresh[name]), frozen=gone[name])
+            layer.extended(self.optimiser.groups[name], len(fresh[name]), frozen=gone[name])
 
     def end(self, names: Mapping[str, bool]) -> None:
         """Stop training these layers; the value says whether the newest component is kept, like those before it."""

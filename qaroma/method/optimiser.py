@@ -161,7 +161,8 @@ class FlatAdamW:
     def grow(self, rows: Mapping[str, Sequence[Tensor]], *, gone: Mapping[str, int]) -> None:
         """Give groups another part, and give back the memory of the oldest ones.
 
-        What stays keeps its values, gradients, moments and step counts; the new part begins without any.
+        What stays keeps its values, gradients, moments and step counts; the new part begins without any. A group
+        that grows gets new parameters: as long as a loss refers to an old one, autograd holds it to its old shape.
 
         Args:
             rows: name -> new rows of each of the group's parameters.
@@ -172,7 +173,7 @@ class FlatAdamW:
         for name, parameters in self.groups.items():
             dropped = sum(self.parts.get(name, ())[: gone.get(name, 0)])
             offset = self.slices[name].start
-            for index, p in enumerate(parameters):
+            for index, p in enumerate(list(parameters)):
                 new = rows[name][index].to(self.values) if name in rows else None
                 for buffer, pieces in grown.items():
                     kept = getattr(self, buffer)[offset : offset + p.numel()].view(p.shape)[dropped:]
@@ -180,7 +181,12 @@ class FlatAdamW:
                     if new is not None:
                         pieces.append((new if buffer == "values" else torch.zeros_like(new)).reshape(-1))
                 offset += p.numel()
-                shapes[p] = torch.Size((p.shape[0] - dropped + (0 if new is None else len(new)), *p.shape[1:]))
+                if new is not None:
+                    p.grad = None
+                    parameters[index] = nn.Parameter(p.detach())
+                shapes[parameters[index]] = torch.Size(
+                    (p.shape[0] - dropped + (0 if new is None else len(new)), *p.shape[1:])
+                )
             if name in rows:
                 self.parts[name] = [*self.parts[name][gone.get(name, 0) :], len(rows[name][0])]
                 self.steps[name] = [*self.steps[name][gone.get(name, 0) :], 0]
