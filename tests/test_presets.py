@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from qaroma.config.presets import CRITERIA, DataFacts, growth_settings, resolve
 from qaroma.config.schema import (
+    BudgetGrowthSection,
     Config,
     GrowingSection,
     MeasuredGrowthSection,
@@ -20,14 +21,17 @@ def named(settings: dict) -> Config:
     return Config.model_validate({"model": {"name": "m"}, **settings})
 
 
+LOOPS = {"schedule": "lockstep"}
+
+
 def decided(rows: int, lengths=(100,), limit: int | None = 4096, **settings) -> tuple[ResolvedConfig, dict[str, str]]:
     config, decisions = resolve(named(settings), DataFacts(rows, list(lengths), limit))
     return config, {d.key: d.reason for d in decisions}
 
 
 @pytest.mark.parametrize("rows", [5, 23, 100, 1000, 50_000, 2_000_000])
-def test_auto_always_leaves_room_to_grow(rows: int) -> None:
-    config, reasons = decided(rows)
+def test_inner_loops_always_leave_room_to_grow(rows: int) -> None:
+    config, reasons = decided(rows, growth=LOOPS)
     growth, steps = growth_settings(config.growth), config.training.max_steps
     assert steps >= 2 * growth.t_in
     assert growth.t_in <= 1000
@@ -95,7 +99,7 @@ def test_methods_of_fixed_rank_share_one_rule_and_need_no_growth(method: str) ->
 @pytest.mark.parametrize("preset", ["auto", "paper"])
 def test_relora_is_the_same_growth_without_criteria(preset: str) -> None:
     relora, reasons = decided(1000, method="relora", growth={"preset": preset})
-    aroma, _ = decided(1000, growth={"preset": preset})
+    aroma, _ = decided(1000, growth={"preset": preset, **LOOPS})
     settings = growth_settings(relora.growth)
     assert not settings.criteria
     assert growth_settings(aroma.growth).criteria
@@ -124,7 +128,7 @@ def test_a_heads_rate_is_the_adapters_but_no_more_than_a_thousandth(given: float
 
 @pytest.mark.parametrize("preset", ["auto", "paper"])
 def test_new_choices_are_decided_with_reasons(preset: str) -> None:
-    config, reasons = decided(1000, growth={"preset": preset})
+    config, reasons = decided(1000, growth={"preset": preset, **LOOPS})
     assert (config.growth.init, config.growth.outer_criterion) == ("kaiming", "weight")
     assert reasons["growth.init"]
     assert reasons["growth.outer_criterion"]
@@ -187,10 +191,21 @@ def test_packed_rows_are_fewer_and_longer() -> None:
     assert config.training.max_steps == 4 * 3  # 95,000 tokens are 47 rows: three steps of 16
 
 
-@pytest.mark.parametrize("method", ["aroma", "relora", "lora", "peft-lora", "adalora"])
-def test_nothing_that_a_method_needs_is_left_open_and_nothing_changes_later(method: str) -> None:
-    config, _ = decided(1000, method=method)
-    kind = {"aroma": MeasuredGrowthSection, "relora": GrowingSection}.get(method, ResolvedGrowthSection)
+@pytest.mark.parametrize(
+    ("method", "growth", "kind"),
+    [
+        ("aroma", {}, BudgetGrowthSection),
+        ("aroma", LOOPS, MeasuredGrowthSection),
+        ("relora", {}, GrowingSection),
+        ("lora", {}, ResolvedGrowthSection),
+        ("peft-lora", {}, ResolvedGrowthSection),
+        ("adalora", {}, ResolvedGrowthSection),
+    ],
+)
+def test_nothing_that_a_method_needs_is_left_open_and_nothing_changes_later(
+    method: str, growth: dict, kind: type
+) -> None:
+    config, _ = decided(1000, method=method, growth=growth)
     assert type(config.growth) is kind
     for section in (config.model, config.data, config.growth, config.training, config.checkpoint):
         needed = [name for name, field in type(section).model_fields.items() if field.is_required()]

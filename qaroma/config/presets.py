@@ -168,6 +168,17 @@ def _as_resolved(settled: Config) -> ResolvedConfig:
     return ResolvedConfig.model_validate({**values, "growth": kind.model_validate(values["growth"])})
 
 
+def warm_up_notes(config: ResolvedConfig) -> list[str]:
+    """A sentence, where the run is over before its learning rate has reached its peak."""
+    warmup, steps = config.growth.warmup, config.training.max_steps
+    if warmup <= steps:
+        return []
+    return [
+        f"{steps} steps never leave the warm-up of {warmup}: the learning rate of {config.training.learning_rate:g} is "
+        f"not reached; type --set growth.warmup={steps // 10}, or a larger --max-steps"
+    ]
+
+
 def growth_settings(growth: ResolvedGrowthSection) -> GrowthSettings | BudgetSettings | None:
     """The resolved section as the method takes it; None for a method of fixed rank.
 
@@ -261,7 +272,7 @@ def _packed(facts: DataFacts, max_length: int) -> DataFacts:
 def _decide_steps(config: Config, facts: DataFacts, decide: Decide) -> int:
     """The step budget: as given, of the epochs, as published, or of the number of rows."""
     batch = config.training.micro_batch * config.training.grad_accum
-    per_epoch = max(1, math.ceil(facts.rows / batch))
+    per_epoch = _steps_an_epoch(config, facts)
     epochs = config.training.epochs
     llama = config.task == "causal-lm" and METHODS[config.method].grows
     steps = math.ceil(EPOCHS * facts.rows / batch)
@@ -274,6 +285,10 @@ def _decide_steps(config: Config, facts: DataFacts, decide: Decide) -> int:
         steps = min(MIN_STEPS, MAX_EPOCHS * per_epoch)
         reason = f"{facts.rows} rows are few: {steps / per_epoch:.0f} epochs"
     return int(decide("training.max_steps", steps, reason))
+
+
+def _steps_an_epoch(config: Config, facts: DataFacts) -> int:
+    return max(1, math.ceil(facts.rows / (config.training.micro_batch * config.training.grad_accum)))
 
 
 def _decide_auto(config: Config, steps: int, facts: DataFacts, decide: Decide) -> None:
@@ -307,7 +322,7 @@ def _decide_budget(config: Config, steps: int, facts: DataFacts, decide: Decide)
     alpha = decide("growth.alpha", 2.0, "the update is 2 B A, as the paper for LLaMA")
     decide("growth.window", "all", "freezing the older components costs more than it saves")
     needed, told = _needed_rank(config, steps, facts)
-    passes = steps * config.training.micro_batch * config.training.grad_accum / max(facts.rows, 1)
+    passes = steps / _steps_an_epoch(config, facts)
     if passes >= OFTEN:
         start, why = max(1, min(LARGE_BUDGET, round(needed))), f"{told}; {passes:.0f} passes tell soon whether it does"
     else:

@@ -98,6 +98,12 @@ class Encoded:
         return sum(example.trained for example in self.examples)
 
     @property
+    def distinct_trained_tokens(self) -> int:
+        """The same, copies of a row counted once."""
+        once = {(example.origin, tuple(example.input_ids)): example for example in self.examples}
+        return sum(example.trained for example in once.values())
+
+    @property
     def conversations(self) -> list[tuple[Message, ...]]:
         """The conversation of each example (empty for plain text)."""
         return [example.conversation for example in self.examples]

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from qaroma.config.load import require_model_and_data
 from qaroma.config.methods import METHODS
 from qaroma.config.metrics import metrics_of
-from qaroma.config.presets import BITS_A_TOKEN, DataFacts, Decision, ModelFacts, resolve
+from qaroma.config.presets import BITS_A_TOKEN, DataFacts, Decision, ModelFacts, resolve, warm_up_notes
 from qaroma.config.schema import Config, ResolvedConfig
-from qaroma.data.encode import IGNORED, Encoded, Example, encode_rows, limit_length, split_validation
+from qaroma.data.encode import Encoded, Example, encode_rows, limit_length, split_validation
 from qaroma.data.glue import dev_file, glue_task, read_glue, read_train
 from qaroma.data.labelled import Kind, LabelledSet, encode_labelled, split_labelled, takes_token_types
 from qaroma.data.packing import pack
@@ -69,7 +69,9 @@ def prepare_data(config: Config) -> PreparedData:
     name = require_model_and_data(config)
     base = find_model(name, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
     prepare = _prepare_conversations if config.task == "causal-lm" else _prepare_labelled
-    return prepare(config, base, load_tokenizer(base))
+    data = prepare(config, base, load_tokenizer(base))
+    data.notes += warm_up_notes(data.config)
+    return data
 
 
 def _prepare_conversations(config: Config, base: FoundModel, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
@@ -91,7 +93,7 @@ def _prepare_conversations(config: Config, base: FoundModel, tokenizer: PreTrain
         encoded.lengths,
         base.longest_input,
         validation_rows=len((validation or held_out).examples),
-        trained_bits=BITS_A_TOKEN * _trained_tokens(train.examples),
+        trained_bits=BITS_A_TOKEN * train.distinct_trained_tokens,
         model=_model_facts(config, base),
     )
     resolved, decisions = resolve(config, facts)
@@ -169,12 +171,6 @@ def _model_facts(config: Config, base: FoundModel) -> ModelFacts | None:
     if not METHODS[config.method].grows or config.growth.preset != "auto":
         return None
     return facts_of_base(base, config.growth.target_modules or "all-linear", task=config.task)
-
-
-def _trained_tokens(examples: Sequence[Example]) -> int:
-    """Tokens that the loss counts, copies of a row counted once."""
-    once = {(example.origin, tuple(example.input_ids)): example for example in examples}
-    return sum(label != IGNORED for example in once.values() for label in example.labels)
 
 
 def _labelled_rows(config: Config) -> tuple[RowSet, RowSet | None]:

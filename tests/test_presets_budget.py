@@ -1,0 +1,151 @@
+"""What a run decides that grows within a budget: ranks from the data, the rate from the weights, patience."""
+
+from __future__ import annotations
+
+import pytest
+
+from qaroma.config.presets import (
+    BITS_A_TOKEN,
+    BLOCK,
+    LARGE_BUDGET,
+    SMALL_BUDGET,
+    DataFacts,
+    ModelFacts,
+    growth_settings,
+    resolve,
+    warm_up_notes,
+)
+from qaroma.config.schema import BudgetGrowthSection, Config, ResolvedConfig
+from qaroma.errors import QaromaError
+from qaroma.method.budget import BudgetSettings
+
+SMOLLM2 = ModelFacts(component_parameters=317_952, width=576, weight_std=0.19)
+LLAMA3_8B = ModelFacts(component_parameters=2_621_440, width=4096, weight_std=0.0165)
+ROWS = (100, 1_000, 10_000, 100_000, 1_000_000)
+TOKENS_A_ROW = 20
+
+
+def decided(rows: int, *, model: ModelFacts | None = SMOLLM2, validation: int = 100, tokens: int = TOKENS_A_ROW,
+            **settings) -> tuple[ResolvedConfig, dict[str, str]]:  # fmt: skip
+    config = Config.model_validate({"model": {"name": "m"}, **settings})
+    bits = BITS_A_TOKEN * rows * tokens
+    facts = DataFacts(rows, [100], 4096, validation_rows=validation, trained_bits=bits, model=model)
+    resolved, decisions = resolve(config, facts)
+    return resolved, {d.key: d.reason for d in decisions}
+
+
+@pytest.mark.parametrize("model", [SMOLLM2, LLAMA3_8B, None], ids=["smollm2", "llama3-8b", "unknown"])
+def test_auto_decides_everything_for_any_number_of_rows(model: ModelFacts | None) -> None:
+    steps = []
+    for rows in ROWS:
+        config, reasons = decided(rows, model=model)
+        growth = config.growth
+        assert isinstance(growth, BudgetGrowthSection)
+        assert growth_settings(growth) == BudgetSettings(
+            start_rank=growth.start_rank, max_rank=growth.max_rank, warmup=growth.warmup
+        )
+        assert (growth.schedule, growth.window, growth.inner_rank, growth.measured_rate) == ("budget", "all", 1, True)
+        assert 1 <= growth.start_rank <= growth.max_rank <= LARGE_BUDGET
+        assert (growth.t_in, growth.eps_out, growth.reset) == (None, None, None)
+        assert 1 <= growth.warmup <= 100
+        assert 1e-5 < config.training.learning_rate < 2e-2
+        assert config.training.patience == 3
+        assert all(reasons[key] for key in ("growth.start_rank", "growth.max_rank", "training.learning_rate"))
+        print(rows, config.training.max_steps, growth.start_rank, growth.max_rank, config.training.learning_rate)
+        steps.append(config.training.max_steps)
+    assert steps == sorted(steps)
+    assert steps[1:] == [188, 1875, 18750, 187500]
+
+
+def test_the_rate_falls_with_the_steps_and_with_the_weights_size() -> None:
+    rates = [decided(rows)[0].training.learning_rate for rows in ROWS]
+    assert rates == sorted(rates, reverse=True)
+    large = [decided(rows, model=LLAMA3_8B)[0].training.learning_rate for rows in ROWS]
+    assert all(small < rate for small, rate in zip(large, rates, strict=True))
+
+
+def test_data_that_is_seen_often_begins_with_the_rank_that_its_bits_need() -> None:
+    often, reasons = decided(50, tokens=8, training={"epochs": 20})
+    assert (often.growth.start_rank, often.growth.max_rank) == (1, SMALL_BUDGET)
+    assert "20 passes tell soon" in reasons["growth.start_rank"]
+    assert "1,200 bits" in reasons["growth.start_rank"]
+    seldom, reasons = decided(50, tokens=8, training={"epochs": 3})
+    assert seldom.growth.start_rank == BLOCK
+    assert f"at least {BLOCK} in 3.0 passes" in reasons["growth.start_rank"]
+
+
+def test_data_that_fills_a_block_begins_with_more() -> None:
+    config, reasons = decided(1000, tokens=400, training={"epochs": 3})
+    assert (config.growth.start_rank, config.growth.max_rank) == (30, LARGE_BUDGET)
+    assert reasons["growth.start_rank"].startswith("rank 30 takes in 1,200,000 bits in 189 steps")
+    bounded, _ = decided(1000, tokens=400, growth={"max_rank": 12})
+    assert (bounded.growth.start_rank, bounded.growth.max_rank) == (12, 12)
+
+
+def test_where_nobody_counted_a_run_begins_with_a_block() -> None:
+    config, _ = resolve(Config.model_validate({"model": {"name": "m"}}), DataFacts(1000, [100], 4096))
+    assert (config.growth.start_rank, config.growth.max_rank) == (BLOCK, SMALL_BUDGET)
+
+
+@pytest.mark.parametrize(
+    ("growth", "match"),
+    [
+        (
+            {"schedule": "budget", "t_in": 10},
+            r"growth\.t_in is a setting of inner loops.*--set growth\.schedule=lockst",
+        ),
+        ({"schedule": "budget", "inner_rank": 2}, r"growth\.inner_rank is a setting of inner loops"),
+        (
+            {"schedule": "lockstep", "start_rank": 4},
+            r"growth\.start_rank is a setting of growth within a budget, got gr",
+        ),
+        (
+            {"eps_out": 0.1, "measured_rate": False},
+            r"growth\.measured_rate .* because of growth\.eps_out; leave one of",
+        ),
+        ({"start_rank": 9, "max_rank": 4}, r"max_rank 4 is less than the 9 that every .*growth\.start_rank=4 or less"),
+    ],
+)
+def test_settings_of_two_kinds_of_growth_are_refused_together(growth: dict, match: str) -> None:
+    with pytest.raises(QaromaError, match=match):
+        decided(1000, growth=growth)
+
+
+@pytest.mark.parametrize("given", [{"t_in": 12}, {"reset": "none"}, {"inner_rank": 2}, {"schedule": "independent"}])
+def test_a_setting_of_inner_loops_asks_for_them(given: dict) -> None:
+    config, _ = decided(1000, growth=given)
+    assert config.growth.schedule == given.get("schedule", "lockstep")
+    assert config.growth.window == 1
+    assert config.growth.t_in is not None
+
+
+def test_patience_needs_validation_rows_and_a_method_that_grows() -> None:
+    config, reasons = decided(1000, validation=15)
+    assert config.training.patience == 0
+    assert reasons["training.patience"] == "15 validation rows are too few to end a run by"
+    assert decided(1000, validation=16)[0].training.patience == 3
+    assert decided(1000, growth={"preset": "paper"})[0].training.patience == 0
+    assert decided(1000, method="lora")[0].training.patience == 0
+    assert decided(1000, training={"patience": 5})[0].training.patience == 5
+
+
+def test_the_most_rank_that_trains_is_what_memory_is_planned_for() -> None:
+    assert decided(1000)[0].largest_training_rank == SMALL_BUDGET
+    assert decided(1000, growth={"schedule": "lockstep", "inner_rank": 2})[0].largest_training_rank == 2
+    assert decided(1000, method="lora", rank=4)[0].largest_training_rank == 4
+
+
+def test_a_head_is_trained_at_the_adapters_rate_at_most_a_thousandth() -> None:
+    config, _ = decided(100, task="classification")
+    assert config.training.learning_rate > 1e-3
+    assert config.training.head_learning_rate == 1e-3
+
+
+def test_a_run_that_never_leaves_its_warm_up_says_so() -> None:
+    config, _ = decided(1000, growth={"preset": "paper"}, training={"max_steps": 60})
+    assert warm_up_notes(config) == [
+        "60 steps never leave the warm-up of 100: the learning rate of 0.0001 is not reached; "
+        "type --set growth.warmup=6, or a larger --max-steps"
+    ]
+    assert warm_up_notes(decided(1000, growth={"preset": "paper"}, training={"max_steps": 100})[0]) == []
+    assert all(warm_up_notes(decided(rows)[0]) == [] for rows in ROWS)
