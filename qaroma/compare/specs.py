@@ -91,6 +91,8 @@ def plan_runs(make_config: MakeConfig, methods: str, seeds: str, folder: str) ->
         for spec in specs:
             config = make_config([*spec.sets, f"training.seed={seed}"])
             config.output = f"{folder}/{spec.folder(seed)}"
+            if config.training.patience is None:  # equal steps, unless it is asked for
+                config.training.patience = 0
             config.evaluation.report = False  # drawn at every validation, beside the runs that are measured
             runs.append(PlannedRun(spec, seed, spec.folder(seed), config))
     return runs
