@@ -100,8 +100,9 @@ def _write(config: Config, vram: str | None, target: Path, force: bool) -> None:
         f"plan: {training.micro_batch} x {training.grad_accum} examples of at most {resolved.data.max_length} tokens a "
         f"step, memory level {start.step.settings.level}, {memory_size(start.step.peak)} on {start.room.words}"
     )
-    click.echo(f"{training.max_steps} steps, inner loops of at most {resolved.growth.t_in}, learning rate "
-               f"{training.learning_rate:g}")  # fmt: skip
+    growth = resolved.growth
+    click.echo(f"{training.max_steps} steps, rank {growth.start_rank} and up to {growth.max_rank} where it is missing, "
+               f"learning rate {training.learning_rate:g} to begin with")  # fmt: skip
     click.echo(f"wrote {target.as_posix()}; each line says why. Type next:")
     source = resolved.data.train[0].path
     click.echo(f"  qaroma data preview --model {quoted(resolved.model.name)} --data {quoted(source)}")

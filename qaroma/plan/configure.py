@@ -20,7 +20,7 @@ import yaml
 
 from qaroma.config.levels import LEVELS
 from qaroma.config.load import config_fields, require_model_and_data
-from qaroma.config.presets import DataFacts, Decision, resolve
+from qaroma.config.presets import BITS_A_TOKEN, LARGE_BUDGET, DataFacts, Decision, resolve
 from qaroma.config.schema import Config, DataSource, ResolvedConfig
 from qaroma.config.words import memory_size
 from qaroma.data.encode import Encoded, encode_rows, limit_length, split_validation
@@ -28,6 +28,7 @@ from qaroma.data.sources import read_rows
 from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_tokenizer, resolve_device, resolve_dtype
+from qaroma.model.facts import facts_of_base
 from qaroma.model.found import find_model
 from qaroma.plan.card import RESERVE, parse_memory
 from qaroma.plan.search import Estimate, Planner
@@ -158,7 +159,9 @@ def make_start(config: Config, room: Room, *, tell: Callable[[str], None] = lamb
     longest = base.longest_input
     wanted = max(GRAIN, math.ceil(look.p95 / GRAIN) * GRAIN)
     planner = Planner(plannable(base))
-    step = fit_step(planner, StepSettings(0, min(wanted, longest or wanted), dtype=room.dtype), room, tell=tell)
+    # Which rank the data needs is known when its length is: the step is planned for the largest that may train.
+    wished = StepSettings(0, min(wanted, longest or wanted), inner_rank=LARGE_BUDGET, frozen_rank=0, dtype=room.dtype)
+    step = fit_step(planner, wished, room, tell=tell)
     chosen, settings = config.model_copy(deep=True), step.settings
     chosen.data.max_length = settings.seq_len
     chosen.training.micro_batch = settings.micro_batch
@@ -167,7 +170,14 @@ def make_start(config: Config, room: Room, *, tell: Callable[[str], None] = lamb
     train, validation = split_validation(
         within, share=config.data.validation_share, at_most=config.data.validation_max, seed=config.training.seed
     )
-    facts = DataFacts(len(train.examples), within.lengths, longest, len(validation.examples))
+    facts = DataFacts(
+        len(train.examples),
+        within.lengths,
+        longest,
+        validation_rows=len(validation.examples),
+        trained_bits=BITS_A_TOKEN * train.distinct_trained_tokens,
+        model=facts_of_base(base, "all-linear", task=config.task),
+    )
     resolved, decisions = resolve(chosen, facts)
     given = [("model", chosen.model, {"name"}), ("data", chosen.data, {"train"})]
     choices = [
