@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -68,7 +69,7 @@ def test_the_factor_rises_while_updates_are_too_short_and_falls_where_they_are_t
     assert observed(MeasuredRate(12), 0.5)[:-1] == sorted(observed(MeasuredRate(12), 0.5)[:-1])
     falling = observed(MeasuredRate(12), -0.5)
     assert falling[:-1] == sorted(falling[:-1], reverse=True)
-    steps = [math.log(a / b) for a, b in zip(falling[:-2], falling[1:-1], strict=True)]
+    steps = [math.log(a / b) for a, b in itertools.pairwise(falling)]
     assert steps == sorted(steps, reverse=True)  # ever more slowly, once it was enough
     assert observed(MeasuredRate(200), 1.0)[50] == LARGEST_FACTOR
     assert observed(MeasuredRate(2000), -1.0)[1500] == 1 / LARGEST_FACTOR

@@ -24,6 +24,7 @@ _SETTINGS = {
     "Target modules": ("growth.target_modules",),
     "Rank": ("rank",),
     "Inner rank": ("growth.inner_rank",),
+    "Rank at first, at most": ("growth.start_rank", "growth.max_rank"),
     "Alpha": ("growth.alpha",),
     "Inner loop, at most": ("growth.t_in",),
     "Check every": ("growth.check_every",),
@@ -38,7 +39,7 @@ _SETTINGS = {
     "Seed": ("training.seed",),
 }
 _OF_GROWTH = ("growth.t_in", "growth.check_every", "growth.eps_in", "growth.outer_criterion", "growth.init",
-              "growth.reset", "growth.schedule", "growth.inner_rank")  # fmt: skip
+              "growth.reset", "growth.schedule", "growth.inner_rank", "growth.start_rank")  # fmt: skip
 
 
 def state(run: Run) -> str:
