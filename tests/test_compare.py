@@ -101,6 +101,12 @@ def test_settings_that_silently_hold_for_all_are_named() -> None:
     assert [run.config.growth.alpha for run in runs] == [4, None]
 
 
+def test_runs_have_equal_steps_unless_patience_is_asked_for() -> None:
+    assert [run.config.training.patience for run in plan_runs(from_sets, "aroma,lora:8", "0", "out")] == [0, 0]
+    asked = plan_runs(lambda more: from_sets(["training.patience=4", *more]), "aroma", "0", "out")
+    assert asked[0].config.training.patience == 4
+
+
 # Statistics and verdict.
 
 
@@ -395,18 +401,18 @@ def test_settings_that_do_not_go_together_are_refused_before_anything_runs(
 
 
 def test_a_method_that_is_not_compared_is_not_judged(tiny_folder: Path, data_file: Path, tmp_path: Path) -> None:
-    """AROMA, the default, would refuse this warm-up; LoRA takes it, and nothing else is asked for."""
+    """Inner loops would refuse this warm-up; LoRA takes it, and nothing else is asked for."""
     from qaroma.compare.compare import _prepare
 
     def make(sets: Sequence[str]) -> Config:
         values = [f"model.name={tiny_folder}", f"data.train={data_file}", "growth.warmup=5", "training.max_steps=9"]
         return read_settings(None, {}, [*values, *sets])
 
-    for methods in ("lora:2", "aroma+warmup=1+restart_warmup=1"):
+    for methods in ("lora:2", "aroma+schedule=lockstep+warmup=1+restart_warmup=1"):
         runs = plan_runs(make, methods, "0", str(tmp_path))
         _prepare(make, runs, runs, QUIET)
-    runs = plan_runs(make, "aroma", "0", str(tmp_path))
-    with pytest.raises(QaromaError, match=r"^aroma: an inner loop of t_in = 2 steps must be longer"):
+    runs = plan_runs(make, "aroma+schedule=lockstep", "0", str(tmp_path))
+    with pytest.raises(QaromaError, match=r"^aroma\+schedule=lockstep: an inner loop of t_in = 2 steps must be longer"):
         _prepare(make, runs, runs, QUIET)
 
 

@@ -15,12 +15,12 @@ import yaml
 
 from qaroma.cli import main
 from qaroma.config.load import read_settings
-from qaroma.config.presets import DataFacts, resolve
 from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
 from qaroma.plan.configure import Room, Start, fit_step, letters, make_start, room_for, start_yaml
 from qaroma.plan.search import Estimate, Planner
 from qaroma.plan.trace import StepSettings
+from qaroma.training.prepare import prepare_data
 
 
 class StraightPlanner(Planner):
@@ -94,11 +94,11 @@ def test_the_choices_follow_data_plan_and_preset(start: Start) -> None:
     assert config.data.max_length == max(64, math.ceil(look.p95 / 64) * 64)
     assert config.training.micro_batch * config.training.grad_accum == 16
     assert start.step.settings.micro_batch == config.training.micro_batch
-    # The preset, asked again with what was decided, decides the same.
-    asked = Config.model_validate({"model": {"name": "m"}, "data": {"max_length": config.data.max_length}, "training": {
-        "micro_batch": config.training.micro_batch, "grad_accum": config.training.grad_accum}})  # fmt: skip
-    validation = int(0.05 * 60)
-    preset, _ = resolve(asked, DataFacts(60 - validation, [look.longest] * 60, 512, validation))
+    # A run that is given no more than the sizes decides the same.
+    sizes = {"micro_batch": config.training.micro_batch, "grad_accum": config.training.grad_accum}
+    data = {"train": [{"path": config.data.train[0].path}], "max_length": config.data.max_length}
+    asked = Config.model_validate({"model": {"name": config.model.name}, "data": data, "training": sizes})
+    preset = prepare_data(asked).config
     assert preset.growth == config.growth
     assert preset.training.max_steps == config.training.max_steps
     assert preset.training.learning_rate == config.training.learning_rate
