@@ -25,11 +25,11 @@ class Spectra:
     """The adapter of a run, measured.
 
     Args:
-        step: Optimiser step of the adapter; None where it does not say.
-        ranks: Rank of each module by its full name, zeros included, in the model's order.
-        effective: Effective rank of each of them (Roy & Vetterli 2007), 0 where the rank is.
-        components: Inner ranks of each module's components, in order.
-        update: Factors of the modules that the file holds.
+        step: optimiser step of the adapter; None where it does not say.
+        ranks: rank of each module by its full name, zeros included, in the model's order.
+        effective: effective rank of each of them (Roy & Vetterli 2007), 0 where the rank is.
+        components: inner ranks of each module's components, in order.
+        update: factors of the modules that the file holds.
     """
 
     step: int | None
