@@ -76,10 +76,10 @@ def test_data_that_is_seen_often_begins_with_the_rank_that_its_bits_need() -> No
 
 def test_data_that_fills_a_block_begins_with_more() -> None:
     config, reasons = decided(1000, tokens=400, training={"epochs": 3})
-    assert (config.growth.start_rank, config.growth.max_rank) == (30, LARGE_BUDGET)
+    assert (config.growth.start_rank, config.growth.max_rank) == (LARGE_BUDGET // 2, LARGE_BUDGET)
     assert reasons["growth.start_rank"].startswith("rank 30 takes in 1,200,000 bits in 189 steps")
     bounded, _ = decided(1000, tokens=400, growth={"max_rank": 12})
-    assert (bounded.growth.start_rank, bounded.growth.max_rank) == (12, 12)
+    assert (bounded.growth.start_rank, bounded.growth.max_rank) == (6, 12)
 
 
 def test_where_nobody_counted_a_run_begins_with_a_block() -> None:

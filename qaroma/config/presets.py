@@ -323,13 +323,12 @@ def _decide_budget(config: Config, steps: int, facts: DataFacts, decide: Decide)
     decide("growth.window", "all", "freezing the older components costs more than it saves")
     needed, told = _needed_rank(config, steps, facts)
     passes = steps / _steps_an_epoch(config, facts)
-    if passes >= OFTEN:
-        start, why = max(1, min(LARGE_BUDGET, round(needed))), f"{told}; {passes:.0f} passes tell soon whether it does"
-    else:
-        start, why = max(BLOCK, min(LARGE_BUDGET, round(needed))), f"{told}; at least {BLOCK} in {passes:.1f} passes"
     largest = LARGE_BUDGET if needed > BLOCK else SMALL_BUDGET
     largest = decide("growth.max_rank", largest, "twice the block, or four times it where the data fills the block")
-    start = decide("growth.start_rank", min(start, largest), why)
+    smallest, why = BLOCK, f"{told}; at least {BLOCK} in {passes:.1f} passes, and half the budget at most"
+    if passes >= OFTEN:
+        smallest, why = 1, f"{told}; {passes:.0f} passes tell soon whether it does"
+    start = decide("growth.start_rank", max(1, min(max(smallest, round(needed)), largest // 2)), why)
     decide("growth.measured_rate", True, "the rate below is where the measuring begins")
     decide("growth.warmup", max(1, min(100, steps // 40)), "a fortieth of the run, at most 100: of every component")
     rate, why = 1e-3, "the base was not looked at"
