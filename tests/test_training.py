@@ -164,7 +164,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(
     assert (run / "checkpoints" / "step-00000007").is_dir()
     monkeypatch.undo()
     config = Config.model_validate({"output": str(run)})
-    assert finetune(config, resume=True, console=QUIET)["steps"] == 20
+    assert finetune(config, resume=True, console=QUIET)["steps"] == 36
     assert [s["step"] for s in records(run)] == list(range(1, 21))
 
 
@@ -329,3 +329,17 @@ def test_a_model_is_looked_up_once(
     config = make_config(tiny_folder, data_file, tmp_path / "run", training__max_steps=2, training__memory=memory)
     finetune(config, console=QUIET)
     assert calls == {"resolve_model": 1, "AutoConfig": 1}
+
+
+def test_the_default_growth_runs_reports_and_goes_on(tiny_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_folder, data_file, tmp_path / "run", growth={"start_rank": 1, "max_rank": 4})
+    config.training.learning_rate, config.training.max_steps = 1e-6, 36  # too small to learn by: rank is added
+    config.checkpoint.every, config.evaluation.report = 12, True
+    figures = finetune(config, console=QUIET)
+    assert (figures["steps"], figures["ended"]) == (36, "budget")
+    grown = records(tmp_path / "run", "growth")
+    assert {(event["step"], event["decision"]) for event in grown} == {(16, "commit"), (36, "keep")}
+    assert all(event["inner"] is event["outer"] is None for event in grown)
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Rank at first, at most" in page
+    assert finetune(Config.model_validate({"output": config.output}), resume=True, console=QUIET)["steps"] == 36
