@@ -42,8 +42,8 @@ def config_option(key: str, *, text: str | None = None) -> Callable[[_Function],
     of its own: one that was not typed leaves the configuration as it is.
 
     Args:
-        key: The dotted key, as ``training.learning_rate``.
-        text: Help text where the field's description does not fit the command.
+        key: the dotted key, as ``training.learning_rate``.
+        text: help text where the field's description does not fit the command.
     """
     field = _FIELDS[key]
     kind, bounds = _kind(field)
@@ -79,7 +79,7 @@ def read_config(config: str | None, parameters: Mapping[str, Any], sets: Sequenc
 
     Args:
         config: YAML file or name, or None.
-        parameters: The command's remaining parameters.
+        parameters: the command's remaining parameters.
         sets: ``key=value`` texts.
 
     Raises:

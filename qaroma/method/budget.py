@@ -48,12 +48,12 @@ class BudgetSettings:
 
 @dataclass
 class BudgetState:
-    """Where a run stands that grows within a budget; all of its modules have the same rank.
+    """Where a run stands that grows within a budget; which modules get the rank that is missing is not said here.
 
     Args:
         settings: the choices.
         total_steps: step budget T.
-        rank: of every module now.
+        rank: of the modules, their mean now.
         step: optimiser steps done.
         born: step at which each component began, oldest first.
         first_loss: mean training loss of the first step.
@@ -98,7 +98,7 @@ class BudgetState:
         """Count a step and its mean training loss, as it was before the update.
 
         Returns:
-            By how much the rank of every module grows now; mostly 0.
+            By how much the mean rank grows now; mostly 0.
         """
         self.step += 1
         if self.first_loss is None:
@@ -112,6 +112,12 @@ class BudgetState:
             self.rank += grown
             self.born.append(self.step)
         return grown
+
+    @property
+    def may_still_grow(self) -> bool:
+        """Whether a later step could add rank, so that it is worth knowing which modules pay."""
+        in_time = self.step < LAST_GROWTH * self.total_steps
+        return in_time and not self.halted and self.learnt is None and self.rank < self.settings.max_rank
 
     def validated(self, loss: float, standard_error: float) -> None:
         """Take a validation: worse than the best one by more than two standard errors, it ends growth.
@@ -133,9 +139,7 @@ class BudgetState:
 
     def _may_grow(self) -> bool:
         due = self.step % self.interval == 0 and self.step - self.born[-1] >= self.interval
-        whole = len(self.losses) >= 2 * self.interval
-        in_time = self.step < LAST_GROWTH * self.total_steps
-        return due and whole and in_time and not self.halted and self.learnt is None
+        return due and len(self.losses) >= 2 * self.interval and self.may_still_grow
 
     def _missing_rank(self) -> int:
         """The rank that is missing, progress going as the rank, for the loss to reach its goal in time.
@@ -166,6 +170,27 @@ class BudgetState:
     def load_json(self, state: Mapping[str, Any]) -> None:
         for key, value in state.items():
             setattr(self, key, value)
+
+
+def allotted(rank: int, credit: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, int]:
+    """Which modules get the rank that is missing: the half that pays most, twice the mean each.
+
+    Args:
+        rank: by which the mean rank grows.
+        credit: of each module, what its last updates took off the loss.
+        sizes: parameters of one rank-one component of each module; the budget is ``rank`` times their sum.
+
+    Returns:
+        Module -> rank to add, without those that get none: from the most credit a parameter downwards, until the
+        budget is spent.
+    """
+    left, added = rank * sum(sizes.values()), {}
+    for name in sorted(sizes, key=lambda module: credit[module] / sizes[module], reverse=True):
+        share = min(2 * rank, left // sizes[name])
+        if share > 0:
+            added[name] = share
+            left -= share * sizes[name]
+    return added
 
 
 def _needed(distance: float, speed: float, interval: int, left: float) -> float:

@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Literal
 
+import torch
 from torch import nn
 
 from qaroma.method.adapter import Adapter
 from qaroma.method.base import AdapterMethod, FactorTrainer, MethodState
-from qaroma.method.budget import BudgetSettings, BudgetState
+from qaroma.method.budget import BudgetSettings, BudgetState, allotted
 from qaroma.method.growth import GrowthEvent
 from qaroma.method.rate import RISEN, MeasuredRate
 from qaroma.method.schedule import cosine, warm_cosine
 
 MEASURED_SHARE = 4  # the rate is measured over the first quarter of a run
+REMEMBERED = 0.9  # of a module's credit, from step to step
 
 
 class JointController(AdapterMethod):
@@ -74,7 +76,9 @@ class JointController(AdapterMethod):
             max_update=settings.max_update,
             rank=settings.start_rank,
         )
-        self.trainer.optimiser.keep_updates(self.rate.measuring(0))
+        self._born = {name: [0] for name in adapter.layers}  # step at which each active component began
+        self._credit = torch.zeros(len(adapter.layers), device=self.trainer.optimiser.values.device)
+        self.trainer.optimiser.keep_updates(self._looks_back())
 
     @property
     def finished(self) -> bool:
@@ -84,8 +88,8 @@ class JointController(AdapterMethod):
     def ending(self) -> Literal["grown", "learnt"]:
         return "learnt"
 
-    def learning_rates(self) -> list[float]:
-        """Learning rate of the next update of each active component, oldest first: the same in every module."""
+    def learning_rates(self) -> dict[str, list[float]]:
+        """Learning rate of the next update of each active component, by module, oldest first."""
         state, s = self.growth, self.settings
         settled = (
             self.peak
@@ -94,9 +98,12 @@ class JointController(AdapterMethod):
             * cosine(state.step, total=self.total_steps, warmup=s.warmup, min_ratio=s.min_lr_ratio)
             * state.rate_factor()
         )
-        training = state.born if s.window is None else state.born[-s.window :]
-        climbs = [min(1.0, (state.step - born + 1) / s.warmup) if s.warmup else 1.0 for born in training]
-        return [settled * climb for climb in climbs]
+        climb = {b: min(1.0, (state.step - b + 1) / s.warmup) if s.warmup else 1.0 for b in {0, *state.born}}
+        return {name: [settled * climb[b] for b in born] for name, born in self._born.items()}
+
+    def _looks_back(self) -> bool:
+        """Whether the last update is wanted at the next step: to measure the rate, or to know which modules pay."""
+        return self.rate.measuring(self.growth.step) or self.growth.may_still_grow
 
     def step(self, loss: float | None = None) -> list[GrowthEvent]:
         """Clip, update, zero the gradients; grow where rank is missing.
@@ -115,41 +122,60 @@ class JointController(AdapterMethod):
         if loss is None:
             raise ValueError("growth within a budget follows the training loss: call step(loss)")
         step, optimiser = self.growth.step, self.trainer.optimiser
-        if self.rate.measuring(step) and step:
+        if step and optimiser.last_update is not None:
+            modules = optimiser.credits()[: len(self._credit)]  # a head's group comes last
+            self._credit = REMEMBERED * self._credit + modules
+        if step and self.rate.measuring(step):
             first = self.growth.first_loss
             risen = first is not None and loss > RISEN * first
             self.rate.observe(step, optimiser.agreement().item(), risen=risen)
-        optimiser.keep_updates(self.rate.measuring(step + 1))
         rates = self.learning_rates()
-        self.learning_rate = max(rates)
+        self.learning_rate = max(rate for of_module in rates.values() for rate in of_module)
         of_head = warm_cosine(
             step, total=self.total_steps, warmup=self.settings.warmup, min_ratio=self.settings.min_lr_ratio
         )
-        self.trainer.update(dict.fromkeys(self.adapter.layers, rates), self.head_peak * of_head)
+        self.trainer.update(rates, self.head_peak * of_head)
         grown = self.growth.observe(loss)
-        if not grown:
-            return []
-        self.trainer.begin(dict.fromkeys(self.adapter.layers, grown), window=self.settings.window, reset="full")
-        return self._events("commit", len(self.growth.born) - 1)
+        added = self._grow(grown) if grown else {}
+        optimiser.keep_updates(self._looks_back())
+        return self._events("commit", list(added))
+
+    def _grow(self, grown: int) -> dict[str, int]:
+        """Begin the next component where it pays most; returns its rank, by module."""
+        layers, window = self.adapter.layers, self.settings.window
+        sizes = {name: layer.in_features + layer.out_features for name, layer in layers.items()}
+        added = allotted(grown, dict(zip(layers, self._credit.tolist(), strict=True)), sizes)
+        self.trainer.begin(added, window=window, reset="full")
+        for name in added:
+            born = [*self._born[name], self.growth.step]
+            self._born[name] = born if window is None else born[-window:]
+        return added
 
     def validated(self, loss: float, standard_error: float) -> None:
         self.growth.validated(loss, standard_error)
 
     def finish(self) -> list[GrowthEvent]:
         """Training is over: every component is kept, rounded as the forward pass uses it."""
-        self.trainer.end({name: True for name, _ in self.adapter.active_layers()})
-        return self._events("keep", len(self.growth.born))
+        names = [name for name, _ in self.adapter.active_layers()]
+        events = self._events("keep", names)
+        self.trainer.end(dict.fromkeys(names, True))
+        return events
 
-    def _events(self, decision: Literal["commit", "keep"], component: int) -> list[GrowthEvent]:
-        step = self.growth.step
-        return [GrowthEvent(step, name, component, None, None, decision) for name in self.adapter.layers]
+    def _events(self, decision: Literal["commit", "keep"], names: list[str]) -> list[GrowthEvent]:
+        """``commit`` tells of a module's component that it is not the last any more."""
+        components, step = self.components(), self.growth.step
+        last = {name: len(components[name]) - (decision == "commit") for name in names}
+        return [GrowthEvent(step, name, last[name], None, None, decision) for name in names]
 
     def state(self) -> MethodState:
         state = self.trainer.state()
-        return MethodState(state.tensors, {**state.values, "growth": self.growth.to_json(), "rate": asdict(self.rate)})
+        own = {"growth": self.growth.to_json(), "rate": asdict(self.rate), "born": self._born}
+        return MethodState({**state.tensors, "credit": self._credit}, {**state.values, **own})
 
     def load_state(self, state: MethodState) -> None:
         self.growth.load_json(state.values["growth"])
         for key, value in state.values["rate"].items():
             setattr(self.rate, key, value)
-        self.trainer.load_state(state, keeps_updates=self.rate.measuring(self.growth.step))
+        self._born = {name: list(born) for name, born in state.values["born"].items()}
+        self.trainer.load_state(state, keeps_updates=self._looks_back())
+        self._credit = state.tensors["credit"].to(self.trainer.optimiser.values.device)

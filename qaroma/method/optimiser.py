@@ -209,6 +209,16 @@ class FlatAdamW:
         self.steps = {name: t for name, t in self.steps.items() if name not in gone}
         self._point_parameters({p: p.shape for ps in self.groups.values() for p in ps})
 
+    def credits(self) -> Tensor:
+        """How much the loss falls along the last update by this step's gradients, one figure a group, on the device.
+
+        The sum of gradient times what was subtracted: what each group took off the loss, to first order.
+        """
+        assert self.last_update is not None
+        sizes = [part.stop - part.start for part in self.slices.values()]
+        lengths = torch.tensor(sizes, dtype=torch.long, device=self.values.device)
+        return torch.segment_reduce(self.gradients * self.last_update, "sum", lengths=lengths)
+
     def _kept_buffers(self) -> list[str]:
         return [name for name in _BUFFERS if getattr(self, name) is not None]
 
