@@ -164,7 +164,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(
     assert (run / "checkpoints" / "step-00000007").is_dir()
     monkeypatch.undo()
     config = Config.model_validate({"output": str(run)})
-    assert finetune(config, resume=True, console=QUIET)["steps"] == 20
+    assert finetune(config, resume=True, console=QUIET)["steps"] == 36
     assert [s["step"] for s in records(run)] == list(range(1, 21))
 
 
@@ -249,11 +249,14 @@ def test_out_of_memory_with_nothing_left_to_save_is_a_clear_error(
         finetune(make_config(tiny_folder, data_file, tmp_path / "run"), console=QUIET)
 
 
-@pytest.mark.parametrize(("gibibytes", "level"), [(80, 0), (12, 1), (6.5, 2), (5.5, 3)])
+@pytest.mark.parametrize(
+    ("schedule", "gibibytes", "level"),
+    [("lockstep", 80, 0), ("lockstep", 12, 1), ("lockstep", 6.5, 2), ("lockstep", 5.5, 3), ("budget", 6.5, 3)],
+)
 def test_auto_takes_the_fastest_level_that_fits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gibibytes: float, level: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str, gibibytes: float, level: int
 ) -> None:
-    """LLaMA-3-8B at 2,048 tokens, by the memory that is free."""
+    """LLaMA-3-8B at 2,048 tokens, by the memory that is free; rank 16 in training takes 0.7 GB more than rank 1."""
     from qaroma.plan.shapes import model_config
     from qaroma.training import memory
 
@@ -261,8 +264,9 @@ def test_auto_takes_the_fastest_level_that_fits(
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(gibibytes * 2**30))
     monkeypatch.setattr(memory, "resolve_dtype", lambda name, device: torch.bfloat16)  # no card is here to ask
     config = Config.model_validate(
-        {"model": {"name": str(tmp_path)}, "data": {"max_length": 2048}, "training": {"micro_batch": 1}}
-    )
+        {"model": {"name": str(tmp_path)}, "data": {"max_length": 2048}, "training": {"micro_batch": 1},
+         "growth": {"schedule": schedule}}
+    )  # fmt: skip
     resolved, _ = resolve(config, DataFacts(100, [2048], None))
     assert memory.choose_level(resolved, find_model(tmp_path), torch.device("cuda")) == level
 
@@ -325,3 +329,17 @@ def test_a_model_is_looked_up_once(
     config = make_config(tiny_folder, data_file, tmp_path / "run", training__max_steps=2, training__memory=memory)
     finetune(config, console=QUIET)
     assert calls == {"resolve_model": 1, "AutoConfig": 1}
+
+
+def test_the_default_growth_runs_reports_and_goes_on(tiny_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_folder, data_file, tmp_path / "run", growth={"start_rank": 1, "max_rank": 4})
+    config.training.learning_rate, config.training.max_steps = 1e-6, 36  # too small to learn by: rank is added
+    config.checkpoint.every, config.evaluation.report = 12, True
+    figures = finetune(config, console=QUIET)
+    assert (figures["steps"], figures["ended"]) == (36, "budget")
+    grown = records(tmp_path / "run", "growth")
+    assert {(event["step"], event["decision"]) for event in grown} == {(16, "commit"), (36, "keep")}
+    assert all(event["inner"] is event["outer"] is None for event in grown)
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Rank at first, at most" in page
+    assert finetune(Config.model_validate({"output": config.output}), resume=True, console=QUIET)["steps"] == 36

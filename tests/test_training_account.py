@@ -108,7 +108,7 @@ def test_a_heads_learning_rate_is_scheduled_and_climbs_once(method: str, peak: f
     seen, grown = [], 0
     if method != "peft-lora":
         step = trainer.trainer.optimiser.step
-        trainer.trainer.optimiser.step = lambda rates: (seen.append(rates[HEAD]), step(rates))
+        trainer.trainer.optimiser.step = lambda rates: (seen.append(rates[HEAD][0]), step(rates))
     for _ in range(TOTAL):
         grown += len(trainer.step())
         if method == "peft-lora":
