@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from data_tokenizers import CHATML, ENDLESS, GEMMA, LLAMA2, OPENED, THINKING, byte_level, sentencepiece_like
 
-from qaroma.data.encode import IGNORED, Encoded, Example, encode_rows, limit_length, split_validation, weigh
+from qaroma.data.encode import IGNORED, Encoded, Example, encode_rows, limit_length
 from qaroma.data.preview import preview, trained_pieces
 from qaroma.data.sources import Row, RowSet, read_rows
+from qaroma.data.split import split_validation, weigh
 from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
 

@@ -110,7 +110,7 @@ def test_bad_lines_are_collected_with_their_places(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.json", b'[{"text": "a"},\n {"text" "b"}]', "not valid JSON: .* at line 2, column 10"),
-        ("a.json", b'{"train": [{"a": 1}], "test": [{"a": 1}]}', "several lists \\(train, test\\)"),
+        ("a.json", b'{"one": [{"a": 1}], "two": [{"a": 1}]}', "several lists \\(one, two\\)"),
         ("a.json", b"3", "expected a list of objects"),
         ("a.jsonl", b"\n\n", "holds no rows"),
         ("a.csv", b"", "holds no rows"),
@@ -148,7 +148,9 @@ def test_folder_with_splits_gives_the_training_files_and_says_so(tmp_path: Path)
         _write(tmp_path / name, json.dumps({"text": name}))
     found = read_rows([(str(tmp_path), 1.0)])
     assert [row.value["text"] for row in found.rows] == ["testimony.jsonl", "train-0.jsonl", "train-1.jsonl"]
-    assert "dev.json, test.jsonl left out" in found.notes[0]
+    assert "test.jsonl left out" in found.notes[0]
+    assert "dev.json held out to validate on" in found.notes[1]
+    assert found.validation == [str(tmp_path / "dev.json")]
 
 
 def test_missing_paths_name_near_files(tmp_path: Path) -> None:
@@ -169,7 +171,7 @@ def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
     asked = []
 
-    def load(name: str) -> dict[str, list[dict[str, str]]]:
+    def load(name: str, config: str | None, split: str | None) -> dict[str, list[dict[str, str]]]:
         asked.append(name)
         if name == "me/offline":
             raise ConnectionError("Couldn't reach the hub\nwith a long trace")

@@ -37,6 +37,9 @@ _FIRST_MODEL = "smollm2-135m"
 @click.option("--output", metavar="FILE", help="The YAML file to write; default: named after the data.")
 @click.option("--yes", is_flag=True, help="Ask nothing: what is not given has its default.")
 @click.option("--force", is_flag=True, help="Overwrite a file that is there.")
+@config_option("data.columns")
+@config_option("data.feedback")
+@config_option("data.tools")
 @config_option("data.skip_bad_rows")
 @config_option("model.trust_remote_code")
 def command(
@@ -46,6 +49,9 @@ def command(
     output: str | None,
     yes: bool,
     force: bool,
+    data__columns: str | None,
+    data__feedback: str | None,
+    data__tools: str | None,
     data__skip_bad_rows: bool | None,
     model__trust_remote_code: bool | None,
 ) -> None:
@@ -70,6 +76,9 @@ def command(
     flags = {
         "model.name": model or _FIRST_MODEL,
         "data.train": list(data),
+        "data.columns": data__columns,
+        "data.feedback": data__feedback,
+        "data.tools": data__tools,
         "data.skip_bad_rows": data__skip_bad_rows or None,
         "model.trust_remote_code": model__trust_remote_code or None,
     }
@@ -92,6 +101,8 @@ def _write(config: Config, vram: str | None, target: Path, force: bool) -> None:
     write_config(target, start_yaml(start, target.as_posix()), force=force)
     resolved, training = start.config, start.config.training
     click.echo(f"data: {data_words(start.data)}")
+    for note in start.notes:
+        click.echo(note)
     if start.left_out:
         share = start.left_out / start.data.rows
         click.echo(f"{start.left_out} of them ({share:.0%}) are longer than {resolved.data.max_length} and left out")

@@ -13,8 +13,7 @@ inside the example of a later turn where that example begins with its very token
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -23,7 +22,6 @@ from transformers import PreTrainedTokenizerBase
 from qaroma.data.fields import BadRow
 from qaroma.data.forms import Parsed, parse_rows, report_bad_rows
 from qaroma.data.sources import Row, RowSet
-from qaroma.data.split import held_out_keys, repeated
 from qaroma.data.templates import Template, added_bos, tokenize, tokenize_continuation
 from qaroma.data.turns import Message
 from qaroma.errors import QaromaError
@@ -128,6 +126,7 @@ def encode_rows(
     max_length: int | None = None,
     on_too_long: str = "drop",
     skip_bad: bool = False,
+    vocabulary: int | None = None,
 ) -> Encoded:
     """Recognise, render and tokenise rows.
 
@@ -143,12 +142,14 @@ def encode_rows(
             1024 for plain text.
         on_too_long: See :func:`limit_length`.
         skip_bad: Leave bad rows out instead of raising.
+        vocabulary: Rows of the base's embedding; None asks nothing of the ids.
 
     Returns:
         The examples; ``template`` of the result is the one to remember.
 
     Raises:
-        QaromaError: Bad rows (all of them reported together), mixed forms, or nothing left to train on.
+        QaromaError: Bad rows (all of them reported together), mixed forms, tokens that the base does not have,
+            or nothing left to train on.
     """
     if train_on not in ("answer", "all"):
         raise QaromaError(f"got train_on '{train_on}'; expected answer or all.")
@@ -172,6 +173,8 @@ def encode_rows(
             else QaromaError(f"the data holds no rows to train on{left_out}; expected at least one.")
         )
     encoded = Encoded(examples, template, parsed.forms, bad=bad, notes=notes)
+    if vocabulary is not None:
+        _require_known(encoded, tokenizer, vocabulary)
     _require_trained(encoded, "a row needs an answer (or plain text) of at least two tokens")
     return limit_length(encoded, max_length, on_too_long)
 
@@ -235,50 +238,6 @@ def limit_length(encoded: Encoded, max_length: int | None, on_too_long: str = "d
     longest = max(encoded.lengths)
     _require_trained(limited, f"--max-length is {max_length} and the longest example has {longest}; raise it")
     return limited
-
-
-def split_validation(
-    encoded: Encoded, *, share: float = 0.05, at_most: int = 500, seed: int = 0
-) -> tuple[Encoded, Encoded]:
-    """Set a random part of the rows aside for validation, and give the rest its weights.
-
-    All examples of one row fall on the same side, and copies are made after the split, so that no row
-    is in both. Chunks of plain text count as rows.
-
-    Args:
-        encoded: The examples.
-        share: Share of the rows set aside; 0 sets none aside.
-        at_most: Greatest number of rows set aside.
-        seed: Seed of the choice.
-
-    Returns:
-        Training and validation examples, each in their former order; the training ones as :func:`weigh`
-        repeats them.
-    """
-    keys: list[Hashable] = [e.origin if e.conversation else tuple(e.input_ids) for e in encoded.examples]
-    chosen = held_out_keys(keys, share=share, at_most=at_most, seed=seed)
-    pairs = list(zip(keys, encoded.examples, strict=True))
-    train = replace(encoded, examples=[example for key, example in pairs if key not in chosen])
-    held_out: dict[Hashable, list[Example]] = defaultdict(list)
-    for key, example in pairs:
-        if key in chosen and example not in held_out[key]:
-            held_out[key].append(example)
-    validation = replace(encoded, examples=[example for group in held_out.values() for example in group])
-    return weigh(train, seed=seed), validation
-
-
-def weigh(encoded: Encoded, *, seed: int = 0) -> Encoded:
-    """Repeat each example as its weight says (:func:`qaroma.data.split.repeated`).
-
-    Args:
-        encoded: The examples.
-        seed: Seed of the choice of the fractional part.
-
-    Returns:
-        The examples of an epoch, all with weight 1, copies side by side.
-    """
-    epoch = repeated(encoded.examples, seed=seed)
-    return replace(encoded, examples=[replace(example, weight=1.0) for example in epoch])
 
 
 def _conversation_examples(
@@ -385,6 +344,19 @@ def _example(ids: list[int], spans: Sequence[_Span], like: Example) -> Example:
     return replace(
         like, input_ids=ids, labels=labels, loss_weights=tuple(weights) if any(w != 1.0 for w in weights) else ()
     )
+
+
+def _require_known(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """Refuse ids that have no row in the embedding: on a GPU they would end the process in the midst of a step."""
+    for example in encoded.examples:
+        last = max(example.input_ids)
+        if last >= vocabulary:
+            token = tokenizer.convert_ids_to_tokens(last)
+            raise QaromaError(
+                f"{example.origin} has the token {token!r} (id {last}), but the base's "
+                f"embedding has {vocabulary} rows: its tokenizer has tokens that it was never given. Take the token "
+                "out of the data, or name a base whose tokenizer fits"
+            )
 
 
 def _require_trained(encoded: Encoded, advice: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,7 +30,13 @@ class Answers:
 
 
 def read_conversations(
-    sources: Sequence[tuple[str, float]], *, form: str = "auto", rows: int | None = None, skip_bad: bool = False
+    sources: Sequence[tuple[str, float]],
+    *,
+    form: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    feedback: str = "refuse",
+    rows: int | None = None,
+    skip_bad: bool = False,
 ) -> list[list[Message]]:
     """Rows whose answers are known, as conversations.
 
@@ -38,7 +44,8 @@ def read_conversations(
         QaromaError: bad rows, or rows of plain text, which hold no question.
     """
     found = read_rows(sources)
-    parsed = parse_rows(found.rows if rows is None else found.head(rows).rows, form)
+    looked_at = found.rows if rows is None else found.head(rows).rows
+    parsed = parse_rows(looked_at, form, columns=columns, feedback=feedback)
     bad = [*found.bad, *parsed.bad]
     if bad and not skip_bad:
         raise report_bad_rows(bad, len(found.rows) + len(found.bad))
