@@ -134,6 +134,11 @@ FORMS = (
             {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "function_call", "value": json.dumps(CALL)},
                                {"from": "observation", "value": "4"}, {"from": "gpt", "value": "4"}],
              "tools": ADD_TEXT}, WITH_TOOLS, template="tools"),
+    RowForm("one text with functions (glaive)", "glaiveai/glaive-function-calling-v2",
+            {"system": "SYSTEM: Be brief. Use functions -\n" + json.dumps(ADD, indent=1),
+             "chat": "USER: 2+2?\n\n\nASSISTANT: <functioncall> {\"name\": \"add\", \"arguments\": '{\"a\": 2}'} "
+                     "<|endoftext|>\n\n\nFUNCTION RESPONSE: 4\n\n\nASSISTANT: 4 <|endoftext|>\n\n\n"},
+            (WITH_TOOLS[0], ("system", "Be brief. Use functions"), *WITH_TOOLS[1:]), template="tools"),
     RowForm("tool_call and tool_response", "ms-swift, Agent support",
             {"tools": ADD_TEXT, "messages": [ASK, {"role": "tool_call", "content": json.dumps(CALL)},
                                              {"role": "tool_response", "content": "4"}, SAY]},

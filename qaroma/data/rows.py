@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from qaroma.data.calls import read_calls, read_tools
 from qaroma.data.fields import BadRow, Fields, kind_of, optional_text, parsed_cell, text
+from qaroma.data.glaive import glaive_system, glaive_turns
 from qaroma.data.turns import Message, read_turns
 
 TURNS = ("messages", "conversations", "conversation", "chat", "contents", "dialog", "dialogue")
@@ -22,6 +23,8 @@ Ignored: TypeAlias = Callable[[Iterable[str]], None]  # told of the keys of turn
 def opening(fields: Fields, of_turns: Ignored) -> list[Message]:
     """The system turn and the tools that stand beside the conversation; blank where there are none."""
     tools, system = read_tools(fields.get(*TOOLS)), fields.get(*SYSTEMS)
+    if isinstance(system, str) and isinstance(fields.peek("chat"), str):
+        return [glaive_system(system)]
     if isinstance(system, Mapping):  # Gemini's systemInstruction is a turn without a role
         return [Message("system", "", tools=tools), *read_turns([{"role": "system", **system}], "system", of_turns)]
     content = optional_text(fields, *SYSTEMS)
@@ -87,5 +90,5 @@ def messages(fields: Fields, of_turns: Ignored) -> list[Message]:
     turns = parsed_cell(fields.get(*TURNS))
     name = fields.name(*TURNS)
     if isinstance(turns, str) and name == "chat":
-        raise BadRow("the field 'chat' is one text (glaive's function calls); expected a list of turns")
+        return glaive_turns(turns)
     return read_turns(turns, name, of_turns)

@@ -72,8 +72,7 @@ class Template:
         prompt_suffix: What is added to every prompt: the assistant's header, where the template
             leaves it out of its generation prompt, or the empty thought of a reasoning model.
         fold_system: The template has no system turn; system text goes into the first user turn.
-        tools: template: it renders functions, calls and results by its own means; text: they are
-            written as JSON text.
+        tools: template: it renders functions, calls and results itself; text: they are written as JSON.
     """
 
     kind: str
@@ -214,11 +213,17 @@ class Template:
         """
         if self.tools == "template":
             self._tool_support.require(messages)
-        return [
-            self._turn(messages[:index], message)
-            for index, message in enumerate(messages)
-            if message.role == "assistant"
-        ]
+        self._require_late_systems(messages)
+        said = [index for index, message in enumerate(messages) if message.role == "assistant"]
+        return [self._turn(messages[:index], messages[index]) for index in said]
+
+    def _require_late_systems(self, messages: Sequence[Message]) -> None:
+        """Refuse a conversation with a system turn in its midst that the template leaves out."""
+        late = [m.content.strip() for m in messages[1:] if m.role == "system"]
+        whole = self.render(messages) if late else ""
+        for content in late:
+            if content not in whole:
+                raise BadRow(f"the chat template leaves out a later system turn ({content[:40]!r})")
 
     def _turn(self, before: Sequence[Message], message: Message) -> Turn:
         """One turn of the assistant's after those before it."""

@@ -104,7 +104,7 @@ def checked(messages: Sequence[Message]) -> list[Message]:
     results are tied to each other.
 
     Raises:
-        BadRow: a blank turn, text that is no Unicode, or a last turn that is not the assistant's.
+        BadRow: a blank turn, text that is no Unicode, no user's turn, or a last turn that is not the assistant's.
     """
     messages = [replace(m, content=_EMPTY_THOUGHT.sub("", m.content)) for m in messages]
     for number, message in enumerate(messages, start=1):
@@ -119,6 +119,8 @@ def checked(messages: Sequence[Message]) -> list[Message]:
     if not rest or rest[-1].role != "assistant":
         last = rest[-1].role if rest else "system" if contents else "nobody"
         raise BadRow(f"the last turn is from {last}; expected the assistant's")
+    if not any(m.role == "user" for m in rest):
+        raise BadRow("no turn is the user's; expected at least one")
     return _tied([opening, *rest] if opening.content or opening.tools else rest)
 
 
