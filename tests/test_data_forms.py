@@ -125,3 +125,103 @@ def test_report_is_capped() -> None:
     assert "a.jsonl:11" not in text
     assert "and 2 more" in text
     assert "--skip-bad-rows" in text
+
+
+def test_what_has_no_meaning_is_named_once() -> None:
+    rows = [
+        Row({"prompt": "a", "completion": "b", "id": line, "note": "", "tags": [], "x": None}, "a.jsonl", line)
+        for line in (1, 2)
+    ]
+    talk = [{**MESSAGES[1], "date": "today"}, MESSAGES[2]]
+    parsed = parse_rows([*rows, Row({"messages": talk, "text": "t"}, "b.jsonl", 1)])
+    assert parsed.notes == ["ignored keys: id, text, turns: date"]
+
+
+def test_columns_are_renamed_and_go_before_what_else_a_row_has() -> None:
+    rows = [Row({"q": Q2, "a": A2, "s": SYSTEM, "text": "t", "messages": MESSAGES[:2]}, "a.jsonl", 1)]
+    columns = {"prompt": "q", "completion": "a", "system": "s"}
+    parsed = parse_rows(rows, columns=columns)
+    assert [turns for _, turns in parsed.conversations] == [[TURNS[0], *TURNS[3:]]]
+    assert parsed.notes == ["ignored keys: messages, text"]
+    with pytest.raises(QaromaError, match=r"got --columns prompt=w, but no row has w; there are q, a, s, text, mess"):
+        parse_rows(rows, columns={"prompt": "w"})
+    with pytest.raises(QaromaError, match=r"got --columns promt=\.\.\.; expected one of prompt, completion"):
+        parse_rows(rows, columns={"promt": "q"})
+
+
+def test_feedback_is_refused_or_the_good_answers_are_taken() -> None:
+    labels = (True, False, "true", "False", 1, 0)
+    rows = [Row({"prompt": Q2, "completion": A2, "label": label}, "a.jsonl", n) for n, label in enumerate(labels, 1)]
+    with pytest.raises(QaromaError, match=r"a\.jsonl:1 has a label .*\(KTO\).*type --feedback good to train on"):
+        parse_rows(rows)
+    parsed = parse_rows(rows, feedback="good")
+    assert [row.line for row, _ in parsed.conversations] == [1, 3, 5]
+    assert parsed.notes == ["3 rows left out, whose answers are not good by their own label"]
+    assert parse_rows([Row({"text": "a", "label": True}, "a.jsonl", 1)]).notes == ["ignored keys: label"]
+    with pytest.raises(QaromaError, match="got feedback 'bad'; expected refuse or good"):
+        parse_rows(rows, feedback="bad")
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        ({"content": "a \ud83d"}, r"turn 2 holds \\ud83d, half of a surrogate pair"),
+        ({"content": "a", "weight": -1}, "'weight' of turn 2 is -1; expected a factor of the loss"),
+        ({"content": "a", "loss_weight": "much"}, "'loss_weight' of turn 2 is 'much'"),
+        ({"content": "a", "loss_weight": 10**400}, "'loss_weight' of turn 2 is 1000"),
+        ({"content": None, "tool_calls": [{"function": {"arguments": "{}"}}]}, "turn 2 has a call .* without a name"),
+        ({"content": None, "tool_calls": [{"name": "f", "arguments": "x"}]}, "calls f with arguments that are no JSON"),
+        ({"content": [{"type": "text"}]}, "turn 2 has a part of type text without text"),
+        ({"content": "<think>\n\n</think>\n\n"}, "turn 2 .* is blank"),
+    ],
+)
+def test_bad_turns(turn: dict, message: str) -> None:
+    with pytest.raises(BadRow, match=message):
+        to_conversation(Row({"messages": [MESSAGES[1], {"role": "assistant", **turn}]}, "a.jsonl", 1), "messages")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"messages": MESSAGES[1:3], "tools": "none"}, "'tools' is text; expected a list of functions"),
+        ({"messages": MESSAGES[1:3], "tools": [{"description": "d"}]}, "entry 1 of 'tools' is no function with a name"),
+        ({"messages": MESSAGES[2:3]}, "no turn is the user's"),
+        ({"messages": [{**MESSAGES[1], "train": True}, MESSAGES[2]]}, r"turn 1 \(user\) is to be trained"),
+        ({"chat": "hello", "system": "s"}, "one text without 'USER:'"),
+        ({"chat": "USER: a\n\nASSISTANT: <functioncall> x"}, "the field 'chat' has a call that is text without a name"),
+    ],
+)
+def test_bad_conversations(value: dict, message: str) -> None:
+    with pytest.raises(BadRow, match=message):
+        to_conversation(Row(value, "a.jsonl", 1), "messages")
+
+
+def test_turns_as_tables_hold_them() -> None:
+    columns = {"role": ["user", "assistant"], "content": [Q2, A2]}
+    printed = str([{"role": "user", "content": Q2}, {"role": "assistant", "content": A2}])  # as Python prints it
+    for value in (
+        {"messages": columns},
+        {"messages": printed},
+        {"Messages": MESSAGES[3:]},
+        {" messages": MESSAGES[3:]},
+    ):
+        row = Row(value, "a.csv", 2)
+        assert recognise([row]) == "messages"
+        assert to_conversation(row, "messages") == TURNS[3:]
+
+
+def test_calls_and_results_are_tied() -> None:
+    calls = [{"name": name, "arguments": {}} for name in ("f", "g")]
+    talk = [
+        MESSAGES[1],
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "content": {"x": 1}},
+        {"role": "tool", "content": "2"},
+        MESSAGES[2],
+    ]
+    _, called, first, second, _ = to_conversation(Row({"messages": talk}, "a.jsonl", 1), "messages")
+    assert [call["id"] for call in called.calls] == ["call00000", "call00001"]
+    assert [(m.name, m.call_id, m.content) for m in (first, second)] == [
+        ("f", "call00000", '{"x": 1}'),
+        ("g", "call00001", "2"),
+    ]

@@ -192,7 +192,7 @@ def _renamed(rows: Sequence[Row], columns: Mapping[str, str]) -> tuple[Sequence[
         raise QaromaError(f"got --columns {unknown[0]}=...; expected one of {', '.join(COLUMNS)} before each '='.")
     if not columns:
         return rows, "auto"
-    seen = {name for row in rows if isinstance(row.value, dict) for name in row.value}
+    seen = dict.fromkeys(name for row in rows if isinstance(row.value, dict) for name in row.value)
     for key, name in columns.items():
         if name not in seen:
             raise QaromaError(f"got --columns {key}={name}, but no row has {name}; there are {', '.join(seen)}.")
