@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from data_tokenizers import (
+    CHANNELS,
     CHATML,
     DATED,
     ENDLESS,
@@ -20,7 +21,8 @@ from data_tokenizers import (
 )
 
 from qaroma.data.forms import BadRow, Message
-from qaroma.data.templates import Template, tokenize, tokenize_continuation
+from qaroma.data.templates import Template
+from qaroma.data.tokens import tokenize, tokenize_continuation
 from qaroma.errors import QaromaError
 
 SYSTEM = Message("system", "Be kind.")
@@ -258,6 +260,37 @@ def test_thoughts_are_the_templates_or_tags() -> None:
         (turn,) = template.turns([ONE, thought])
         assert (turn.prompt + turn.answer).endswith("assistant\n<think>\nhm\n</think>\n\n1st<|im_end|>")
         assert "hm" in turn.answer
+
+
+def test_prompts_end_before_the_channel_where_thoughts_or_calls_have_their_own() -> None:
+    template = Template.choose(byte_level(CHANNELS))
+    assert template.render_prompt([ONE]).endswith("<|im_start|>assistant say\n")
+    assert template.fitted([[ONE, FIRST]]) == template
+    thinking, closing = replace(CALLED, thought="hm"), Message("assistant", "1st", thought="so")
+    talk = [ONE, thinking, RESULT, closing]
+    fitted = template.fitted([[ONE, FIRST], talk])
+    called, said = fitted.turns(talk)
+    assert called.prompt.endswith("One?<|im_end|><|im_start|>assistant")
+    assert called.answer.startswith(" think\nhm<|im_end|><|im_start|>assistant call\n{")
+    assert called.answer.endswith("}</s>"), "a call ends with the token that the template ends it with"
+    assert said.answer == " think\nso<|im_end|><|im_start|>assistant say\n1st<|im_end|>"
+    assert fitted.turns([ONE, FIRST])[0].answer == " say\n1st<|im_end|>"
+
+
+def test_an_empty_thought_that_the_template_spells_otherwise_is_left_out_of_calls() -> None:
+    empty = "{% if m['role'] == 'assistant' %}<think></think>{% endif %}"
+    spelt = TOOLS.replace("{{ m['content'] }}", empty + "{{ m['content'] }}")
+    opens = spelt.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
+    (turn,) = Template.choose(byte_level(opens)).turns([ONE, CALLED])
+    assert turn.prompt.endswith("assistant\n<think>\n\n</think>\n\n")
+    assert turn.answer == '<call>{"name": "f", "arguments": {"x": "é"}}</call><|im_end|>'
+
+
+def test_a_template_that_forbids_thoughts_refuses_them() -> None:
+    header = "<|im_start|>assistant\n"
+    closed = CHATML.replace(header, header + "<think>\n\n</think>\n\n")
+    with pytest.raises(BadRow, match="asks for an answer without a thought"):
+        Template.choose(byte_level(closed)).turns([ONE, Message("assistant", "1st", thought="hm")])
 
 
 def test_the_assistant_may_begin_where_the_template_renders_it() -> None:

@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from qaroma.data.fields import BadRow
 from qaroma.data.forms import Parsed, parse_rows, report_bad_rows
 from qaroma.data.sources import Row, RowSet
-from qaroma.data.templates import Template, added_bos, tokenize, tokenize_continuation
+from qaroma.data.templates import Template
+from qaroma.data.tokens import added_bos, tokenize, tokenize_continuation
 from qaroma.data.turns import Message
 from qaroma.errors import QaromaError
 

@@ -36,11 +36,14 @@ from qaroma.data.thoughts import (
     CLOSED_THOUGHT,
     THOUGHT,
     THOUGHT_END,
+    after_empty_thought,
     after_open_thought,
+    ends_with_empty_thought,
     has_thought,
     with_thought,
     without_empty_thought,
 )
+from qaroma.data.tokens import token_ids, tokenize
 from qaroma.data.tool_support import ToolSupport, as_text, call_fields, find_tool_support
 from qaroma.data.turns import Message, folded
 from qaroma.errors import QaromaError
@@ -134,14 +137,28 @@ class Template:
         """This template, or for a reasoning model whose data has thoughts in it, one that lets it think.
 
         Without thoughts in the data, prompts end with an empty thought, as the model's own template
-        writes it when thinking is off; with thoughts, the model is trained to write them.
+        writes it when thinking is off; with thoughts, the model is trained to write them. Where thoughts or
+        calls begin otherwise than answers (gpt-oss has a channel for each), prompts end before that.
         """
-        if THOUGHT_END not in self.prompt_suffix:
+        if not self.prompt_suffix:
             return self
-        thinks = any(
-            m.thought or has_thought(m.content) for turns in conversations for m in turns if m.role == "assistant"
-        )
-        return replace(self, prompt_suffix="") if thinks else self
+        bare = replace(self, prompt_suffix="")
+        for turns in conversations:
+            for index, message in enumerate(turns):
+                if message.role == "assistant" and self._begins_otherwise(turns[:index], message):
+                    return bare
+        return self
+
+    def _begins_otherwise(self, before: Sequence[Message], message: Message) -> bool:
+        """Whether a turn is not what prompts with the suffix ask for."""
+        if THOUGHT_END in self.prompt_suffix:
+            return bool(message.thought) or has_thought(message.content)
+        if not (message.thought or message.calls):
+            return False
+        try:
+            return not self.render([*before, message]).startswith(self.render(before, prompt=True))
+        except BadRow:
+            return False
 
     def render(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
         """The text of a conversation, as the template writes it.
@@ -227,32 +244,45 @@ class Template:
 
     def _turn(self, before: Sequence[Message], message: Message) -> Turn:
         """One turn of the assistant's after those before it."""
-        whole = self.render([*before, message])
-        (said,) = as_text([message]) if self.tools == "text" else (message,)
+        (message,) = as_text([message]) if self.tools == "text" else (message,)
         if not any(m.role == "user" for m in before):
-            # No request opens the conversation, so that the prompt is what stands before the turn's words.
-            start = whole.rfind(said.content.strip())
-            if start < 0 or message.thought or said.calls:
-                raise BadRow(
-                    "the assistant begins with something else than plain words; expected the user's turn first"
-                )
-            return Turn(whole[:start], self._ended(whole[start:], said))
+            return self._opening_turn(self.render([*before, message]), message)
         prompt = self.render(before, prompt=True)
-        answer = self._ended(whole[len(prompt) :], said) if whole.startswith(prompt) else ""
-        if said.calls:
-            self._require_calls(answer, said)
-        elif not answer or said.thought.strip() not in answer:
-            answer = after_open_thought(prompt, with_thought(said)) + self.turn_end
+        if message.thought and ends_with_empty_thought(prompt):
+            raise BadRow("the chat template asks for an answer without a thought, and this one has one")
+        answer = self._answer(before, message, prompt)
+        if message.calls:
+            self._require_calls(answer, message)
+        elif not answer or message.thought.strip() not in answer:
+            answer = after_open_thought(prompt, with_thought(message)) + self.turn_end
         return Turn(*without_empty_thought(prompt, answer))
+
+    def _opening_turn(self, whole: str, message: Message) -> Turn:
+        """A turn that no request comes before: its prompt is what the template writes before its words."""
+        start = whole.rfind(message.content.strip())
+        if start < 0 or message.thought or message.calls:
+            raise BadRow("the assistant begins with something else than plain words; expected the user's turn first")
+        return Turn(whole[:start], self._ended(whole[start:], message))
+
+    def _answer(self, before: Sequence[Message], message: Message, prompt: str) -> str:
+        """What the template writes for a turn behind its prompt; empty where that does not continue the prompt."""
+        whole = self.render([*before, message])
+        if whole.startswith(prompt):
+            return self._ended(whole[len(prompt) :], message)
+        if any(m.thought for m in before):
+            # Thoughts of earlier turns may be gone from the whole (gpt-oss); what is written is the same.
+            before = [replace(m, thought="") for m in before]
+            return self._answer(before, message, self.render(before, prompt=True))
+        return self._ended(after_empty_thought(whole, self.render(before)), message) if message.calls else ""
 
     def _ended(self, answer: str, message: Message) -> str:
         """Cut an answer as rendered after the token that ends the turn."""
         if answer.endswith(self.tail):
             return answer[: len(answer) - len(self.tail)] + self.turn_end
+        if message.calls:
+            return answer.rstrip()  # calls may end with a token of their own
         end = answer.rfind(self.turn_end)
-        if end >= 0:
-            return answer[:end] + self.turn_end
-        return answer.rstrip() + ("" if message.calls else self.turn_end)  # calls may end with a token of their own
+        return answer[:end] + self.turn_end if end >= 0 else answer.rstrip() + self.turn_end
 
     def _require_calls(self, answer: str, message: Message) -> None:
         """Refuse a turn whose calls, or the words beside them, the template leaves out."""
@@ -281,7 +311,7 @@ class Template:
 
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Ids of the tokens at which generation ends: the end of the turn, and the end of the text."""
-        ids = {_ids(tokenizer, [self.turn_end])[0][-1]}
+        ids = {token_ids(tokenizer, [self.turn_end])[0][-1]}
         if tokenizer.eos_token_id is not None:
             ids.add(int(tokenizer.eos_token_id))
         return sorted(ids)
@@ -290,63 +320,6 @@ class Template:
 def without_answer(messages: Sequence[Message]) -> Sequence[Message]:
     """The turns before a last one of the assistant's; all of them where there is none."""
     return messages[:-1] if messages and messages[-1].role == "assistant" else messages
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of rendered texts, with exactly one BOS where the base expects one.
-
-    A BOS is expected where the text begins with it already or the tokenizer adds one by itself.
-    That a tokenizer merely names one is no reason: ChatML's names ``<|im_start|>``. Special tokens
-    spelt out in the data become special tokens, as in every other tool.
-
-    Args:
-        tokenizer: The base's tokenizer.
-        texts: Whole texts, each from its beginning.
-
-    Returns:
-        One list of ids for each text, without padding or truncation.
-    """
-    bos = added_bos(tokenizer)
-    ids = _ids(tokenizer, texts)
-    return ids if bos is None else [row if row[:1] == [bos] else [bos, *row] for row in ids]
-
-
-def tokenize_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text that continues another one.
-
-    Tokenised alone, a text may get a space before it (SentencePiece) that nobody wrote. So it is
-    tokenised behind a short lead-in whose tokens are then taken off; of several lead-ins, the first
-    whose tokens stay what they are alone.
-
-    Args:
-        tokenizer: The base's tokenizer.
-        text: The continuation.
-
-    Returns:
-        The ids of the continuation alone.
-    """
-    for lead in ("\n", ":", ")", "x"):
-        alone, together = _ids(tokenizer, [lead, lead + text])
-        if together[: len(alone)] == alone:
-            return together[len(alone) :]
-    return _ids(tokenizer, [text])[0]
-
-
-def added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id of the BOS token if the tokenizer puts one before every text, else None."""
-    if tokenizer.bos_token_id is None:
-        return None
-    bos = int(tokenizer.bos_token_id)
-    adds = tokenizer("a").input_ids[:1] == [bos] and _ids(tokenizer, ["a"])[0][:1] != [bos]
-    return bos if adds else None
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    # verbose=False: a text longer than the model's context is dealt with later, not warned of.
-    batch = tokenizer(
-        list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )
-    return [list(row) for row in batch["input_ids"]]
 
 
 def _probed(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -390,7 +363,7 @@ def _turn_end(tail: str, tokenizer: PreTrainedTokenizerBase) -> str:
 def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> str:
     """The end-of-text token, which must be read back as itself."""
     eos = tokenizer.eos_token
-    if not eos or _ids(tokenizer, [eos])[0] != [tokenizer.eos_token_id]:
+    if not eos or token_ids(tokenizer, [eos])[0] != [tokenizer.eos_token_id]:
         raise QaromaError(
             "the tokenizer has no end-of-text token (eos_token), so that an answer could not be ended; "
             "set eos_token in its tokenizer_config.json."

@@ -9,6 +9,7 @@ from qaroma.data.turns import Message
 THOUGHT, THOUGHT_END = "<think>", "</think>"
 CLOSED_THOUGHT = "\n</think>\n\n"
 _EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
+_AT_THE_END = re.compile(r"<think>\s*</think>\s*$")
 _REST_OF_EMPTY_THOUGHT = re.compile(r"\s*</think>\s*")
 
 
@@ -40,3 +41,15 @@ def after_open_thought(prompt: str, content: str) -> str:
     if opened.startswith(THOUGHT):
         return opened[len(THOUGHT) :].lstrip("\n")
     return content if THOUGHT_END in content else CLOSED_THOUGHT + content
+
+
+def after_empty_thought(whole: str, before: str) -> str:
+    """What a rendered turn says after an empty thought that its prompt spells otherwise; empty where it has none."""
+    turn = whole.removeprefix(before)
+    thought, end, said = turn.partition(THOUGHT_END)
+    return said.lstrip("\n") if end and not thought.rpartition(THOUGHT)[2].strip() else ""
+
+
+def ends_with_empty_thought(prompt: str) -> bool:
+    """Whether a prompt tells the model not to think."""
+    return _AT_THE_END.search(prompt) is not None
