@@ -39,6 +39,7 @@ EFFECTIVE_BATCH = 16
 MICRO_BATCHES = (1, 2, 4, 8)
 QUANTILE = 0.95
 GRAIN = 64
+_PLANNED = ("max_length", "micro_batch", "grad_accum")  # whatever was asked for, the card decides
 _LOOKED_AT = 200  # examples whose letters are counted
 _UNKNOWN = 2**62  # host memory of a machine that is not this one
 _WIDTH = 100
@@ -182,11 +183,15 @@ def make_start(config: Config, room: Room, *, tell: Callable[[str], None] = lamb
     )
     facts = DataFacts(len(train.examples), within.lengths, longest, len(validation.examples))
     resolved, decisions = resolve(chosen, facts)
-    given = [("model", chosen.model, {"name"}), ("data", chosen.data, {"train"})]
+    given = [
+        ("model", chosen.model, {"name"}),
+        ("data", chosen.data, {"train"}),
+        ("training", config.training, set[str]()),
+    ]
     choices = [
         *(Decision(f"{name}.{key}", getattr(section, key), "as asked for")
           for name, section, always in given for key in type(section).model_fields
-          if key in always or (key in section.model_fields_set and key != "max_length")),
+          if key in always or (key in section.model_fields_set and key not in _PLANNED)),
         *_of_the_plan(wanted, longest, look, within, step, room),
         *decisions,
     ]  # fmt: skip
