@@ -345,6 +345,7 @@ def test_weights_of_turns() -> None:
         "a0<|im_end|>",
         "a2<|im_end|>",
     ]
+    assert ", 6 trained, loss times 0.5 to 2, from a.jsonl:1" in preview(example, tokenizer).plain
     (last_masked,) = _encode(tokenizer, [_weighted(1, 0)]).examples
     assert _trained(last_masked, tokenizer) == ["a0<|im_end|>"]
     assert not tokenizer.decode(last_masked.input_ids).endswith("a1<|im_end|>"), "nothing is trained behind it"

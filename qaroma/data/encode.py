@@ -136,8 +136,7 @@ def encode_rows(
         tokenizer: The base's tokenizer.
         template: From :meth:`Template.choose`, or the one an adapter remembers.
         form: A form to force, or ``auto``: each file by its keys.
-        columns: See :func:`qaroma.data.forms.parse_rows`.
-        feedback: See :func:`qaroma.data.forms.parse_rows`.
+        columns, feedback: See :func:`qaroma.data.forms.parse_rows`.
         train_on: ``answer``: the loss counts the assistant's turns; ``all``: every token.
         max_length: Greatest length in tokens, see :func:`limit_length`; None is no limit, and chunks of
             1024 for plain text.
@@ -167,12 +166,7 @@ def encode_rows(
     if untrained:
         notes.append(f"{untrained} rows left out, whose turns are all of weight 0")
     if not examples:
-        left_out = f" ({'; '.join(notes)})" if notes else ""
-        raise (
-            report_bad_rows(bad, len(bad))
-            if bad
-            else QaromaError(f"the data holds no rows to train on{left_out}; expected at least one.")
-        )
+        raise report_bad_rows(bad, len(bad)) if bad else _nothing_left(notes)
     encoded = Encoded(examples, template, parsed.forms, bad=bad, notes=notes)
     if vocabulary is not None:
         _require_known(encoded, tokenizer, vocabulary)
@@ -345,6 +339,11 @@ def _example(ids: list[int], spans: Sequence[_Span], like: Example) -> Example:
     return replace(
         like, input_ids=ids, labels=labels, loss_weights=tuple(weights) if any(w != 1.0 for w in weights) else ()
     )
+
+
+def _nothing_left(notes: Sequence[str]) -> QaromaError:
+    left_out = f" ({'; '.join(notes)})" if notes else ""
+    return QaromaError(f"the data holds no rows to train on{left_out}; expected at least one.")
 
 
 def _require_known(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:

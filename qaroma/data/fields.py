@@ -56,7 +56,8 @@ class Fields:
     def ignored(self) -> list[str]:
         """The names of the fields that hold something and were not asked for."""
         nothing: tuple[Any, ...] = (None, "", [], {})
-        return [str(name) for name, value in self._given.items() if name not in self._asked and value not in nothing]
+        left = [str(name) for name, value in self._given.items() if name not in self._asked and value not in nothing]
+        return [name.encode("utf-8", "backslashreplace").decode("utf-8") for name in left]  # halves of pairs too
 
 
 def optional_text(fields: Fields, *names: str) -> str:

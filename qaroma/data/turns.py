@@ -110,8 +110,9 @@ def checked(messages: Sequence[Message]) -> list[Message]:
     for number, message in enumerate(messages, start=1):
         if not (message.content.strip() or message.calls or message.role in ("system", "tool")):
             raise BadRow(f"turn {number} ({message.role}) is blank")
-        for text in (message.content, message.thought, json.dumps([message.calls, message.tools], ensure_ascii=False)):
-            require_unicode(text, f"turn {number}")
+        require_unicode(message.content + message.thought, f"turn {number}")
+        if message.calls or message.tools:
+            require_unicode(json.dumps([message.calls, message.tools], ensure_ascii=False), f"turn {number}")
     first = next((index for index, m in enumerate(messages) if m.role != "system"), len(messages))
     contents = dict.fromkeys(m.content for m in messages[:first] if m.content.strip())
     opening = Message("system", "\n\n".join(contents), tools=tuple(tool for m in messages for tool in m.tools))
