@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from random import Random
 
 import pytest
 
@@ -225,3 +227,111 @@ def test_calls_and_results_are_tied() -> None:
         ("f", "call00000", '{"x": 1}'),
         ("g", "call00001", "2"),
     ]
+
+
+KEYS = [
+    "messages",
+    "conversations",
+    "chat",
+    "contents",
+    "prompt",
+    "completion",
+    "question",
+    "answers",
+    "instruction",
+    "output",
+    "input",
+    "context",
+    "system",
+    "systemInstruction",
+    "history",
+    "tools",
+    "functions",
+    "chosen",
+    "rejected",
+    "label",
+    "weight",
+    "images",
+    "text",
+    "preferred_output",
+    "non_preferred_output",
+    "segments",
+    "x",
+]
+TURN_KEYS = [
+    "role",
+    "from",
+    "content",
+    "value",
+    "parts",
+    "tool_calls",
+    "function_call",
+    "weight",
+    "train",
+    "thinking",
+    "reasoning_content",
+    "name",
+    "tool_call_id",
+    "input",
+    "output",
+    "loss_weight",
+]
+PART_KEYS = ["type", "text", "value", "name", "arguments", "function", "id", "input", "content", "tool_use_id"]
+WORDS = [
+    *[
+        "user",
+        "assistant",
+        "gpt",
+        "tool",
+        "function_call",
+        "system",
+        "text",
+        "tool_use",
+        "tool_result",
+        "reasoning",
+        "[1",
+        "[]",
+        "{}",
+        "²",
+        "--1",
+        "1e400",
+    ],
+    *("", " ", '{"name": "f"}', "a \ud83d", "USER: a ASSISTANT: b", "<think>"),
+]
+
+
+def _random_value(random: Random, depth: int = 0) -> object:
+    kind = random.randrange(9 if depth < 4 else 6)
+    if kind < 4:
+        return random.choice(WORDS)
+    if kind < 6:
+        return random.choice((None, True, False, 0, -1, 3, 10**400, math.nan, math.inf, 0.5))
+    if kind == 6:
+        return [_random_value(random, depth + 1) for _ in range(random.randrange(4))]
+    keys = random.choice((KEYS, TURN_KEYS, PART_KEYS))
+    return {key: _random_value(random, depth + 1) for key in random.sample(keys, random.randrange(5))}
+
+
+def _random_turns(random: Random) -> list[object]:
+    turns: list[object] = [{**MESSAGES[1]}, {**MESSAGES[2]}]
+    for turn in turns:
+        if isinstance(turn, dict):
+            turn[random.choice(TURN_KEYS)] = _random_value(random, 2)
+    return [*turns, _random_value(random, 1)] if random.random() < 0.2 else turns
+
+
+def test_no_row_ends_in_anything_but_a_sentence() -> None:
+    random = Random(5)
+    for number in range(3000):
+        value = {key: _random_value(random) for key in random.sample(KEYS, random.randrange(1, 5))}
+        if random.random() < 0.5:
+            value[random.choice(("messages", "conversations", "chosen", "history", "prompt"))] = _random_turns(random)
+        for feedback in ("refuse", "good"):
+            try:
+                parsed = parse_rows([Row(value, "a.jsonl", number)], feedback=feedback)
+            except QaromaError:
+                continue
+            "\n".join([*parsed.bad, *parsed.notes]).encode("utf-8")
+            for _, turns in parsed.conversations:
+                assert turns[-1].role == "assistant"
+                "".join(m.content + m.thought for m in turns).encode("utf-8")

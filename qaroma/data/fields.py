@@ -11,6 +11,9 @@ from typing import Any
 class BadRow(Exception):
     """A row that cannot be trained on; its text says why, without the place."""
 
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text))
+
 
 class Fields:
     """A row's or a turn's fields by their names, whatever the case and the space around them.
@@ -35,7 +38,7 @@ class Fields:
     @property
     def names(self) -> list[str]:
         """The names as they were given."""
-        return [str(name) for name in self._given]
+        return [printable(str(name)) for name in self._given]
 
     def peek(self, name: str) -> Any:
         """A field without taking note of it; None where it is missing."""
@@ -57,7 +60,12 @@ class Fields:
         """The names of the fields that hold something and were not asked for."""
         nothing: tuple[Any, ...] = (None, "", [], {})
         left = [str(name) for name, value in self._given.items() if name not in self._asked and value not in nothing]
-        return [name.encode("utf-8", "backslashreplace").decode("utf-8") for name in left]  # halves of pairs too
+        return [printable(name) for name in left]
+
+
+def printable(text: str) -> str:
+    """A text with halves of surrogate pairs, which no terminal takes, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def optional_text(fields: Fields, *names: str) -> str:
