@@ -373,7 +373,9 @@ def test_rows_with_nothing_to_train_are_left_out_and_counted() -> None:
 
 def test_a_weight_of_the_row_multiplies_those_of_its_turns() -> None:
     row = Row({"prompt": "q", "completion": "a", "weight": "0.25"}, "a.csv", 2)
-    (example,) = _encode(TOKENIZERS["chatml"], [row]).examples
+    encoded = _encode(TOKENIZERS["chatml"], [row])
+    assert encoded.notes == ["1 turns whose loss is multiplied by their weight"]
+    (example,) = encoded.examples
     assert {w for w, label in zip(example.loss_weights, example.labels, strict=True) if label != IGNORED} == {0.25}
 
 

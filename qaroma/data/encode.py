@@ -157,14 +157,11 @@ def encode_rows(
     parsed = parse_rows(given.rows, form, columns=columns, feedback=feedback)
     template = template.fitted(messages for _, messages in parsed.conversations)
     examples = list(_conversation_examples(parsed, tokenizer, template, train_on))
-    untrained = sum(not any(_is_trained(m) for m in turns) for _, turns in parsed.conversations)
     bad = [*given.bad, *parsed.bad]
     if bad and not skip_bad:
         raise report_bad_rows(bad, len(given.rows) + len(given.bad))
     examples += _text_examples(parsed.documents, tokenizer, max_length or TEXT_CHUNK)
-    notes = [*given.notes, *parsed.notes]
-    if untrained:
-        notes.append(f"{untrained} rows left out, whose turns are all of weight 0")
+    notes = [*given.notes, *parsed.notes, *_about_weights(parsed)]
     if not examples:
         raise report_bad_rows(bad, len(bad)) if bad else _nothing_left(notes)
     encoded = Encoded(examples, template, parsed.forms, bad=bad, notes=notes)
@@ -339,6 +336,15 @@ def _example(ids: list[int], spans: Sequence[_Span], like: Example) -> Example:
     return replace(
         like, input_ids=ids, labels=labels, loss_weights=tuple(weights) if any(w != 1.0 for w in weights) else ()
     )
+
+
+def _about_weights(parsed: Parsed) -> list[str]:
+    """Sentences about what weights do: a column of that name may mean something else."""
+    talks = [turns for _, turns in parsed.conversations]
+    untrained = sum(not any(_is_trained(m) for m in turns) for turns in talks)
+    scaled = sum(_is_trained(m) and m.weight != 1.0 for turns in talks for m in turns)
+    notes = [f"{untrained} rows left out, whose turns are all of weight 0"] if untrained else []
+    return [*notes, f"{scaled} turns whose loss is multiplied by their weight"] if scaled else notes
 
 
 def _nothing_left(notes: Sequence[str]) -> QaromaError:
