@@ -273,6 +273,8 @@ def test_prompts_end_before_the_channel_where_thoughts_or_calls_have_their_own()
     assert called.prompt.endswith("One?<|im_end|><|im_start|>assistant")
     assert called.answer.startswith(" think\nhm<|im_end|><|im_start|>assistant call\n{")
     assert called.answer.endswith("}</s>"), "a call ends with the token that the template ends it with"
+    tokenizer = byte_level(CHANNELS)
+    assert set(tokenizer.convert_ids_to_tokens(template.stop_token_ids(tokenizer))) == {"<|im_end|>", "</s>"}
     assert said.answer == " think\nso<|im_end|><|im_start|>assistant say\n1st<|im_end|>"
     assert fitted.turns([ONE, FIRST])[0].answer == " say\n1st<|im_end|>"
 

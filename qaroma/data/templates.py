@@ -310,8 +310,10 @@ class Template:
             raise QaromaError(f"{error}.") from error
 
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Ids of the tokens at which generation ends: the end of the turn, and the end of the text."""
+        """Ids of the tokens at which generation ends: the end of the turn, of a call, and of the text."""
         ids = {token_ids(tokenizer, [self.turn_end])[0][-1]}
+        call = self._tool_support.call.rstrip() if self.tools == "template" else ""
+        ids.update(last for row in token_ids(tokenizer, [call]) for last in row[-1:] if last in _added(tokenizer))
         if tokenizer.eos_token_id is not None:
             ids.add(int(tokenizer.eos_token_id))
         return sorted(ids)
@@ -345,6 +347,10 @@ def _probed(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
     except BadRow:
         fold = True
     return replace(template, turn_end=_turn_end(tail, tokenizer), tail=tail, prompt_suffix=suffix, fold_system=fold)
+
+
+def _added(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    return set(tokenizer.get_added_vocab().values())
 
 
 def _turn_end(tail: str, tokenizer: PreTrainedTokenizerBase) -> str:

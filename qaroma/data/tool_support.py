@@ -36,12 +36,14 @@ class ToolSupport:
         calls: the assistant's calls.
         results: what they gave, as something other than the assistant's or the system's words.
         text_arguments: it wants a call's arguments as JSON text, not as an object.
+        call: a conversation that ends with a call; empty where it renders none.
     """
 
     tools: bool = False
     calls: bool = False
     results: bool = False
     text_arguments: bool = False
+    call: str = ""
 
     def require(self, messages: Sequence[Message]) -> None:
         """Refuse a conversation that the template would not render whole.
@@ -70,13 +72,15 @@ def find_tool_support(render: Render) -> ToolSupport:
         render: renders turns and functions with the template; raises :class:`BadRow` where it refuses.
     """
     called = {True: _called(json.dumps({"place": _PLACE})), False: _called({"place": _PLACE})}
-    renders = {text: _renders_call(_tried(render, [_ASKED, turn])) for text, turn in called.items()}
+    written = {text: _tried(render, [_ASKED, turn]) for text, turn in called.items()}
+    renders = {text: _renders_call(shown) for text, shown in written.items()}
     text_arguments = renders[True] and not renders[False]
     before = [_ASKED, called[text_arguments]]
     shown = {role: _tried(render, [*before, {**_ANSWER, "role": role}]) for role in ("tool", "assistant", "system")}
     own = _RESULT in shown["tool"] and shown["tool"] not in (shown["assistant"], shown["system"])
     declared = _NAME in _tried(render, [_ASKED], [_TOOL])
-    return ToolSupport(declared, any(renders.values()), own, text_arguments)
+    call = written[text_arguments] if any(renders.values()) else ""
+    return ToolSupport(declared, bool(call), own, text_arguments, call)
 
 
 def as_text(messages: Sequence[Message]) -> list[Message]:
