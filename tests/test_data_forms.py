@@ -190,6 +190,10 @@ def test_bad_turns(turn: dict, message: str) -> None:
         ({"messages": MESSAGES[2:3]}, "no turn is the user's"),
         ({"messages": [{**MESSAGES[1], "train": True}, MESSAGES[2]]}, r"turn 1 \(user\) is to be trained"),
         ({"chat": "hello", "system": "s"}, "one text without 'USER:'"),
+        (
+            {"messages": "[{'role': 'user'}\n {'role': 'assistant'}]"},
+            "a printed list that is not JSON; save the table as",
+        ),
         ({"chat": "USER: a\n\nASSISTANT: <functioncall> x"}, "the field 'chat' has a call that is text without a name"),
     ],
 )

@@ -80,6 +80,8 @@ def read_turns(turns: Any, where: str, ignored: Callable[[Iterable[str]], None])
     """
     if isinstance(turns, Mapping):
         turns = _by_turn(turns)
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        raise BadRow(f"the field '{where}' is a printed list that is not JSON; save the table as .jsonl or .parquet")
     if not isinstance(turns, list) or not turns:
         raise BadRow(f"the field '{where}' is {kind_of(turns)}; expected a list of turns")
     messages: list[Message] = []
