@@ -122,6 +122,8 @@ def _click_type(kind: Any, bounds: Sequence[Any]) -> click.ParamType[Any]:
 
 
 def _metavar(kind: Any) -> str | None:
+    if get_origin(kind) is dict:
+        return "KEY=NAME,..."
     names = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
     return names.get(kind)
 
