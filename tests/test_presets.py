@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from qaroma.config.presets import CRITERIA, DataFacts, growth_settings, resolve
+from qaroma.config.growth_settings import growth_settings
+from qaroma.config.presets import CRITERIA, DataFacts, resolve
 from qaroma.config.schema import (
     BudgetGrowthSection,
     Config,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from qaroma.config.growth_settings import growth_settings
 from qaroma.config.presets import (
     BITS_A_TOKEN,
     BLOCK,
@@ -11,7 +12,6 @@ from qaroma.config.presets import (
     SMALL_BUDGET,
     DataFacts,
     ModelFacts,
-    growth_settings,
     resolve,
     warm_up_notes,
 )
@@ -64,14 +64,11 @@ def test_the_rate_falls_with_the_steps_and_with_the_weights_size() -> None:
     assert all(small < rate for small, rate in zip(large, rates, strict=True))
 
 
-def test_data_that_is_seen_often_begins_with_the_rank_that_its_bits_need() -> None:
-    often, reasons = decided(50, tokens=8, training={"epochs": 20})
-    assert (often.growth.start_rank, often.growth.max_rank) == (1, SMALL_BUDGET)
-    assert "20 passes tell soon" in reasons["growth.start_rank"]
+@pytest.mark.parametrize("epochs", [3, 20])
+def test_data_that_needs_less_than_a_block_begins_with_a_block(epochs: int) -> None:
+    config, reasons = decided(50, tokens=8, training={"epochs": epochs})
+    assert (config.growth.start_rank, config.growth.max_rank) == (BLOCK, SMALL_BUDGET)
     assert "1,200 bits" in reasons["growth.start_rank"]
-    seldom, reasons = decided(50, tokens=8, training={"epochs": 3})
-    assert seldom.growth.start_rank == BLOCK
-    assert f"at least {BLOCK} in 3.0 passes" in reasons["growth.start_rank"]
 
 
 def test_data_that_fills_a_block_begins_with_more() -> None:

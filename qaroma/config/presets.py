@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qaroma.config.growth_settings import growth_settings
 from qaroma.config.methods import METHODS
 from qaroma.config.schema import (
     BudgetGrowthSection,
@@ -23,8 +24,6 @@ from qaroma.config.schema import (
     ResolvedGrowthSection,
 )
 from qaroma.errors import QaromaError
-from qaroma.method.budget import BudgetSettings
-from qaroma.method.growth import GrowthSettings
 from qaroma.method.rate import rate_for
 
 EPOCHS = 3.0
@@ -36,8 +35,7 @@ MAX_LENGTH = 2048
 # pairs memorised by a byte-level model), and a token that is trained on tells about three bits.
 STEPS_FOR_A_BIT = 1500.0
 BITS_A_TOKEN = 3.0
-BLOCK = 8  # the rank to begin with, where rows are not seen often enough to find out that one is missing
-OFTEN = 10.0  # passes over the data from which on they are
+BLOCK = 8  # the rank to begin with
 SMALL_BUDGET, LARGE_BUDGET = 16, 32  # of rank: for data that a block takes in, and for more
 PATIENCE = 3  # validations, of the ten that a run has
 FEWEST_VALIDATION_ROWS = 16  # by which a run may be ended
@@ -179,78 +177,6 @@ def warm_up_notes(config: ResolvedConfig) -> list[str]:
     ]
 
 
-def growth_settings(growth: ResolvedGrowthSection) -> GrowthSettings | BudgetSettings | None:
-    """The resolved section as the method takes it; None for a method of fixed rank.
-
-    Args:
-        growth: resolved; without criteria where it is no measured one.
-
-    Raises:
-        QaromaError: settings that contradict each other.
-    """
-    if isinstance(growth, BudgetGrowthSection):
-        return _budget_settings(growth)
-    return _loop_settings(growth) if isinstance(growth, GrowingSection) else None
-
-
-def _window(growth: GrowingSection | BudgetGrowthSection) -> int | None:
-    return None if growth.window == "all" else growth.window
-
-
-def _budget_settings(growth: BudgetGrowthSection) -> BudgetSettings:
-    if growth.start_rank > growth.max_rank:
-        raise QaromaError(
-            f"max_rank {growth.max_rank} is less than the {growth.start_rank} that every module begins with; "
-            f"type --set growth.start_rank={growth.max_rank} or less, or a larger growth.max_rank"
-        )
-    return BudgetSettings(
-        start_rank=growth.start_rank,
-        max_rank=growth.max_rank,
-        window=_window(growth),
-        warmup=growth.warmup,
-        min_lr_ratio=growth.min_lr_ratio,
-        measured_rate=growth.measured_rate,
-        max_update=growth.max_update,
-    )
-
-
-def _loop_settings(growth: GrowingSection) -> GrowthSettings:
-    if growth.max_rank is not None and growth.max_rank < growth.inner_rank:
-        raise QaromaError(
-            f"max_rank {growth.max_rank} holds no component of inner_rank {growth.inner_rank}; "
-            f"type --set growth.max_rank={growth.inner_rank} or more, or a smaller growth.inner_rank"
-        )
-    try:
-        settings = GrowthSettings(
-            criteria=False,
-            t_in=growth.t_in,
-            init=growth.init,
-            schedule=growth.schedule,
-            reset=growth.reset,
-            max_rank=growth.max_rank,
-            window=_window(growth),
-            warmup=growth.warmup,
-            restart_warmup=growth.restart_warmup,
-            min_lr_ratio=growth.min_lr_ratio,
-            max_update=growth.max_update,
-        )
-    except ValueError as error:
-        raise QaromaError(f"{error}; change growth.t_in or the warm-ups, or leave them to the preset") from error
-    if not isinstance(growth, MeasuredGrowthSection):
-        return settings
-    return replace(
-        settings,
-        criteria=True,
-        check_every=growth.check_every,
-        eps_in=growth.eps_in,
-        eps_out=growth.eps_out,
-        inner_criterion=growth.inner_criterion,
-        outer_criterion=growth.outer_criterion,
-        on_converged=growth.on_converged,
-        check_first=growth.check_first,
-    )
-
-
 def _decide_length(config: Config, facts: DataFacts, decide: Decide) -> int:
     """The longest example: the smallest multiple of 64 that holds 99 % of the examples, within the model and 2,048."""
     ordered = sorted(facts.lengths)
@@ -322,13 +248,10 @@ def _decide_budget(config: Config, steps: int, facts: DataFacts, decide: Decide)
     alpha = decide("growth.alpha", 2.0, "the update is 2 B A, as the paper for LLaMA")
     decide("growth.window", "all", "freezing the older components costs more than it saves")
     needed, told = _needed_rank(config, steps, facts)
-    passes = steps / _steps_an_epoch(config, facts)
     largest = LARGE_BUDGET if needed > BLOCK else SMALL_BUDGET
     largest = decide("growth.max_rank", largest, "twice the block, or four times it where the data fills the block")
-    smallest, why = BLOCK, f"{told}; at least {BLOCK} in {passes:.1f} passes, and half the budget at most"
-    if passes >= OFTEN:
-        smallest, why = 1, f"{told}; {passes:.0f} passes tell soon whether it does"
-    start = decide("growth.start_rank", max(1, min(max(smallest, round(needed)), largest // 2)), why)
+    why = f"{told}; at least a block of {BLOCK}, which a run never does worse with, and at most half the budget"
+    start = decide("growth.start_rank", max(1, min(max(BLOCK, round(needed)), largest // 2)), why)
     decide("growth.measured_rate", True, "the rate below is where the measuring begins")
     decide("growth.warmup", max(1, min(100, steps // 40)), "a fortieth of the run, at most 100: of every component")
     rate, why = 1e-3, "the base was not looked at"

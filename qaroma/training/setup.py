@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from qaroma.config.growth_settings import growth_settings
 from qaroma.config.levels import LEVELS
 from qaroma.config.methods import METHODS
-from qaroma.config.presets import growth_settings
 from qaroma.config.schema import ResolvedConfig
 from qaroma.errors import QaromaError
 from qaroma.method.base import Method, MethodOptions
