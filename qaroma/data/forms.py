@@ -13,7 +13,6 @@ Other keys are ignored. Each file is recognised by itself, so that sources of di
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -21,6 +20,7 @@ from typing import Any
 
 from qaroma.data.sources import Row
 from qaroma.errors import QaromaError
+from qaroma.foreign.json_text import parse_json
 
 FORMS = ("alpaca", "completion", "messages", "sharegpt", "text")
 
@@ -288,8 +288,8 @@ def _parsed_cell(cell: Any) -> Any:
     if not (isinstance(cell, str) and cell.lstrip().startswith("[")):
         return cell
     try:
-        return json.loads(cell)
-    except json.JSONDecodeError:
+        return parse_json(cell)
+    except ValueError:
         return cell
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias, cast
 
 from qaroma.errors import QaromaError
+from qaroma.foreign.json_text import parse_json
+from qaroma.foreign.paths import local_path
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
@@ -108,7 +110,7 @@ def require_source(name: str) -> None:
     Raises:
         QaromaError: a file or folder that is missing, or a file of an unknown kind.
     """
-    path = Path(name).expanduser()
+    path = local_path(name)
     if name.startswith("demo:"):
         _demo_split(name)
     elif path.is_dir() or name.startswith("glue:"):
@@ -125,7 +127,7 @@ def _read_source(name: str, seed: int, found: RowSet) -> Iterator[tuple[str, int
     if name.startswith("demo:"):
         yield from _demo_rows(name, seed)
         return
-    path = Path(name).expanduser()
+    path = local_path(name)
     if not path.exists():
         yield from _hub_rows(name, path)
         return
@@ -233,11 +235,13 @@ def _jsonl(stream: IO[bytes], file: str, bad: list[str]) -> Iterator[tuple[int, 
         if not raw.strip():
             continue
         try:
-            value = json.loads(raw.decode("utf-8"))
+            value = parse_json(raw.decode("utf-8"))
         except json.JSONDecodeError as error:
             bad.append(f"{file}:{number}: not valid JSON ({error.msg} at column {error.colno})")
         except UnicodeDecodeError:
             bad.append(f"{file}:{number}: not UTF-8 text")
+        except ValueError as error:
+            bad.append(f"{file}:{number}: not valid JSON ({error})")
         else:
             yield from _objects([value], file, bad, start=number)
 
@@ -246,7 +250,7 @@ def _json(stream: IO[bytes], file: str, bad: list[str]) -> Iterator[tuple[int, d
     raw = stream.read()
     text = raw.decode("utf-8-sig")
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
             yield from _jsonl(io.BytesIO(raw), file, bad)  # JSON Lines under the name .json are common
@@ -254,6 +258,8 @@ def _json(stream: IO[bytes], file: str, bad: list[str]) -> Iterator[tuple[int, d
         raise QaromaError(
             f"'{file}' is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; mend it there."
         ) from error
+    except ValueError as error:
+        raise QaromaError(f"'{file}' is not valid JSON: {error}; mend it there.") from error
     yield from _objects(_records(value, file), file, bad)
 
 

@@ -31,6 +31,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from qaroma.data.bounded_jinja import render_bounded
 from qaroma.data.forms import BadRow, Message
 from qaroma.errors import QaromaError
 
@@ -154,18 +155,15 @@ class Template:
         Raises:
             BadRow: The template refuses the conversation (roles that do not alternate, for instance).
         """
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         if self.fold_system:
             messages = _folded(messages)
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            rendered, _ = render_jinja_template(
-                [turns], chat_template=self.text, add_generation_prompt=prompt, **self.special_tokens
-            )
+            rendered = render_bounded(self.text, messages=turns, tools=None, documents=None,
+                                      add_generation_prompt=prompt, **self.special_tokens)  # fmt: skip
         except Exception as error:  # templates are programs: they raise whatever Jinja or Python does
             raise BadRow(f"the chat template refuses the conversation: {error}") from error
-        return str(rendered[0]) + (self.prompt_suffix if prompt else "")
+        return rendered + (self.prompt_suffix if prompt else "")
 
     def render_prompt(self, messages: Sequence[Message]) -> str:
         """The text that the assistant is to answer. A last turn of the assistant's is left out."""

@@ -106,7 +106,8 @@ def _write_gguf_adapter(tuned: LiveModel, folder: Path, dtype: torch.dtype, outt
 def _write_merged(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
     subject = tuned.subject
     told = write_merged(folder, tuned.tensors(), tuned.update, subject.config, dtype=dtype)
-    write_generation_settings(folder, subject.tokenizer, subject.template.stop_token_ids(subject.tokenizer))
+    stops = subject.template.stop_token_ids(subject.tokenizer)
+    write_generation_settings(folder, subject.tokenizer, stops, subject.base.generation_settings())
     if subject.base.trust_remote_code:
         copy_code(subject.base.name, folder)
     return {"merged_into": tuned.merge_into, "weights_bytes": told["bytes"]}
@@ -120,7 +121,10 @@ def _write_gguf(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str
     )  # fmt: skip
     text = modelfile(subject.template, subject.tokenizer, subject.config, model=gguf_model.FILE)
     (folder / "Modelfile").write_text(text, encoding="utf-8")
-    return {"merged_into": tuned.merge_into, "outtype": outtype}
+    told = {"merged_into": tuned.merge_into, "outtype": outtype, "context": gguf_model.context_length(subject.config)}
+    if told["context"] < subject.config.max_position_embeddings:
+        told["sliding_window"] = told["context"]
+    return told
 
 
 def _test_lora(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> SelfTest:

@@ -71,7 +71,7 @@ class RunDirectory:
         summary = read_json(self.summary)
         # Runs of older versions have no summary: one is over when its last adapter is of its last step.
         end = summary.get("steps", last) if summary else read_json(self.adapter_last / GROWTH).get("step")
-        return end is not None and int(end) >= last
+        return isinstance(end, int) and end >= last
 
     def require_unused(self) -> None:
         """See to it that no run is overwritten.

@@ -21,12 +21,14 @@ import yaml
 from qaroma.config.methods import DEFAULT_METHOD, METHODS
 from qaroma.config.metrics import metrics_of
 from qaroma.errors import QaromaError
+from qaroma.foreign.yaml_text import read_yaml
 from qaroma.runs.directory import GROWTH, RunDirectory
 from qaroma.runs.files import read_json
 from qaroma.runs.log import read_records
 
 # A run that wrote a line so recently is taken to be at work: nothing else tells it from a killed one.
 FRESH_SECONDS = 120.0
+_MOST_RANK = 1 << 20
 _CHECKPOINT = re.compile(r"step-(\d+)")
 _NO_METRICS = ("event", "step", "tokens", "examples")
 
@@ -100,7 +102,8 @@ class Run:
     @property
     def ended(self) -> str | None:
         """Why a finished run ended: grown, budget or patience."""
-        return self.summary.get("ended") if self.finished else None
+        ended = self.summary.get("ended") if self.finished else None
+        return ended if isinstance(ended, str) else None
 
     @property
     def resume(self) -> str | None:
@@ -214,7 +217,7 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
     run = RunDirectory(path)
     known: dict[str, Any] = {"path": run.path, "name": name or run.path.resolve().name, "written": _written(run)}
     try:
-        known["config"] = _read_config(run)
+        known["config"] = read_settings(run)
         return Run(**known, **_read_rest(run, known["config"], known["written"]))
     except QaromaError as broken:
         return Run(**known, state="broken", problem=str(broken))
@@ -228,7 +231,8 @@ def remembered(folder: Path) -> dict[str, Any]:
     found = read_json(folder / GROWTH)
     components = found.get("components")
     whole = isinstance(components, dict) and all(
-        isinstance(inner, list) and all(isinstance(rank, int) for rank in inner) for inner in components.values()
+        isinstance(inner, list) and all(isinstance(rank, int) and 0 <= rank <= _MOST_RANK for rank in inner)
+        for inner in components.values()
     )
     return found if whole else {key: value for key, value in found.items() if key != "components"}
 
@@ -240,12 +244,16 @@ def _written(run: RunDirectory) -> float:
     return max((file.stat().st_mtime for file in own), default=0.0)
 
 
-def _read_config(run: RunDirectory) -> dict[str, Any]:
-    """Plain values: what a newer or an older version of qaroma wrote is readable too."""
+def read_settings(run: RunDirectory) -> dict[str, Any]:
+    """A run's ``config.yaml`` as plain values: what a newer or an older version of qaroma wrote is readable too.
+
+    Raises:
+        QaromaError: there is none, or none that a run has.
+    """
     if not run.exists():
         raise QaromaError(f"it has no {run.config.name}")
     try:
-        found = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+        found, _ = read_yaml(run.config.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise QaromaError(f"{run.config.name} cannot be read") from error
     if not isinstance(found, dict) or not isinstance(found.get("model"), dict):
@@ -279,7 +287,7 @@ def _read_rest(run: RunDirectory, config: Mapping[str, Any], written: float) -> 
             "answers": _answers(lines, "answers"),
             "checkpoint": _newest_checkpoint(run),
         }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise QaromaError(f"{run.metrics.name} holds lines of another form") from error
 
 
