@@ -7,6 +7,7 @@ A case ends as it should with an exit code or a :class:`QaromaError`; anything e
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import json
 import random
@@ -17,13 +18,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qaroma.cli import COMMANDS, main
+import click
+
+from qaroma.cli import COMMANDS, main, root
 from qaroma.config.load import dump_config, read_settings
 from qaroma.errors import QaromaError
 
 DEEP = "[" * 3000 + "]" * 3000
-ODD_TEXTS = ("", " ", "\0", "²", "--1", "~nouser/x", "../../x", "a" * 300, "(a+)+$", "1e999", "-", "é" * 200, "nan",
-             "{{ 1 }}", "%s{x}", "C:\\x", "a:1e300", "a:0.0001", "\u2028", "\ud800", "[", "<script>", "*" * 50, ".")  # fmt: skip
+ODD_TEXTS = (
+    "", " ", "\0", "²", "--1", "~nouser/x", "../../x", "a" * 300, "(a+)+$", "(a|aa)+$", "1e999", "-", "é" * 200, "nan",
+    "{{ 1 }}", "%s{x}", "C:\\x", "a:1e300", "a:0.0001", "\u2028", "\ud800", "[", "<script>", "*" * 50, ".",
+)  # fmt: skip
 ODD_VALUES: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 10**9, 10**22, 10**400, -(10**22), 0.5, 1e300, float("inf"), float("nan"), [], {},
     [[]], {"a": 1}, ["a", 1], {"": None}, [None], *ODD_TEXTS,
@@ -128,33 +133,39 @@ def configuration(chooser: random.Random, folder: Path) -> None:
         for _ in range(chooser.randint(1, 3)):
             value = chooser.choice(YAML_PIECES) if chooser.random() < 0.5 else str(chooser.choice(ODD_VALUES))
             sets.append(f"{chooser.choice(keys)}={value}")
-    config = read_settings(folder / "config.yaml", {}, sets)
-    assert read_settings(None, {}, []) is not None and dump_config(config)
+    with contextlib.suppress(QaromaError):
+        assert dump_config(read_settings(folder / "config.yaml", {}, sets))
     sets += ["model.name=./missing"]
     _command("finetune", "--config", str(folder / "config.yaml"), *(word for text in sets for word in ("--set", text)))
+
+
+def _no_tokenizer(*_: Any, **__: Any) -> Any:
+    """What comes before the tokenizer is tried here."""
+    raise QaromaError("no tokenizer")
 
 
 def rows(chooser: random.Random, folder: Path) -> None:
     """A file of rows, read as conversations and as texts with labels."""
     from qaroma.data.forms import parse_rows
-    from qaroma.data.labelled import _read
+    from qaroma.data.labelled import encode_labelled
     from qaroma.data.sources import read_rows
 
     name = chooser.choice(("a.jsonl", "a.json", "a.csv", "a.txt", "a.jsonl.gz", "a.parquet"))
     like = chooser.choice(_ROWS)
     if name == "a.csv":
         pieces = (b'"', b"\0", b",,,", b"\n\n", b"\xff", b'"' + b"x" * 200_000)
-        data = mutated_bytes(chooser, b"prompt,completion\na,b\nc,\"d,e\"\n", pieces)
+        data = mutated_bytes(chooser, b'prompt,completion\na,b\nc,"d,e"\n', pieces)
     elif name == "a.json":
         data = _json(chooser, [like, like])
     else:
         data = b"\n".join(_json(chooser, like) for _ in range(chooser.randint(1, 3)))
-    (folder / name).write_bytes(data)
+    (folder / name).write_bytes(gzip.compress(data) if name.endswith(".gz") and chooser.random() < 0.7 else data)
     found = read_rows([(str(folder / name), chooser.choice((1.0, 0.0001, 2.0)))])
     with contextlib.suppress(QaromaError):
         parse_rows(found.rows)
-    with contextlib.suppress(QaromaError):
-        _read(found, "classification", ("text",), "label") if False else None
+    for kind in ("classification", "regression"):
+        with contextlib.suppress(QaromaError):
+            encode_labelled(found, _no_tokenizer, kind, skip_bad=chooser.random() < 0.5)
 
 
 def run_directory(chooser: random.Random, folder: Path) -> None:
@@ -248,11 +259,17 @@ def _write_adapter(folder: Path) -> None:
 
 def adapter(chooser: random.Random, folder: Path) -> None:
     """An adapter folder, read as qaroma's own, as anybody's, and by the commands that take one."""
+    from qaroma.data.forms import BadRow, Message
+    from qaroma.data.templates import PLAIN, Template
     from qaroma.runs.adapter import read_adapter
+    from qaroma.runs.adapter_info import AdapterInfo
     from qaroma.runs.peft_lora import read_lora
 
     place = folder / "adapter"
     _write_adapter(place)
+    if chooser.random() < 0.5:
+        template = Template("plain", PLAIN, {"eos_token": "<e>"}, "<e>", "<e>").to_json()
+        (place / "growth.json").write_text(json.dumps({**_growth(), "template": template}))
     path = place / chooser.choice(("growth.json", "adapter_config.json", "adapter_model.safetensors"))
     if path.suffix == ".json":
         path.write_bytes(_json(chooser, json.loads(path.read_text())))
@@ -261,10 +278,13 @@ def adapter(chooser: random.Random, folder: Path) -> None:
     for read in (read_lora, read_adapter):
         with contextlib.suppress(QaromaError):
             read(place)
-    words = chooser.choice((("generate", str(place), "x"), ("export", str(place)), ("runs", str(place)),
-                            ("push", str(place), "me/x")))  # fmt: skip
-    if words[0] == "runs":
-        _command(*words)
+    with contextlib.suppress(QaromaError, BadRow):
+        template = AdapterInfo.read(place).task.template
+        Template.from_json(dict(template)).render_prompt([Message("user", "a")]) if template else None
+    words = (("generate", "x"), ("export",), ("evaluate", "--data", "demo:calendar-test"), ("runs",), ("chat",))
+    name, *more = chooser.choice(words)
+    if chooser.random() < 0.3:
+        _command(name, str(place), *more)
 
 
 def _damaged_safetensors(chooser: random.Random, data: bytes) -> bytes:
@@ -275,17 +295,53 @@ def _damaged_safetensors(chooser: random.Random, data: bytes) -> bytes:
     return struct.pack("<Q", chooser.choice((len(text), len(text), 2**62, 0))) + text + data[8 + length :]
 
 
+_BASE = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8, "intermediate_size": 8,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 1, "vocab_size": 8, "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 16, "tie_word_embeddings": True, "dtype": "float32",
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}  # fmt: skip
+_INDEX = {"metadata": {"total_size": 8}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+
+
+def base_model(chooser: random.Random, folder: Path) -> None:
+    """A base's folder whose configuration or index of weights is damaged, as far as it is read before its weights."""
+    from qaroma.model.found import find_model, stored_quantization
+    from qaroma.model.generation import generation_settings
+    from qaroma.model.weight_files import require_safetensors, weight_files
+
+    files = {"config.json": _BASE, "model.safetensors.index.json": _INDEX,
+             "generation_config.json": {"eos_token_id": [1, 2], "do_sample": True, "temperature": 0.5}}  # fmt: skip
+    damaged = chooser.choice(list(files))
+    for name, value in files.items():
+        (folder / name).write_bytes(_json(chooser, value) if name == damaged else json.dumps(value).encode())
+    with contextlib.suppress(QaromaError):
+        require_safetensors("x", folder)
+        assert all(file.resolve().is_relative_to(folder.resolve()) for file in weight_files(folder))
+    generation_settings(str(folder))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        found = find_model(str(folder))
+        stored_quantization(found.config, "x")
+
+
 def checkpoint(chooser: random.Random, folder: Path) -> None:
     """A checkpoint whose values or tensors are damaged, read to resume and to export."""
-    from qaroma.runs.checkpoint import adapter_in, load_newest
+    from qaroma.runs.checkpoint import _digest, adapter_in, load_newest
 
     place = folder / "step-00000002"
     place.mkdir()
     values = {"version": 2, "base": "0" * 16, "step": 2, "sha256": "0" * 64,
               "values": {"adapter": _growth(), "method": {"name": "aroma", "components": {}}}}  # fmt: skip
     tensors = _safetensors({"method.a": (2, 3), "random.cpu": (1, 8)})
-    (place / "state.json").write_bytes(_json(chooser, values))
-    (place / "state.safetensors").write_bytes(_damaged_safetensors(chooser, tensors))
+    (place / "state.safetensors").write_bytes(tensors)
+    if chooser.random() < 0.6:  # somebody's own, whose digest is right
+        header = {key: mutated_value(chooser, value) for key, value in values.items() if key != "sha256"}
+        header = {**header, "version": 2, "base": "0" * 16}
+        header["sha256"] = _digest(header, place / "state.safetensors")
+        (place / "state.json").write_text(json.dumps(header))
+    else:
+        (place / "state.json").write_bytes(_json(chooser, values))
+        (place / "state.safetensors").write_bytes(_damaged_safetensors(chooser, tensors))
     with contextlib.suppress(QaromaError):
         load_newest(folder, fingerprint="0" * 16)
     with contextlib.suppress(QaromaError):
@@ -320,33 +376,47 @@ def _gguf() -> bytes:
     return head + b"\0" * (-len(head) % 32) + b"\0" * 128
 
 
-_WORDS = ("--config", "--set", "--output", "--data", "--model", "--seed", "--max-steps", "--micro-batch", "--rank",
-          "--resume", "--json", "--format", "--base", "--rows", "--vram", "--seq-len", "--methods", "--seeds", "--module",
-          "--metric", "--tasks", "--prompt", "--force", "--yes", "--epochs", "--learning-rate", "--examples", "--memory",
-          "--max-new-tokens", "--temperature", "--top-p", "--compress", "--revision", "--steps", "--frozen", "-h",
-          "runs", "x", "quickstart", "smollm2-135", "demo:calendar", "./missing", ".", "..", "/", "aroma", "lora:8",
-          "aroma,lora:8", "training.seed=1", "a=b", "=", "8GiB", "0GiB", "cpu", "llama3-8b", "configs", "data.jsonl:2",
-          "10000000000000000000000", "1e400", "1e-400", "-1", "0", "1.5", "~nouser", "~", "a/b", "a" * 300, "\u2603",
-          "--data=", "--output=", "--", "data.jsonl:0.0001", "data.jsonl:1e300", "glue:x", "demo:x", "9" * 5000)  # fmt: skip
-# What would begin to work: commands that take the model "smollm2-135m" or the network are given neither.
-_QUIET = tuple(name for name in COMMANDS if name != "doctor")
+_WORDS = (
+    "runs", "x", "quickstart", "smollm2-135", "demo:calendar", "./missing", ".", "..", "aroma", "lora:8", "run",
+    "aroma,lora:8", "training.seed=1", "a=b", "=", "8GiB", "0GiB", "1e300GiB", "cpu", "configs", "data.jsonl:2",
+    "10000000000000000000000", "1e400", "1e-400", "-1", "0", "1", "1.5", "~nouser", "~", "a/b", "a" * 300, "\u2603",
+    "data.jsonl:0.0001", "data.jsonl:1e300", "glue:x", "demo:x", "9" * 5000, "peft", "gguf", "run,run", "data.jsonl",
+    "0,0,1", "png,svg", "html", "lora:" + "9" * 30, "aroma+t_in=0", "aroma+=", "+", ",",
+)  # fmt: skip
+_WITHOUT_A_MODEL = tuple(name for name in COMMANDS if name not in ("doctor", "configs", "data"))
 
 
 def command_line(chooser: random.Random, folder: Path) -> None:
-    """Words in any order after a command's name, typed in an empty folder."""
-    words = [chooser.choice(_WORDS if chooser.random() < 0.85 else ODD_TEXTS) for _ in range(chooser.randint(0, 6))]
-    name = chooser.choice(_QUIET)
-    more = {"data": ["preview"], "configs": [chooser.choice(("ls", "cp"))]}.get(name, [])
-    words = [word.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape") if "\ud800" not in word else "x"
-             for word in words]  # fmt: skip
+    """Options and words in any order after a command's name, typed beside a run, with no model and no network."""
+    name = chooser.choice((*_WITHOUT_A_MODEL, *_WITHOUT_A_MODEL, "configs ls", "configs cp", "data preview"))
+    words = name.split()
+    command = root.get_command(click.Context(root), words[0])
+    if isinstance(command, click.Group):
+        command = command.get_command(click.Context(command), words[1])
+    assert command is not None
+    arguments = [one for one in command.params if isinstance(one, click.Argument)]
+    options = [one for one in command.params if isinstance(one, click.Option)]
+    words += [_word(chooser) for _ in arguments if chooser.random() < 0.9]
+    chosen = [one for one in options if one.required and chooser.random() < 0.95]
+    for option in chosen + chooser.choices(options or [click.Option(["--x"])], k=chooser.randint(0, 4)):
+        words.append(chooser.choice(option.opts))
+        if not option.is_flag:
+            kind = option.type
+            words.append(chooser.choice(kind.choices) if isinstance(kind, click.Choice) else _word(chooser))
     with contextlib.chdir(folder):
         (folder / "data.jsonl").write_text('{"text": "a"}\n')
-        _command(name, *more, *words)
+        _write_run(folder / "run")
+        _command(*words)
+
+
+def _word(chooser: random.Random) -> str:
+    word = chooser.choice(_WORDS if chooser.random() < 0.85 else ODD_TEXTS)
+    return word if word.isprintable() else "x"
 
 
 KINDS: dict[str, Callable[[random.Random, Path], None]] = {
     function.__name__: function
-    for function in (configuration, rows, run_directory, adapter, checkpoint, gguf, command_line)
+    for function in (configuration, rows, run_directory, adapter, checkpoint, base_model, gguf, command_line)
 }
 
 

@@ -29,6 +29,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from qaroma.data.bounded_jinja import render_bounded
@@ -130,8 +131,8 @@ class Template:
             QaromaError: A key is missing or unknown.
         """
         try:
-            return cls(**value)
-        except TypeError as error:
+            return TypeAdapter(cls).validate_python(asdict(cls(**value)))  # of the right keys, and their kinds
+        except (TypeError, ValidationError) as error:
             raise QaromaError(f"the saved template is not one that this version can read ({error}).") from error
 
     def fitted(self, conversations: Iterable[Sequence[Message]]) -> Template:
