@@ -20,6 +20,7 @@ from qaroma.export.exporter import Options, export
 from qaroma.export.gguf_model import context_length
 from qaroma.export.hub_failures import explained
 from qaroma.export.weights import original_tensors
+from qaroma.foreign.patterns import Patterns
 from qaroma.method.attach import linear_shapes
 from qaroma.method.factors import Factors
 from qaroma.model.base import load_base, load_tokenizer
@@ -110,8 +111,8 @@ def test_a_lora_with_settings_of_another_kind(adapter: Path, values: dict[str, A
 
 
 def test_an_expression_in_alpha_pattern_has_an_end(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qaroma.foreign.patterns.Patterns.__init__.__kwdefaults__", {"seconds": 0.5})
-    changed(adapter / "adapter_config.json", alpha_pattern={r"(\w|\w\w|\.)+$\d": 4})
+    monkeypatch.setitem(Patterns.__init__.__kwdefaults__, "seconds", 0.5)
+    changed(adapter / "adapter_config.json", alpha_pattern={r"(\w|\w\w|\.)+(?<!\w)": 4})
     began = time.monotonic()
     with pytest.raises(QaromaError, match="takes too long to match"):
         read_lora(adapter)
@@ -164,7 +165,7 @@ def test_a_gguf_file_cut_anywhere_is_told(tmp_path: Path) -> None:
     whole = _gguf()
     for length in (0, 3, 8, 23, 24, 60, 200, 400, len(whole) - 200):
         (tmp_path / "a.gguf").write_bytes(whole[:length])
-        with pytest.raises(QaromaError, match="GGUF file of|damaged"):
+        with pytest.raises(QaromaError, match=r"GGUF file of|damaged"):
             find_model(tmp_path / "a.gguf")
 
 
@@ -209,7 +210,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "full_attention"],
     },
     "deepseek_v3": {
-        "num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1,
+        "num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 4, "n_shared_experts": 1,
+        "n_group": 1,
         "num_experts_per_tok": 2, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 12,
         "qk_rope_head_dim": 4, "v_head_dim": 8, "qk_nope_head_dim": 8,
     },
