@@ -383,7 +383,8 @@ _WORDS = (
     "data.jsonl:0.0001", "data.jsonl:1e300", "glue:x", "demo:x", "9" * 5000, "peft", "gguf", "run,run", "data.jsonl",
     "0,0,1", "png,svg", "html", "lora:" + "9" * 30, "aroma+t_in=0", "aroma+=", "+", ",",
 )  # fmt: skip
-_WITHOUT_A_MODEL = tuple(name for name in COMMANDS if name not in ("doctor", "configs", "data"))
+# doctor tries the machine, and benchmark first reads the thousands of task files of lm-evaluation-harness.
+_WITHOUT_A_MODEL = tuple(name for name in COMMANDS if name not in ("doctor", "benchmark", "configs", "data"))
 
 
 def command_line(chooser: random.Random, folder: Path) -> None:

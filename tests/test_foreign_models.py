@@ -111,7 +111,7 @@ def test_a_lora_with_settings_of_another_kind(adapter: Path, values: dict[str, A
 
 
 def test_an_expression_in_alpha_pattern_has_an_end(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(Patterns.__init__.__kwdefaults__, "seconds", 0.5)
+    monkeypatch.setitem(Patterns.__init__.__kwdefaults__, "seconds", 0.02)
     changed(adapter / "adapter_config.json", alpha_pattern={r"(\w|\w\w|\.)+(?<!\w)": 4})
     began = time.monotonic()
     with pytest.raises(QaromaError, match="takes too long to match"):

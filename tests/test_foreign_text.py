@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from qaroma.cli import COMMANDS, main
 from qaroma.config.load import read_settings
 from qaroma.data.bounded_jinja import render_bounded
 from qaroma.data.labelled import _class_names
+from qaroma.data.split import repeated
 from qaroma.errors import QaromaError
 from qaroma.foreign.json_text import parse_json
 from qaroma.foreign.paths import inside, local_path
@@ -177,6 +179,12 @@ def test_labels_that_only_look_like_numbers() -> None:
     names = _class_names(["²", "--1", "x", "2", "10", "-3", "1" * 400], "classification")
     assert names[:3] == ("-3", "2", "10")
     assert set(names[3:]) == {"²", "--1", "x", "1" * 400}
+
+
+def test_a_weight_that_leaves_nothing() -> None:
+    examples = [SimpleNamespace(origin=f"a.jsonl:{line}", weight=1e-4) for line in range(100)]
+    with pytest.raises(QaromaError, match=r"leave none of 100 examples \(the largest is 0.0001\)"):
+        repeated(examples, seed=0)
 
 
 def test_one_broken_run_hides_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
+from annotated_types import Ge, Gt, Le
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -35,14 +36,14 @@ else:
 LARGEST = 10**9
 LARGEST_SEED = 2**32 - 1
 # Bounds that no run comes near: beyond them numbers overflow, inside torch or sooner.
-PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
-PositiveFloat = Annotated[float, Field(gt=0, le=LARGEST)]
-NonNegativeFloat = Annotated[float, Field(ge=0, le=LARGEST)]
+PositiveInt = Annotated[int, Gt(0), Le(LARGEST)]
+NonNegativeInt = Annotated[int, Ge(0), Le(LARGEST)]
+PositiveFloat = Annotated[float, Gt(0), Le(LARGEST)]
+NonNegativeFloat = Annotated[float, Ge(0), Le(LARGEST)]
 # Where a field has an upper bound of its own (of two, pydantic keeps one).
-Share = Annotated[float, Field(ge=0)]
-Weight = Annotated[float, Field(gt=0, le=1000)]
-Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+Share = Annotated[float, Ge(0)]
+Weight = Annotated[float, Gt(0), Le(1000)]
+Seed = Annotated[int, Ge(0), Le(LARGEST_SEED)]
 
 
 class Section(BaseModel):

@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
+from qaroma.errors import QaromaError
+
 
 class Weighted(Protocol):
     """An example of any task that knows its row and how often it appears in an epoch."""
@@ -49,6 +51,9 @@ def repeated(examples: Sequence[_Example], *, seed: int) -> list[_Example]:
 
     Returns:
         The examples of an epoch, copies side by side.
+
+    Raises:
+        QaromaError: The weights are so small that none is left.
     """
     files: dict[tuple[str, float], list[int]] = defaultdict(list)
     for index, example in enumerate(examples):
@@ -59,4 +64,10 @@ def repeated(examples: Sequence[_Example], *, seed: int) -> list[_Example]:
         extra = set(chooser.sample(indices, round((weight - int(weight)) * len(indices))))
         for index in indices:
             copies[index] = int(weight) + (index in extra)
+    if examples and not any(copies):
+        largest = max(example.weight for example in examples)
+        raise QaromaError(
+            f"the weights leave none of {len(examples)} examples (the largest is {largest:g}); "
+            "type a larger one, as --data FILE:1"
+        )
     return [example for example, count in zip(examples, copies, strict=True) for _ in range(count)]

@@ -27,7 +27,7 @@ def generation_settings(model: str, *, revision: str | None = None) -> dict[str,
     del keywords["trust_remote_code"]
     try:
         found = GenerationConfig.from_pretrained(place.folder_or_id, **keywords)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
     settings: dict[str, Any] = found.to_diff_dict()
     return {name: value for name, value in settings.items() if not name.startswith("_")}
