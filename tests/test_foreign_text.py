@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -212,3 +213,30 @@ def test_one_broken_run_hides_no_other(tmp_path: Path, capsys: pytest.CaptureFix
     listed = json.loads(capsys.readouterr().out.splitlines()[-1])["runs"]
     assert {run["name"] for run in listed} == {*damages, "good"}
     assert {run["name"] for run in listed if run["state"] == "broken"} == {"yaml", "date", "latin", "list", "large"}
+
+
+def test_a_folder_that_may_not_be_read_hides_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("good", "locked"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("model: {name: a}\n")
+    stat, listed, read = Path.stat, Path.iterdir, Path.read_text
+
+    def guarded(function: Any) -> Any:
+        def call(path: Path, *arguments: Any, **options: Any) -> Any:
+            if "locked" in path.parts and path.name != "locked":
+                raise PermissionError(13, "Permission denied", str(path))
+            return function(path, *arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(Path, "stat", guarded(stat))
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "good" in capsys.readouterr().out
+    monkeypatch.setattr(Path, "stat", stat)
+    monkeypatch.setattr(Path, "read_text", guarded(read))
+    monkeypatch.setattr(Path, "iterdir", guarded(listed))
+    assert main(["runs", str(tmp_path), "--json"]) == 0
+    runs = {run["name"]: run["state"] for run in json.loads(capsys.readouterr().out)["runs"]}
+    assert runs == {"good": "running", "locked": "broken"}

@@ -210,6 +210,8 @@ def _convert(gguf: Path, folder: Path, model: WheelModel) -> None:
     )
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
+        path.chmod(folder.stat().st_mode & 0o666)  # safetensors writes for the owner alone
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     (folder / _MANIFEST).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
 

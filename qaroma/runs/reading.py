@@ -221,6 +221,8 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
         return Run(**known, **_read_rest(run, known["config"], known["written"]))
     except QaromaError as broken:
         return Run(**known, state="broken", problem=str(broken))
+    except OSError as refused:
+        return Run(**known, state="broken", problem=f"the system refuses to read it ({refused.strerror})")
 
 
 def remembered(folder: Path) -> dict[str, Any]:
@@ -239,9 +241,16 @@ def remembered(folder: Path) -> dict[str, Any]:
 
 def _written(run: RunDirectory) -> float:
     """The time of the last change of what a run writes."""
-    files = [file for file in (run.metrics, run.config, run.summary, run.path) if file.exists()]
-    own = [file for file in files if file.is_file()] or files
-    return max((file.stat().st_mtime for file in own), default=0.0)
+    times = [_changed(file) for file in (run.metrics, run.config, run.summary)]
+    return max(times) or _changed(run.path)
+
+
+def _changed(path: Path) -> float:
+    """The time of a file's last change; 0 where it is not there, or not this user's to see."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def read_settings(run: RunDirectory) -> dict[str, Any]:
