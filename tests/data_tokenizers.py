@@ -49,6 +49,23 @@ DATED = (
     "<|im_start|>system\nToday is {{ strftime_now('%d %b %Y') }}<|im_end|>\n"
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 )
+# Functions, calls, their results and thoughts by means of its own, as Qwen3's has them.
+TOOLS = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | map(attribute='function') | list | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['reasoning_content'] %}[{{ m['reasoning_content'] }}]{% endif %}{{ m['content'] }}"
+    "{% for c in m['tool_calls'] or [] %}<call>{{ c['function'] | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As gpt-oss's: thoughts, calls and answers begin in channels of their own, and earlier thoughts are taken out.
+CHANNELS = (
+    "{% for m in messages %}{% if m['role'] != 'assistant' %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>"
+    "{% else %}{% if m['reasoning_content'] and (loop.last or m['tool_calls'] and messages[-1]['role'] == 'tool') %}"
+    "<|im_start|>assistant think\n{{ m['reasoning_content'] }}<|im_end|>{% endif %}"
+    "{% if m['tool_calls'] %}<|im_start|>assistant call\n{{ m['tool_calls'][0]['function'] | tojson }}</s>"
+    "{% else %}<|im_start|>assistant say\n{{ m['content'] }}<|im_end|>{% endif %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
 
 _SPECIAL = ["<s>", "</s>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"]
 _CORPUS = [

@@ -468,10 +468,10 @@ def test_contradictions_are_sentences(arguments: list[str], said: str, capsys: p
 
 
 def test_an_unknown_task_is_answered_with_the_nearest_names(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(harness, "TaskManager", partial(TaskManager, include_defaults=False))  # thousands of files
-    assert main(["benchmark", "r", "--tasks", "comonsense_bolq", "--data", "d"]) == 2
+    assert main(["benchmark", "--base", str(tiny_folder), "--tasks", "comonsense_bolq"]) == 2
     told = capsys.readouterr().err
     assert "got the task 'comonsense_bolq'" in told
     assert "did you mean commonsense_boolq" in told

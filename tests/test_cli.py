@@ -153,7 +153,7 @@ def test_option_texts_defaults_and_choices_come_from_the_configuration() -> None
         assert option.help.startswith(str(fields[key].description))
         if fields[key].default not in (None, False) and not fields[key].default_factory:
             assert f"[default: {fields[key].default}]" in option.help
-    assert from_fields == 25
+    assert from_fields == 28
 
 
 def test_finetune_passes_every_flag_on(
@@ -349,6 +349,7 @@ def test_data_preview_marks_what_is_trained(
     base = types.ModuleType("qaroma.model.base")
     base.__dict__["load_tokenizer"] = lambda name, **_: tokenizer
     monkeypatch.setitem(sys.modules, "qaroma.model.base", base)
+    monkeypatch.setattr("qaroma.model.found.find_model", lambda name, **_: types.SimpleNamespace(vocabulary=None))
     rows = [{"instruction": f"[q{number}]", "output": f"[a{number}]"} for number in range(5)]
     (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     arguments = ["--model", "m", "--data", str(tmp_path / "rows.json"), "--examples", "1", "--rows", "3"]

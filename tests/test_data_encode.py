@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from data_tokenizers import CHATML, ENDLESS, GEMMA, LLAMA2, OPENED, THINKING, byte_level, sentencepiece_like
 
-from qaroma.data.encode import IGNORED, Encoded, Example, encode_rows, limit_length, split_validation, weigh
+from qaroma.data.encode import IGNORED, Encoded, Example, encode_rows, limit_length
 from qaroma.data.preview import preview, trained_pieces
 from qaroma.data.sources import Row, RowSet, read_rows
+from qaroma.data.split import split_validation, weigh
 from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
 
@@ -324,3 +325,79 @@ def test_the_three_forms_of_lima_are_one() -> None:
     assert any(len(example.conversation) > 2 for example in first.examples)
     assert [e.input_ids for e in first.examples] == [e.input_ids for e in second.examples]
     assert [e.labels for e in first.examples] == [e.labels for e in second.examples]
+
+
+def _weighted(*weights: float) -> Row:
+    turns = []
+    for number, weight in enumerate(weights):
+        turns += [{"role": "user", "content": f"q{number}"}]
+        turns += [{"role": "assistant", "content": f"a{number}", "weight": weight}]
+    return Row({"messages": turns}, "a.jsonl", 1)
+
+
+def test_weights_of_turns() -> None:
+    tokenizer = TOKENIZERS["chatml"]
+    (example,) = _encode(tokenizer, [_weighted(0.5, 0, 2)]).examples
+    assert _trained(example, tokenizer) == ["a0<|im_end|>", "a2<|im_end|>"]
+    by_weight = {w: [i for i, label in enumerate(example.labels) if label != IGNORED and example.loss_weights[i] == w]
+                 for w in (0.5, 2.0)}  # fmt: skip
+    assert [tokenizer.decode([example.input_ids[i] for i in places]) for places in by_weight.values()] == [
+        "a0<|im_end|>",
+        "a2<|im_end|>",
+    ]
+    assert ", 6 trained, loss times 0.5 to 2, from a.jsonl:1" in preview(example, tokenizer).plain
+    (last_masked,) = _encode(tokenizer, [_weighted(1, 0)]).examples
+    assert _trained(last_masked, tokenizer) == ["a0<|im_end|>"]
+    assert not tokenizer.decode(last_masked.input_ids).endswith("a1<|im_end|>"), "nothing is trained behind it"
+    assert last_masked.loss_weights == (), "weights of 1 take no room"
+    cut = limit_length(_encode(tokenizer, [_weighted(0.5, 1)]), 30, "truncate").examples[0]
+    assert len(cut.loss_weights) == len(cut.labels) == 30
+
+
+def test_everything_but_a_masked_turn_is_trained_on_request() -> None:
+    tokenizer = TOKENIZERS["chatml"]
+    (example,) = _encode(tokenizer, [_weighted(0, 1)], train_on="all").examples
+    shown = preview(example, tokenizer).plain
+    assert "a0<|im_end|>⟦" in shown
+    assert shown.count("⟦") == 2
+
+
+def test_rows_with_nothing_to_train_are_left_out_and_counted() -> None:
+    tokenizer = TOKENIZERS["chatml"]
+    encoded = _encode(tokenizer, [_weighted(0), _weighted(1)])
+    assert len(encoded.examples) == 1
+    assert encoded.notes == ["1 rows left out, whose turns are all of weight 0"]
+    with pytest.raises(QaromaError, match=r"no rows to train on \(1 rows left out, whose turns are all of weight 0\)"):
+        _encode(tokenizer, [_weighted(0)])
+
+
+def test_a_weight_of_the_row_multiplies_those_of_its_turns() -> None:
+    row = Row({"prompt": "q", "completion": "a", "weight": "0.25"}, "a.csv", 2)
+    encoded = _encode(TOKENIZERS["chatml"], [row])
+    assert encoded.notes == ["1 turns whose loss is multiplied by their weight"]
+    (example,) = encoded.examples
+    assert {w for w, label in zip(example.loss_weights, example.labels, strict=True) if label != IGNORED} == {0.25}
+
+
+def test_tokens_that_the_base_does_not_have_are_told_before_training() -> None:
+    tokenizer = byte_level(CHATML)
+    known = len(tokenizer)
+    tokenizer.add_tokens(["<extra>"], special_tokens=True)
+    rows = [_row([("user", "a"), ("assistant", "b")]), _row([("user", "a"), ("assistant", "<extra>")], 2)]
+    with pytest.raises(QaromaError, match=r"a\.jsonl:2 has the token '<extra>' \(id \d+\).* embedding has \d+ rows"):
+        _encode(tokenizer, rows, vocabulary=known)
+    assert len(_encode(tokenizer, rows, vocabulary=known + 1).examples) == 2
+
+
+def test_no_empty_thought_is_trained_beside_rows_that_think() -> None:
+    rows = [
+        _row([("user", "a"), ("assistant", "<think>\nhm\n</think>\n\n1st")]),
+        _row([("user", "a"), ("assistant", "2nd")], 2),
+        _row([("user", "a"), ("assistant", "<think>\n\n</think>\n\n3rd")], 3),
+    ]
+    for name in ("thinking", "opened thought", "chatml"):
+        tokenizer = TOKENIZERS[name]
+        first, second, third = _encode(tokenizer, rows).examples
+        assert "hm" in _trained(first, tokenizer)[0], name
+        assert _trained(second, tokenizer) == ["2nd<|im_end|>"], name
+        assert _trained(third, tokenizer) == ["3rd<|im_end|>"], name

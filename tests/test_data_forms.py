@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from random import Random
 
 import pytest
 
@@ -84,7 +86,6 @@ def test_text() -> None:
         ({"messages": [{"role": "wizard", "content": "a"}]}, "messages", "turn 1 has the role 'wizard'"),
         ({"messages": MESSAGES[:4]}, "messages", "last turn is from user"),
         ({"messages": MESSAGES[:1]}, "messages", "last turn is from system"),
-        ({"messages": MESSAGES[4:]}, "messages", "first turn is from the assistant"),
         ({"messages": [MESSAGES[1], {"role": "assistant", "content": "\n"}]}, "messages", "turn 2 .* is blank"),
         ({"messages": [MESSAGES[1], {"role": "assistant", "content": None}]}, "messages", "content of turn 2 is miss"),
         (
@@ -126,3 +127,215 @@ def test_report_is_capped() -> None:
     assert "a.jsonl:11" not in text
     assert "and 2 more" in text
     assert "--skip-bad-rows" in text
+
+
+def test_what_has_no_meaning_is_named_once() -> None:
+    rows = [
+        Row({"prompt": "a", "completion": "b", "id": line, "note": "", "tags": [], "x": None}, "a.jsonl", line)
+        for line in (1, 2)
+    ]
+    talk = [{**MESSAGES[1], "date": "today"}, MESSAGES[2]]
+    parsed = parse_rows([*rows, Row({"messages": talk, "text": "t"}, "b.jsonl", 1)])
+    assert parsed.notes == ["ignored keys: id, text, turns: date"]
+
+
+def test_columns_are_renamed_and_go_before_what_else_a_row_has() -> None:
+    rows = [Row({"q": Q2, "a": A2, "s": SYSTEM, "text": "t", "messages": MESSAGES[:2]}, "a.jsonl", 1)]
+    columns = {"prompt": "q", "completion": "a", "system": "s"}
+    parsed = parse_rows(rows, columns=columns)
+    assert [turns for _, turns in parsed.conversations] == [[TURNS[0], *TURNS[3:]]]
+    assert parsed.notes == ["ignored keys: messages, text"]
+    with pytest.raises(QaromaError, match=r"got --columns prompt=w, but no row has w; there are q, a, s, text, mess"):
+        parse_rows(rows, columns={"prompt": "w"})
+    with pytest.raises(QaromaError, match=r"got --columns promt=\.\.\.; expected one of prompt, completion"):
+        parse_rows(rows, columns={"promt": "q"})
+
+
+def test_feedback_is_refused_or_the_good_answers_are_taken() -> None:
+    labels = (True, False, "true", "False", 1, 0)
+    rows = [Row({"prompt": Q2, "completion": A2, "label": label}, "a.jsonl", n) for n, label in enumerate(labels, 1)]
+    with pytest.raises(QaromaError, match=r"a\.jsonl:1 has a label .*\(KTO\).*type --feedback good to train on"):
+        parse_rows(rows)
+    parsed = parse_rows(rows, feedback="good")
+    assert [row.line for row, _ in parsed.conversations] == [1, 3, 5]
+    assert parsed.notes == ["3 rows left out, whose answers are not good by their own label"]
+    assert parse_rows([Row({"text": "a", "label": True}, "a.jsonl", 1)]).notes == ["ignored keys: label"]
+    with pytest.raises(QaromaError, match="got feedback 'bad'; expected refuse or good"):
+        parse_rows(rows, feedback="bad")
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        ({"content": "a \ud83d"}, r"turn 2 holds \\ud83d, half of a surrogate pair"),
+        ({"content": "a", "weight": -1}, "'weight' of turn 2 is -1; expected a factor of the loss"),
+        ({"content": "a", "loss_weight": "much"}, "'loss_weight' of turn 2 is 'much'"),
+        ({"content": "a", "loss_weight": 10**400}, "'loss_weight' of turn 2 is 1000"),
+        ({"content": None, "tool_calls": [{"function": {"arguments": "{}"}}]}, "turn 2 has a call .* without a name"),
+        ({"content": None, "tool_calls": [{"name": "f", "arguments": "x"}]}, "calls f with arguments that are no JSON"),
+        ({"content": [{"type": "text"}]}, "turn 2 has a part of type text without text"),
+        ({"content": "<think>\n\n</think>\n\n"}, "turn 2 .* is blank"),
+    ],
+)
+def test_bad_turns(turn: dict, message: str) -> None:
+    with pytest.raises(BadRow, match=message):
+        to_conversation(Row({"messages": [MESSAGES[1], {"role": "assistant", **turn}]}, "a.jsonl", 1), "messages")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"messages": MESSAGES[1:3], "tools": "none"}, "'tools' is text; expected a list of functions"),
+        ({"messages": MESSAGES[1:3], "tools": [{"description": "d"}]}, "entry 1 of 'tools' is no function with a name"),
+        ({"messages": MESSAGES[2:3]}, "no turn is the user's"),
+        ({"messages": [{**MESSAGES[1], "train": True}, MESSAGES[2]]}, r"turn 1 \(user\) is to be trained"),
+        ({"chat": "hello", "system": "s"}, "one text without 'USER:'"),
+        (
+            {"messages": "[{'role': 'user'}\n {'role': 'assistant'}]"},
+            "a printed list that is not JSON; save the table as",
+        ),
+        ({"chat": "USER: a\n\nASSISTANT: <functioncall> x"}, "the field 'chat' has a call that is text without a name"),
+    ],
+)
+def test_bad_conversations(value: dict, message: str) -> None:
+    with pytest.raises(BadRow, match=message):
+        to_conversation(Row(value, "a.jsonl", 1), "messages")
+
+
+def test_turns_as_tables_hold_them() -> None:
+    columns = {"role": ["user", "assistant"], "content": [Q2, A2]}
+    printed = str([{"role": "user", "content": Q2}, {"role": "assistant", "content": A2}])  # as Python prints it
+    for value in (
+        {"messages": columns},
+        {"messages": printed},
+        {"Messages": MESSAGES[3:]},
+        {" messages": MESSAGES[3:]},
+    ):
+        row = Row(value, "a.csv", 2)
+        assert recognise([row]) == "messages"
+        assert to_conversation(row, "messages") == TURNS[3:]
+
+
+def test_calls_and_results_are_tied() -> None:
+    calls = [{"name": name, "arguments": {}} for name in ("f", "g")]
+    talk = [
+        MESSAGES[1],
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "content": {"x": 1}},
+        {"role": "tool", "content": "2"},
+        MESSAGES[2],
+    ]
+    _, called, first, second, _ = to_conversation(Row({"messages": talk}, "a.jsonl", 1), "messages")
+    assert [call["id"] for call in called.calls] == ["call00000", "call00001"]
+    assert [(m.name, m.call_id, m.content) for m in (first, second)] == [
+        ("f", "call00000", '{"x": 1}'),
+        ("g", "call00001", "2"),
+    ]
+
+
+KEYS = [
+    "messages",
+    "conversations",
+    "chat",
+    "contents",
+    "prompt",
+    "completion",
+    "question",
+    "answers",
+    "instruction",
+    "output",
+    "input",
+    "context",
+    "system",
+    "systemInstruction",
+    "history",
+    "tools",
+    "functions",
+    "chosen",
+    "rejected",
+    "label",
+    "weight",
+    "images",
+    "text",
+    "preferred_output",
+    "non_preferred_output",
+    "segments",
+    "x",
+]
+TURN_KEYS = [
+    "role",
+    "from",
+    "content",
+    "value",
+    "parts",
+    "tool_calls",
+    "function_call",
+    "weight",
+    "train",
+    "thinking",
+    "reasoning_content",
+    "name",
+    "tool_call_id",
+    "input",
+    "output",
+    "loss_weight",
+]
+PART_KEYS = ["type", "text", "value", "name", "arguments", "function", "id", "input", "content", "tool_use_id"]
+WORDS = [
+    *[
+        "user",
+        "assistant",
+        "gpt",
+        "tool",
+        "function_call",
+        "system",
+        "text",
+        "tool_use",
+        "tool_result",
+        "reasoning",
+        "[1",
+        "[]",
+        "{}",
+        "²",
+        "--1",
+        "1e400",
+    ],
+    *("", " ", '{"name": "f"}', "a \ud83d", "USER: a ASSISTANT: b", "<think>"),
+]
+
+
+def _random_value(random: Random, depth: int = 0) -> object:
+    kind = random.randrange(9 if depth < 4 else 6)
+    if kind < 4:
+        return random.choice(WORDS)
+    if kind < 6:
+        return random.choice((None, True, False, 0, -1, 3, 10**400, math.nan, math.inf, 0.5))
+    if kind == 6:
+        return [_random_value(random, depth + 1) for _ in range(random.randrange(4))]
+    keys = random.choice((KEYS, TURN_KEYS, PART_KEYS))
+    return {key: _random_value(random, depth + 1) for key in random.sample(keys, random.randrange(5))}
+
+
+def _random_turns(random: Random) -> list[object]:
+    turns: list[object] = [{**MESSAGES[1]}, {**MESSAGES[2]}]
+    for turn in turns:
+        if isinstance(turn, dict):
+            turn[random.choice(TURN_KEYS)] = _random_value(random, 2)
+    return [*turns, _random_value(random, 1)] if random.random() < 0.2 else turns
+
+
+def test_no_row_ends_in_anything_but_a_sentence() -> None:
+    random = Random(5)
+    for number in range(3000):
+        value = {key: _random_value(random) for key in random.sample(KEYS, random.randrange(1, 5))}
+        if random.random() < 0.5:
+            value[random.choice(("messages", "conversations", "chosen", "history", "prompt"))] = _random_turns(random)
+        for feedback in ("refuse", "good"):
+            try:
+                parsed = parse_rows([Row(value, "a.jsonl", number)], feedback=feedback)
+            except QaromaError:
+                continue
+            "\n".join([*parsed.bad, *parsed.notes]).encode("utf-8")
+            for _, turns in parsed.conversations:
+                assert turns[-1].role == "assistant"
+                "".join(m.content + m.thought for m in turns).encode("utf-8")

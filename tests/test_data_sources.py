@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from qaroma.data.folders import role_of
 from qaroma.data.sources import read_rows
 from qaroma.errors import QaromaError
 
@@ -110,7 +111,7 @@ def test_bad_lines_are_collected_with_their_places(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.json", b'[{"text": "a"},\n {"text" "b"}]', "not valid JSON: .* at line 2, column 10"),
-        ("a.json", b'{"train": [{"a": 1}], "test": [{"a": 1}]}', "several lists \\(train, test\\)"),
+        ("a.json", b'{"one": [{"a": 1}], "two": [{"a": 1}]}', "several lists \\(one, two\\)"),
         ("a.json", b"3", "expected a list of objects"),
         ("a.jsonl", b"\n\n", "holds no rows"),
         ("a.csv", b"", "holds no rows"),
@@ -148,7 +149,9 @@ def test_folder_with_splits_gives_the_training_files_and_says_so(tmp_path: Path)
         _write(tmp_path / name, json.dumps({"text": name}))
     found = read_rows([(str(tmp_path), 1.0)])
     assert [row.value["text"] for row in found.rows] == ["testimony.jsonl", "train-0.jsonl", "train-1.jsonl"]
-    assert "dev.json, test.jsonl left out" in found.notes[0]
+    assert "test.jsonl left out" in found.notes[0]
+    assert "dev.json held out to validate on" in found.notes[1]
+    assert found.validation == [str(tmp_path / "dev.json")]
 
 
 def test_missing_paths_name_near_files(tmp_path: Path) -> None:
@@ -169,7 +172,7 @@ def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
     asked = []
 
-    def load(name: str) -> dict[str, list[dict[str, str]]]:
+    def load(name: str, config: str | None, split: str | None) -> dict[str, list[dict[str, str]]]:
         asked.append(name)
         if name == "me/offline":
             raise ConnectionError("Couldn't reach the hub\nwith a long trace")
@@ -203,3 +206,114 @@ def test_demonstration(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row.value["instruction"] for row in read_rows([("demo:calendar-test", 1.0)]).rows] == ["test"] * 2
     with pytest.raises(QaromaError, match=r"no demonstration 'demo:x'; expected one of demo:calendar"):
         read_rows([("demo:x", 1.0)])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("pretty.jsonl", "\n\n".join(json.dumps(record, indent=2) for record in RECORDS)),
+        ("pretty.json", "\n".join(json.dumps(record, indent=2) for record in RECORDS)),
+        ("joined.jsonl", "".join(json.dumps(record) for record in RECORDS)),
+        ("columns.json", json.dumps({key: [record[key] for record in RECORDS] for key in RECORDS[0]})),
+        (
+            "pandas.json",
+            json.dumps({key: {str(n): record[key] for n, record in enumerate(RECORDS)} for key in RECORDS[0]}),
+        ),
+        ("splits.json", json.dumps({"train": RECORDS, "test": [{"instruction": "held", "output": "out"}]})),
+    ],
+)
+def test_records_in_other_shapes(tmp_path: Path, name: str, content: str) -> None:
+    found = read_rows([(_write(tmp_path / name, content), 1.0)])
+    assert [row.value for row in found.rows] == RECORDS
+    assert not found.bad
+    assert len(found.notes) == (name == "splits.json")
+    if name == "pretty.jsonl":
+        assert [row.line for row in found.rows] == [1, 6, 11]
+
+
+def test_one_broken_first_line_does_not_hide_the_others(tmp_path: Path) -> None:
+    name = _write(tmp_path / "a.jsonl", '{"text": \n{"text": "b"}\n{"text": "a", "text": "b"}\n' + "[" * 9000 + "\n")
+    found = read_rows([(name, 1.0)])
+    assert [row.line for row in found.rows] == [2]
+    assert [entry.split(": ")[0] for entry in found.bad] == [f"{name}:1", f"{name}:3", f"{name}:4"]
+    assert "'text' stands twice" in found.bad[1]
+
+
+def test_tables_written_by_hand(tmp_path: Path) -> None:
+    for name, content in {"a.csv": "prompt, completion\na, b\n", "a.tsv": "prompt\tcompletion\na\tb\n"}.items():
+        found = read_rows([(_write(tmp_path / name, content), 1.0)])
+        assert [row.value for row in found.rows] == [{"prompt": "a", "completion": "b"}]
+    with pytest.raises(QaromaError, match="UTF-16 text; save it as UTF-8"):
+        read_rows([(_write(tmp_path / "a.jsonl", '{"text": "a"}'.encode("utf-16")), 1.0)])
+
+
+@pytest.mark.parametrize(
+    ("file", "role"),
+    [
+        ("train.jsonl", "train"),
+        ("dolly_train.jsonl", "train"),
+        ("train/0000.parquet", "train"),
+        ("part-1.jsonl", "train"),
+        ("testimony.jsonl", "train"),
+        ("latest.jsonl", "train"),
+        ("evaluate_me.jsonl", "train"),
+        ("test/train-0.jsonl", "train"),
+        ("test.jsonl", "test"),
+        ("dolly_test.jsonl", "test"),
+        ("dolly-test-00000-of-00001.parquet", "test"),
+        ("test/0000.jsonl", "test"),
+        ("data/test/part-3.jsonl", "test"),
+        ("heldout.jsonl", "test"),
+        ("my_held_out.jsonl", "test"),
+        ("Hold-Out.csv", "test"),
+        ("valid.jsonl", "validation"),
+        ("dev.json.gz", "validation"),
+        ("validation-00000-of-00002.parquet", "validation"),
+        ("eval/a.jsonl", "validation"),
+    ],
+)
+def test_the_role_of_a_file_is_in_its_name(file: str, role: str) -> None:
+    assert role_of(Path(file)) == role
+
+
+def test_a_folder_of_held_out_files_alone_is_read(tmp_path: Path) -> None:
+    _write(tmp_path / "test.jsonl", '{"text": "t"}')
+    _write(tmp_path / "dataset_info.json", '{"mine": {"file_name": "test.jsonl", "columns": {"prompt": "q"}}}')
+    found = read_rows([(str(tmp_path), 1.0)])
+    assert [row.value for row in found.rows] == [{"text": "t"}]
+    assert (found.validation, len(found.notes)) == ([], 1)
+    assert "dataset_info.json is not read" in found.notes[0]
+
+
+def test_what_the_library_saved_is_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list(RECORDS)
+    table.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": table, "validation": table, "extra": table}).save_to_disk(str(tmp_path / "all"))
+    assert [row.value for row in read_rows([(str(tmp_path / "one"), 1.0)]).rows] == RECORDS
+    found = read_rows([(str(tmp_path / "all"), 1.0)])
+    assert [row.value for row in found.rows] == RECORDS
+    assert found.validation == [str(tmp_path / "all" / "validation")]
+    assert "left out extra" in found.notes[1]
+    assert len(read_rows([(found.validation[0], 1.0)]).rows) == 3
+
+
+def test_configuration_and_split_of_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[tuple[str, str | None, str | None]] = []
+
+    def load(name: str, config: str | None, split: str | None) -> object:
+        asked.append((name, config, split))
+        if config is None:
+            raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['main']\nExample")
+        return RECORDS if split else {"train": RECORDS, "validation": RECORDS, "test": RECORDS}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    found = read_rows([("me/data:main", 1.0)])
+    assert found.validation == ["me/data:main@validation"]
+    assert "left out test; name one with --data me/data:main@test" in found.notes[1]
+    assert len(read_rows([("me/data:main@train[:10%]", 1.0)]).rows) == 3
+    assert asked == [("me/data", "main", None), ("me/data", "main", "train[:10%]")]
+    with pytest.raises(QaromaError, match=r"available configs: \['main'\]; type me/data:NAME"):
+        read_rows([("me/data", 1.0)])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from data_tokenizers import (
+    CHANNELS,
     CHATML,
     DATED,
     ENDLESS,
@@ -13,12 +15,14 @@ from data_tokenizers import (
     LLAMA2,
     OPENED,
     THINKING,
+    TOOLS,
     byte_level,
     sentencepiece_like,
 )
 
 from qaroma.data.forms import BadRow, Message
-from qaroma.data.templates import Template, tokenize, tokenize_continuation
+from qaroma.data.templates import Template
+from qaroma.data.tokens import tokenize, tokenize_continuation
 from qaroma.errors import QaromaError
 
 SYSTEM = Message("system", "Be kind.")
@@ -197,3 +201,119 @@ def test_a_continuation_gets_no_space_that_nobody_wrote() -> None:
         prompt = tokenizer("the", add_special_tokens=False).input_ids
         joined = tokenizer.decode(prompt + tokenize_continuation(tokenizer, text), clean_up_tokenization_spaces=False)
         assert joined == "the" + text
+
+
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"x": "é"}}}
+CALLED = Message("assistant", "", calls=(CALL,))
+RESULT = Message("tool", "7", name="f", call_id="c")
+OFFERED = Message("system", "", tools=({"type": "function", "function": {"name": "f", "description": "d"}},))
+# As DeepSeek V3's: arguments are joined as text, so that an object is an error.
+TEXT_ARGUMENTS = TOOLS.replace("{{ c['function'] | tojson }}", "{{ c.function.name + c.function.arguments }}")
+# As Llama 3.1's: a turn with calls loses its words.
+WORDS_LOST = TOOLS.replace("{{ m['content'] }}", "{% if not m['tool_calls'] %}{{ m['content'] }}{% endif %}")
+
+
+def test_calls_are_trained_and_results_are_not() -> None:
+    template = Template.choose(byte_level(TOOLS))
+    first, second = template.turns([OFFERED, ONE, CALLED, RESULT, FIRST])
+    assert first.prompt.startswith('<|im_start|>tools\n[{"name": "f", "description": "d"}]<|im_end|>\n<|im_start|>user')
+    assert first.answer == '<call>{"name": "f", "arguments": {"x": "é"}}</call><|im_end|>'
+    assert second.prompt.endswith("<|im_start|>tool\n7<|im_end|>\n<|im_start|>assistant\n")
+    assert second.answer == "1st<|im_end|>"
+
+
+def test_arguments_are_text_where_the_template_joins_them_as_text() -> None:
+    (turn,) = Template.choose(byte_level(TEXT_ARGUMENTS)).turns([ONE, CALLED])
+    assert turn.answer == '<call>f{"x": "é"}</call><|im_end|>'
+
+
+@pytest.mark.parametrize(("text", "kind"), [(CHATML, "chat"), (GEMMA, "chat"), (LLAMA2, "chat"), (None, "plain")])
+def test_a_template_without_tools_refuses_them_or_writes_json(text: str | None, kind: str) -> None:
+    tokenizer = byte_level(text, bos=True, eos="</s>")
+    talk = [OFFERED, ONE, CALLED, RESULT, FIRST]
+    with pytest.raises(BadRow, match=r"does not render functions \(tools\) and calls.*; type --tools text"):
+        Template.choose(tokenizer).turns(talk)
+    template = Template.choose(tokenizer, tools="text")
+    first, second = template.turns(talk)
+    assert template.kind == kind
+    assert 'Tools: [{"name": "f", "description": "d"}]' in first.prompt
+    assert first.answer.strip().startswith('{"name": "f", "arguments": {"x": "é"}}')
+    assert "7" in second.prompt
+    assert second.answer.strip().startswith("1st")
+    assert Template.from_json(json.loads(json.dumps(template.to_json()))).turns(talk) == [first, second]
+    with pytest.raises(QaromaError, match="got tools 'xml'; expected template or text"):
+        Template.choose(tokenizer, tools="xml")
+
+
+def test_words_beside_calls_are_not_lost() -> None:
+    spoken = replace(CALLED, content="Let me add.")
+    assert "Let me add.<call>" in Template.choose(byte_level(TOOLS)).turns([ONE, spoken])[0].answer
+    with pytest.raises(BadRow, match=r"leaves out 'Let me add\.' of a turn with calls; type --tools text"):
+        Template.choose(byte_level(WORDS_LOST)).turns([ONE, spoken])
+
+
+def test_thoughts_are_the_templates_or_tags() -> None:
+    thought = Message("assistant", "1st", thought="hm")
+    assert Template.choose(byte_level(TOOLS)).turns([ONE, thought])[0].answer == "[hm]1st<|im_end|>"
+    for text in (CHATML, THINKING, OPENED):
+        template = Template.choose(byte_level(text)).fitted([[ONE, thought]])
+        (turn,) = template.turns([ONE, thought])
+        assert (turn.prompt + turn.answer).endswith("assistant\n<think>\nhm\n</think>\n\n1st<|im_end|>")
+        assert "hm" in turn.answer
+
+
+def test_prompts_end_before_the_channel_where_thoughts_or_calls_have_their_own() -> None:
+    template = Template.choose(byte_level(CHANNELS))
+    assert template.render_prompt([ONE]).endswith("<|im_start|>assistant say\n")
+    assert template.fitted([[ONE, FIRST]]) == template
+    thinking, closing = replace(CALLED, thought="hm"), Message("assistant", "1st", thought="so")
+    talk = [ONE, thinking, RESULT, closing]
+    fitted = template.fitted([[ONE, FIRST], talk])
+    called, said = fitted.turns(talk)
+    assert called.prompt.endswith("One?<|im_end|><|im_start|>assistant")
+    assert called.answer.startswith(" think\nhm<|im_end|><|im_start|>assistant call\n{")
+    assert called.answer.endswith("}</s>"), "a call ends with the token that the template ends it with"
+    tokenizer = byte_level(CHANNELS)
+    assert set(tokenizer.convert_ids_to_tokens(template.stop_token_ids(tokenizer))) == {"<|im_end|>", "</s>"}
+    assert said.answer == " think\nso<|im_end|><|im_start|>assistant say\n1st<|im_end|>"
+    assert fitted.turns([ONE, FIRST])[0].answer == " say\n1st<|im_end|>"
+
+
+def test_an_empty_thought_that_the_template_spells_otherwise_is_left_out_of_calls() -> None:
+    empty = "{% if m['role'] == 'assistant' %}<think></think>{% endif %}"
+    spelt = TOOLS.replace("{{ m['content'] }}", empty + "{{ m['content'] }}")
+    opens = spelt.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
+    (turn,) = Template.choose(byte_level(opens)).turns([ONE, CALLED])
+    assert turn.prompt.endswith("assistant\n<think>\n\n</think>\n\n")
+    assert turn.answer == '<call>{"name": "f", "arguments": {"x": "é"}}</call><|im_end|>'
+
+
+def test_a_template_that_forbids_thoughts_refuses_them() -> None:
+    header = "<|im_start|>assistant\n"
+    closed = CHATML.replace(header, header + "<think>\n\n</think>\n\n")
+    with pytest.raises(BadRow, match="asks for an answer without a thought"):
+        Template.choose(byte_level(closed)).turns([ONE, Message("assistant", "1st", thought="hm")])
+
+
+def test_the_assistant_may_begin_where_the_template_renders_it() -> None:
+    turns = Template.choose(byte_level(CHATML)).turns([SYSTEM, FIRST, ONE, SECOND])
+    assert [turn.answer for turn in turns] == ["1st<|im_end|>", "2nd<|im_end|>"]
+    assert turns[0].prompt.endswith("Be kind.<|im_end|>\n<|im_start|>assistant\n")
+    needs_first = CHATML.replace("{% for m", "{% if messages[0]['role'] == 'x' %}{% endif %}{% for m")
+    assert Template.choose(byte_level(needs_first)).turns([FIRST, ONE, SECOND])[0].answer == "1st<|im_end|>"
+    with pytest.raises(BadRow, match="must alternate"):
+        Template.choose(byte_level(GEMMA, bos=True)).turns([FIRST, ONE, SECOND])
+
+
+def test_two_answers_in_a_row_are_trained_without_the_header_between() -> None:
+    turns = Template.choose(byte_level(CHATML)).turns([ONE, FIRST, SECOND])
+    assert [turn.answer for turn in turns] == ["1st<|im_end|>", "2nd<|im_end|>"]
+
+
+def test_a_later_system_turn_is_not_lost() -> None:
+    skips = "{% if m['role'] == 'system' and not loop.first %}{% continue %}{% endif %}"
+    first_only = CHATML.replace("{% for m in messages %}", "{% for m in messages %}" + skips)
+    talk = [ONE, FIRST, Message("system", "Now in French."), TWO, SECOND]
+    with pytest.raises(BadRow, match=r"leaves out a later system turn \('Now in French\.'\)"):
+        Template.choose(byte_level(first_only)).turns(talk)
+    assert len(Template.choose(byte_level(CHATML)).turns(talk)) == 2

@@ -20,13 +20,13 @@ def head_of(projection: nn.Module, **config) -> LMHead:
     return LMHead(model)
 
 
-def naive(hidden, head: LMHead, targets):
+def naive(hidden, head: LMHead, targets, weights=1.0):
     logits = F.linear(hidden, dense_weight(head.projection, hidden.dtype)).float() * head.multiplier
     if head.projection.bias is not None:
         logits = logits + head.projection.bias * head.multiplier
     if head.softcap:
         logits = torch.tanh(logits / head.softcap) * head.softcap
-    return F.cross_entropy(logits, targets, reduction="sum")
+    return (weights * F.cross_entropy(logits, targets, reduction="none")).sum()
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +48,19 @@ def test_loss_and_gradient_equal_the_naive_form(kind: str, config: dict, tokens:
     loss = linear_cross_entropy(ours, head, targets) / 3
     loss.backward()
     truth = naive(theirs, head, targets) / 3
+    truth.backward()
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-5)
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_each_tokens_loss_is_multiplied_by_its_weight(kind: str) -> None:
+    projection = nf4_linear(64, 300) if kind == "nf4" else nn.Linear(64, 300, bias=False)
+    head = head_of(projection.requires_grad_(False))
+    hidden, targets, weights = torch.randn(23, 64), torch.randint(0, 300, (23,)), torch.rand(23) * 3
+    ours, theirs = hidden.clone().requires_grad_(), hidden.clone().double().requires_grad_()
+    loss, truth = linear_cross_entropy(ours, head, targets, weights), naive(theirs, head, targets, weights)
+    loss.backward()
     truth.backward()
     assert loss.item() == pytest.approx(truth.item(), rel=1e-5)
     torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)

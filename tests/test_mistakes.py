@@ -43,7 +43,7 @@ MISTAKES = {
     "compare --methods aroma,nonsense --output x --model m --data d.jsonl": "no such method: 'nonsense'",
     "plan --model ./nofolder": "There is no folder './nofolder'; expected a model's folder",
     "plan --model lama3-8b": "near it are llama3-8b",
-    "plan --model llama3-8b --vram big": "Got memory 'big'; expected a size such as 8GiB",
+    "plan --model llama3-8b --vram big": "got memory 'big'; expected a size such as 8GiB",
     "bench --model ./nofolder": "There is no folder './nofolder'; expected a model's folder",
     "init --model ./nofolder --data d.jsonl": "There is no folder './nofolder'; expected a model's folder",
     "data preview --model smollm2-135m --data missing.jsonl": "there is no file or folder 'missing.jsonl'",

@@ -14,16 +14,18 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from safetensors.torch import save_file
 from test_training import make_config
 
 from qaroma.cli import main
 from qaroma.errors import QaromaError
+from qaroma.method.factors import Factors
 from qaroma.report.keyfigures import key_figures, settings, state
 from qaroma.report.names import module_labels
 from qaroma.report.panels import Line, Panel, choose_modules, growth_panels, running_mean, thinned, training_panels
 from qaroma.report.spectra import component_similarity, read_spectra, similar_modules
 from qaroma.report.write import write_report
+from qaroma.runs.adapter import write_adapter_files
+from qaroma.runs.adapter_info import AdapterInfo, TaskInfo
 from qaroma.runs.figures import validation_of
 from qaroma.runs.finding import open_run, open_runs
 from qaroma.runs.reading import Series, read_run
@@ -67,24 +69,21 @@ def step_line(step: int, **changes: Any) -> dict[str, Any]:
     return {**line, **changes}
 
 
-def write_adapter(folder: Path, components: dict[str, int], inner_rank: int = 1, growth: bool = True) -> None:
-    """An adapter folder whose module ``MODULES[1]`` repeats one direction, and whose others never do."""
-    weights = {}
+def write_adapter(folder: Path, components: dict[str, int], inner_rank: int = 1) -> None:
+    """A classifier's adapter whose module ``MODULES[1]`` repeats one direction, and whose others never do."""
+    update = {}
     for module, count in components.items():
         rank = count * inner_rank
-        if rank:
-            A, B = torch.eye(rank, 8), torch.eye(12, rank)
-            if module == MODULES[1]:
-                A, B = A[:1].repeat(rank, 1), B[:, :1].repeat(1, rank)
-            weights[f"base_model.model.{module}.lora_A.weight"] = A.clone()
-            weights[f"base_model.model.{module}.lora_B.weight"] = B.clone()
-    weights["base_model.model.classifier.weight"] = torch.zeros(2, 8)
+        A, B = torch.eye(rank, 8), torch.eye(rank, 12)
+        if module == MODULES[1]:
+            A, B = A[:1].repeat(rank, 1), B[:1].repeat(rank, 1)
+        update[module] = Factors(A, B)
+    info = AdapterInfo(
+        {module: [inner_rank] * count for module, count in components.items()}, inner_rank, alpha=2.0, step=STEPS,
+        task=TaskInfo(kind="classification", labels=("no", "yes"), head=("classifier",)),
+    )  # fmt: skip
     folder.mkdir()
-    save_file(weights, folder / "adapter_model.safetensors")
-    if growth:
-        info = {"version": 1, "inner_rank": inner_rank, "alpha": 2.0, "step": STEPS,
-                "components": {m: [inner_rank] * n for m, n in components.items()}}  # fmt: skip
-        (folder / "growth.json").write_text(json.dumps(info), encoding="utf-8")
+    write_adapter_files(folder, update, info, base="tiny", head={"classifier.weight": torch.zeros(2, 8)})
 
 
 def make_run(
@@ -285,10 +284,9 @@ def test_effective_ranks_and_cosines_are_the_adapters(tmp_path: Path) -> None:
     assert similar_modules([spectra])[0] == MODULES[1]
 
 
-@pytest.mark.parametrize("growth", [True, False])
-def test_components_of_adalora_are_single_ranks(tmp_path: Path, growth: bool) -> None:
+def test_components_of_adalora_are_single_ranks(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", method="adalora", adapter=False)
-    write_adapter(run / "adapter", dict.fromkeys(MODULES, 1), inner_rank=4, growth=growth)
+    write_adapter(run / "adapter", dict.fromkeys(MODULES, 1), inner_rank=4)
     spectra = read_spectra(read_run(run))
     assert spectra is not None
     assert spectra.components == {module: [1, 1, 1, 1] for module in MODULES}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_config
 
 from qaroma.data.encode import IGNORED, Example
+from qaroma.data.packing import pack
 from qaroma.engine.levels import apply_level
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_base
@@ -131,3 +134,19 @@ def test_the_head_is_known_with_embeddings_on_the_host_and_in_four_bits(tmp_path
     state = torch.get_rng_state()
     require_known_head(model)
     assert torch.equal(torch.get_rng_state(), state)  # a resumed run goes on as it would have
+
+
+def test_a_tokens_weight_multiplies_its_loss(tiny_model) -> None:
+    plain, task = [example(9, 4), example(6, 2)], CausalLM()
+    weights = tuple([1.0] * 6 + [0.5] * 3)
+    weighted = [replace(plain[0], loss_weights=weights), plain[1]]
+    loss, count = task.loss(tiny_model, task.collate(weighted))
+    expected = 0.0
+    for e in weighted:
+        logits = tiny_model(input_ids=torch.tensor([e.input_ids])).logits[0, :-1].float()
+        each = F.cross_entropy(logits, torch.tensor(e.labels[1:]), reduction="none", ignore_index=IGNORED)
+        expected += (each * torch.tensor(e.loss_weights[1:] or [1.0] * len(each))).sum().item()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert count == task.collate(plain).counted, "a weight scales the loss, it does not count fewer tokens"
+    packed, _ = task.loss(tiny_model, task.collate(pack(weighted, 16)))
+    assert packed.item() == pytest.approx(loss.item(), rel=1e-5)

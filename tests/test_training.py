@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -325,3 +326,29 @@ def test_a_model_is_looked_up_once(
     config = make_config(tiny_folder, data_file, tmp_path / "run", training__max_steps=2, training__memory=memory)
     finetune(config, console=QUIET)
     assert calls == {"resolve_model": 1, "AutoConfig": 1}
+
+
+def test_files_named_for_validation_are_validated_on(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, count in {"part-1": 6, "valid": 2, "my_test": 3}.items():
+        rows = [json.dumps({"prompt": f"{name} {n}", "completion": str(n), "id": n}) for n in range(count)]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    data = prepare_data(make_config(tiny_folder, folder, None))
+    assert (len(data.train), len(data.validation)) == (6, 2)
+    assert data.notes[1:4] == [
+        f"{folder}: my_test.jsonl left out, held out by their names; name a file to train on it.",
+        f"{folder}: valid.jsonl held out to validate on; name a file to train on it.",
+        "ignored keys: id",
+    ]
+
+
+def test_tokens_beyond_the_embedding_are_refused_before_any_weight_is_loaded(tiny_folder: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder, base)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps(config | {"vocab_size": 60}), encoding="utf-8")
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prompt": "hello", "completion": "there"}', encoding="utf-8")
+    with pytest.raises(QaromaError, match=r"a\.jsonl:1 has the token .* embedding has 60 rows"):
+        prepare_data(make_config(base, file, None))

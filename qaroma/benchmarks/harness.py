@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,14 +88,19 @@ def run_benchmark(
         **summarise(asked, chosen["group_map"]),
         "output": results.as_posix(),
     }
+    _write(results, figures, asked["samples"])
+    return figures
+
+
+def _write(results: Path, figures: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """The figures, and beside them what each question was answered."""
     lines = [
         json.dumps({"task": task, **{key: sample[key] for key in sample if key not in _BULKY}}) + "\n"
-        for task, samples in asked["samples"].items()
-        for sample in samples
+        for task, answered in samples.items()
+        for sample in answered
     ]
     write_atomically(results.with_suffix(".jsonl"), "".join(lines))
     write_atomically(results, json.dumps(figures, indent=2) + "\n")
-    return figures
 
 
 def _load_tasks(names: Sequence[str], data: str | None) -> dict[str, Any]:

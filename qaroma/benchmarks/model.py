@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qaroma.data.forms import BadRow, Message
-from qaroma.data.templates import Template, added_bos, tokenize, tokenize_continuation
+from qaroma.data.templates import Template
+from qaroma.data.tokens import added_bos, tokenize, tokenize_continuation
 from qaroma.engine.loss import LMHead
 from qaroma.engine.placement import compute_device
 from qaroma.errors import QaromaError

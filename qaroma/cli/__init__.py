@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        arguments: What was typed after ``qaroma``; None takes it from the process.
+        arguments: what was typed after ``qaroma``; None takes it from the process.
 
     Returns:
         The exit code: 0, 2 for a mistake that the user can mend (its sentence is on stderr), or

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from qaroma.cli.options import config_option, count
+from qaroma.cli.options import config_option, count, read_config
 from qaroma.cli.output import JSON_OPTION, figures_only, write_figures
 from qaroma.cli.run_arguments import BASE_OPTION, RUN_ARGUMENT, TRUST_OPTION
 from qaroma.config.load import parse_source
@@ -36,6 +36,8 @@ def _refuse_benchmark(_: click.Context, __: click.Parameter, value: str | None) 
               help="File, folder or hub id whose answers are known. Repeatable.")  # fmt: skip
 @click.option("--rows", type=count(1), metavar="INTEGER", help="At most so many of its rows; default: all.")
 @config_option("data.format")
+@config_option("data.columns")
+@config_option("data.feedback")
 @config_option("data.skip_bad_rows")
 @config_option("evaluation.max_new_tokens", text="Longest answer; default: follows the longest expected one.")
 @BASE_OPTION
@@ -61,6 +63,7 @@ def command(
     sources = [parse_source(text) for text in data]
     for path, _ in sources:
         require_source(path)
+    reading = read_config(None, {key: value for key, value in parameters.items() if key.startswith("data__")}, ()).data
 
     from qaroma.inference.open import evaluate_run
 
@@ -69,6 +72,8 @@ def command(
             run,
             sources,
             data_format=parameters["data__format"] or "auto",
+            columns=reading.columns,
+            feedback=reading.feedback,
             rows=rows,
             max_new_tokens=parameters["evaluation__max_new_tokens"],
             base=base,

@@ -11,21 +11,19 @@ import click
 from qaroma.cli.options import config_option
 from qaroma.cli.output import JSON_OPTION, figures_only
 from qaroma.cli.run_arguments import BASE_OPTION, RUN_ARGUMENT, TRUST_OPTION
+from qaroma.export.format_facts import FORMAT_FACTS
 from qaroma.model.builtin import require_model
 from qaroma.runs.directory import require_adapter_or_checkpoint, run_around
 
 if TYPE_CHECKING:
     from qaroma.data.encode import Example
 
-_FORMATS = ("peft", "padded", "gguf-adapter", "merged", "gguf", "all")
+_FORMATS = (*FORMAT_FACTS, "all")
 _OUTTYPES = ("f32", "f16", "bf16", "q8_0", "q4_k_m")
-_EPILOG = """\b
+_LIST = "\n".join(f"  {name:<14}{facts.audience}" for name, facts in FORMAT_FACTS.items())
+_EPILOG = f"""\b
 Formats:
-  peft          a rank for each module: PEFT, transformers
-  padded        one rank, zero-padded: vLLM, SGLang, Ollama
-  gguf-adapter  llama.cpp, LM Studio
-  merged        an ordinary checkpoint: anything
-  gguf          a model file with an Ollama Modelfile: llama.cpp, Ollama
+{_LIST}
 \b
 Examples:
   qaroma export runs/quickstart

@@ -11,6 +11,7 @@ import click
 
 from qaroma.cli.config_file import write_config
 from qaroma.cli.options import config_option
+from qaroma.config.foreign import Foreign, read_foreign
 from qaroma.config.load import parse_source, read_settings
 from qaroma.config.schema import Config
 from qaroma.config.words import memory_size
@@ -25,6 +26,7 @@ _EPILOG = """\b
 Examples:
   qaroma init
   qaroma init --model smollm2-135m --data mine.jsonl --vram 8GiB --output mine.yaml
+  qaroma init --from axolotl.yaml
 """
 _FIRST_MODEL = "smollm2-135m"
 
@@ -32,20 +34,29 @@ _FIRST_MODEL = "smollm2-135m"
 @click.command(epilog=_EPILOG)
 @config_option("model.name")
 @config_option("data.train")
+@click.option("--from", "foreign", metavar="FILE", help="A configuration of Axolotl or LLaMA-Factory to begin with; "
+              "what it says that cannot be done is listed.")  # fmt: skip
 @click.option("--vram", "--card", "vram", metavar="SIZE", help="Memory of the card, as 8GiB, or cpu. "
               "Default: this machine's GPU, or its CPU.")  # fmt: skip
 @click.option("--output", metavar="FILE", help="The YAML file to write; default: named after the data.")
 @click.option("--yes", is_flag=True, help="Ask nothing: what is not given has its default.")
 @click.option("--force", is_flag=True, help="Overwrite a file that is there.")
+@config_option("data.columns")
+@config_option("data.feedback")
+@config_option("data.tools")
 @config_option("data.skip_bad_rows")
 @config_option("model.trust_remote_code")
 def command(
     model__name: str | None,
     data__train: tuple[str, ...],
+    foreign: str | None,
     vram: str | None,
     output: str | None,
     yes: bool,
     force: bool,
+    data__columns: str | None,
+    data__feedback: str | None,
+    data__tools: str | None,
     data__skip_bad_rows: bool | None,
     model__trust_remote_code: bool | None,
 ) -> None:
@@ -55,6 +66,9 @@ def command(
     given, where there is a terminal. No weight is downloaded.
     """
     asking = sys.stdin.isatty() and not yes
+    theirs = read_foreign(foreign) if foreign else Foreign("")
+    model__name = model__name or theirs.settings.get("model.name")
+    data__train = data__train or tuple(theirs.settings.get("data.train", ()))
     model = model__name or (_ask("Model: a folder or a hub id", _FIRST_MODEL, _check_model) if asking else None)
     data = data__train or ((_ask("Data: a file, a folder or a hub id", None, _check_data),) if asking else ())
     if asking and vram is None:
@@ -67,12 +81,17 @@ def command(
     target = Path(output or (_ask("Write to", str(default), lambda _: None) if asking else default))
     if target.exists() and not force:
         raise QaromaError(f"{target} is there already and is left as it was; type --force, or name another: --output")
-    flags = {
+    flags = theirs.settings | {
         "model.name": model or _FIRST_MODEL,
         "data.train": list(data),
+        "data.columns": data__columns or theirs.settings.get("data.columns"),
+        "data.feedback": data__feedback,
+        "data.tools": data__tools,
         "data.skip_bad_rows": data__skip_bad_rows or None,
         "model.trust_remote_code": model__trust_remote_code or None,
     }
+    if theirs.left:
+        click.echo(f"of the {theirs.tool} configuration not taken: {', '.join(theirs.left)}")
     config = read_settings(None, flags, [])
     if vram is not None:
         _check_size(vram)
@@ -92,6 +111,8 @@ def _write(config: Config, vram: str | None, target: Path, force: bool) -> None:
     write_config(target, start_yaml(start, target.as_posix()), force=force)
     resolved, training = start.config, start.config.training
     click.echo(f"data: {data_words(start.data)}")
+    for note in start.notes:
+        click.echo(note)
     if start.left_out:
         share = start.left_out / start.data.rows
         click.echo(f"{start.left_out} of them ({share:.0%}) are longer than {resolved.data.max_length} and left out")

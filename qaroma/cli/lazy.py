@@ -14,8 +14,8 @@ class LazyGroup(click.Group):
     """A group whose command ``name`` is the object ``command`` of the module ``<package>.<name>``.
 
     Args:
-        package: Dotted name of the package that holds the modules.
-        commands_help: Each command's name (with ``-`` for ``_`` in the module's name) and the line
+        package: dotted name of the package that holds the modules.
+        commands_help: each command's name (with ``-`` for ``_`` in the module's name) and the line
             that stands beside it in the group's help; that list is shown without importing them.
     """
 

@@ -47,8 +47,8 @@ def config_option(key: str, *, text: str | None = None) -> Callable[[_Function],
     of its own: one that was not typed leaves the configuration as it is.
 
     Args:
-        key: The dotted key, as ``training.learning_rate``.
-        text: Help text where the field's description does not fit the command.
+        key: the dotted key, as ``training.learning_rate``.
+        text: help text where the field's description does not fit the command.
     """
     field = _FIELDS[key]
     kind, bounds = _kind(field)
@@ -84,7 +84,7 @@ def read_config(config: str | None, parameters: Mapping[str, Any], sets: Sequenc
 
     Args:
         config: YAML file or name, or None.
-        parameters: The command's remaining parameters.
+        parameters: the command's remaining parameters.
         sets: ``key=value`` texts.
 
     Raises:
@@ -127,6 +127,8 @@ def _click_type(kind: Any, bounds: Sequence[Any]) -> click.ParamType[Any]:
 
 
 def _metavar(kind: Any) -> str | None:
+    if get_origin(kind) is dict:
+        return "KEY=NAME,..."
     names = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
     return names.get(kind)
 

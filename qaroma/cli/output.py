@@ -21,7 +21,7 @@ def figures_only(json_output: bool) -> Iterator[Callable[[Any], None]]:
     """Keeps stdout free for the figures.
 
     Args:
-        json_output: Whether ``--json`` was typed. If so, whatever the block (or a library that it
+        json_output: whether ``--json`` was typed. If so, whatever the block (or a library that it
             calls) prints goes to stderr.
 
     Yields:

@@ -46,7 +46,7 @@ def read_settings(path: str | Path | None, flags: Mapping[str, Any], sets: Seque
 
     Args:
         path: YAML file, or the name of a shipped one (``quickstart``); None starts from the defaults.
-        flags: Dotted key to value, as ``{"training.learning_rate": 1e-3}``; None means not given.
+        flags: dotted key to value, as ``{"training.learning_rate": 1e-3}``; None means not given.
         sets: ``key=value`` texts with any dotted key; the value is read as YAML.
 
     Returns:

@@ -10,7 +10,7 @@ what a run needs is never ``None`` there, and nothing changes any more.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Le
 from pydantic import (
@@ -80,6 +80,16 @@ class ModelSection(Section):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention implementation.")
 
 
+def _pairs(value: Any) -> Any:
+    """KEY=NAME pairs typed on a command line, as a mapping; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    pairs = [pair.partition("=") for pair in value.split(",")]
+    if not all(key.strip() and name.strip() for key, _, name in pairs):
+        raise PydanticCustomError("pairs", "KEY=NAME pairs, as prompt=question,completion=answer")
+    return {key.strip(): name.strip() for key, _, name in pairs}
+
+
 class DataSource(Section):
     """One file, folder or hub data set, and its share."""
 
@@ -100,6 +110,20 @@ class DataSection(Section):
     validation_max: PositiveInt = Field(500, description="At most so many rows are set aside.")
     format: Literal["auto", "alpaca", "completion", "messages", "sharegpt", "text"] = Field(
         "auto", description="Form of the rows; auto recognises it and says which."
+    )
+    columns: Annotated[dict[str, str], BeforeValidator(_pairs)] = Field(
+        default_factory=dict,
+        description="Keys of your rows that stand for others, as prompt=question,completion=answer (also system, "
+        "context, history, tools, weight, messages, text).",
+    )
+    feedback: Literal["refuse", "good"] = Field(
+        "refuse",
+        description="Rows that say which answers are good (chosen and rejected, or a label true or false): refuse "
+        "them, or train plainly on the good answers alone.",
+    )
+    tools: Literal["template", "text"] = Field(
+        "template",
+        description="Functions, calls and their results: rendered by the chat template's own means, or as JSON text.",
     )
     template: Literal["auto", "chat", "plain", "none"] = Field(
         "auto",

@@ -13,17 +13,18 @@ inside the example of a later turn where that example begins with its very token
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
 
-from qaroma.data.forms import BadRow, Message, Parsed, parse_rows, report_bad_rows
+from qaroma.data.fields import BadRow
+from qaroma.data.forms import Parsed, parse_rows, report_bad_rows
 from qaroma.data.sources import Row, RowSet
-from qaroma.data.split import held_out_keys, repeated
-from qaroma.data.templates import Template, added_bos, tokenize, tokenize_continuation
+from qaroma.data.templates import Template
+from qaroma.data.tokens import added_bos, tokenize, tokenize_continuation
+from qaroma.data.turns import Message
 from qaroma.errors import QaromaError
 
 IGNORED = -100
@@ -44,6 +45,7 @@ class Example:
         origin: ``file:line`` of its row (of plain text: of the document that it begins in).
         conversation: The turns in it, the last one the assistant's; empty for plain text.
         weight: How often it appears in an epoch.
+        loss_weights: Aligned with ``labels``, the factor of each token's loss; empty where all are 1.
         lengths: Of the sequences packed into it; empty where it is one.
     """
 
@@ -52,12 +54,22 @@ class Example:
     origin: str = ""
     conversation: tuple[Message, ...] = ()
     weight: float = 1.0
+    loss_weights: tuple[float, ...] = ()
     lengths: tuple[int, ...] = ()
 
     @property
     def trained(self) -> int:
         """Number of tokens that the loss counts."""
         return len(self.labels) - self.labels.count(IGNORED)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Consecutive tokens that are trained with one weight, or with weight 0 not trained."""
+
+    start: int
+    end: int
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -109,10 +121,13 @@ def encode_rows(
     template: Template,
     *,
     form: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    feedback: str = "refuse",
     train_on: str = "answer",
     max_length: int | None = None,
     on_too_long: str = "drop",
     skip_bad: bool = False,
+    vocabulary: int | None = None,
 ) -> Encoded:
     """Recognise, render and tokenise rows.
 
@@ -121,31 +136,37 @@ def encode_rows(
         tokenizer: The base's tokenizer.
         template: From :meth:`Template.choose`, or the one an adapter remembers.
         form: A form to force, or ``auto``: each file by its keys.
+        columns, feedback: See :func:`qaroma.data.forms.parse_rows`.
         train_on: ``answer``: the loss counts the assistant's turns; ``all``: every token.
         max_length: Greatest length in tokens, see :func:`limit_length`; None is no limit, and chunks of
             1024 for plain text.
         on_too_long: See :func:`limit_length`.
         skip_bad: Leave bad rows out instead of raising.
+        vocabulary: Rows of the base's embedding; None asks nothing of the ids.
 
     Returns:
         The examples; ``template`` of the result is the one to remember.
 
     Raises:
-        QaromaError: Bad rows (all of them reported together), mixed forms, or nothing left to train on.
+        QaromaError: Bad rows (all of them reported together), mixed forms, tokens that the base does not have,
+            or nothing left to train on.
     """
     if train_on not in ("answer", "all"):
         raise QaromaError(f"got train_on '{train_on}'; expected answer or all.")
     given = rows if isinstance(rows, RowSet) else RowSet(list(rows))
-    parsed = parse_rows(given.rows, form)
+    parsed = parse_rows(given.rows, form, columns=columns, feedback=feedback)
     template = template.fitted(messages for _, messages in parsed.conversations)
     examples = list(_conversation_examples(parsed, tokenizer, template, train_on))
     bad = [*given.bad, *parsed.bad]
     if bad and not skip_bad:
         raise report_bad_rows(bad, len(given.rows) + len(given.bad))
     examples += _text_examples(parsed.documents, tokenizer, max_length or TEXT_CHUNK)
+    notes = [*given.notes, *parsed.notes, *_about_weights(parsed)]
     if not examples:
-        raise report_bad_rows(bad, len(bad)) if bad else QaromaError("the data holds no rows; expected at least one.")
-    encoded = Encoded(examples, template, parsed.forms, bad=bad, notes=list(given.notes))
+        raise report_bad_rows(bad, len(bad)) if bad else _nothing_left(notes)
+    encoded = Encoded(examples, template, parsed.forms, bad=bad, notes=notes)
+    if vocabulary is not None:
+        _require_known(encoded, tokenizer, vocabulary)
     _require_trained(encoded, "a row needs an answer (or plain text) of at least two tokens")
     return limit_length(encoded, max_length, on_too_long)
 
@@ -185,9 +206,16 @@ def limit_length(encoded: Encoded, max_length: int | None, on_too_long: str = "d
         if len(example.input_ids) <= max_length:
             kept.append(example)
         elif not example.conversation:
-            kept += [_example(piece, [(0, len(piece))], example) for piece in _pieces(example.input_ids, max_length)]
+            kept += [
+                _example(piece, [_Span(0, len(piece))], example) for piece in _pieces(example.input_ids, max_length)
+            ]
         else:
-            cut = replace(example, input_ids=example.input_ids[:max_length], labels=example.labels[:max_length])
+            cut = replace(
+                example,
+                input_ids=example.input_ids[:max_length],
+                labels=example.labels[:max_length],
+                loss_weights=example.loss_weights[:max_length],
+            )
             if on_too_long == "truncate" and cut.trained:
                 kept.append(cut)
                 truncated += 1
@@ -202,50 +230,6 @@ def limit_length(encoded: Encoded, max_length: int | None, on_too_long: str = "d
     longest = max(encoded.lengths)
     _require_trained(limited, f"--max-length is {max_length} and the longest example has {longest}; raise it")
     return limited
-
-
-def split_validation(
-    encoded: Encoded, *, share: float = 0.05, at_most: int = 500, seed: int = 0
-) -> tuple[Encoded, Encoded]:
-    """Set a random part of the rows aside for validation, and give the rest its weights.
-
-    All examples of one row fall on the same side, and copies are made after the split, so that no row
-    is in both. Chunks of plain text count as rows.
-
-    Args:
-        encoded: The examples.
-        share: Share of the rows set aside; 0 sets none aside.
-        at_most: Greatest number of rows set aside.
-        seed: Seed of the choice.
-
-    Returns:
-        Training and validation examples, each in their former order; the training ones as :func:`weigh`
-        repeats them.
-    """
-    keys: list[Hashable] = [e.origin if e.conversation else tuple(e.input_ids) for e in encoded.examples]
-    chosen = held_out_keys(keys, share=share, at_most=at_most, seed=seed)
-    pairs = list(zip(keys, encoded.examples, strict=True))
-    train = replace(encoded, examples=[example for key, example in pairs if key not in chosen])
-    held_out: dict[Hashable, list[Example]] = defaultdict(list)
-    for key, example in pairs:
-        if key in chosen and example not in held_out[key]:
-            held_out[key].append(example)
-    validation = replace(encoded, examples=[example for group in held_out.values() for example in group])
-    return weigh(train, seed=seed), validation
-
-
-def weigh(encoded: Encoded, *, seed: int = 0) -> Encoded:
-    """Repeat each example as its weight says (:func:`qaroma.data.split.repeated`).
-
-    Args:
-        encoded: The examples.
-        seed: Seed of the choice of the fractional part.
-
-    Returns:
-        The examples of an epoch, all with weight 1, copies side by side.
-    """
-    epoch = repeated(encoded.examples, seed=seed)
-    return replace(encoded, examples=[replace(example, weight=1.0) for example in epoch])
 
 
 def _conversation_examples(
@@ -267,38 +251,44 @@ def _conversation_examples(
             continue
         ids = iter([[same.setdefault(token, token) for token in row] for row in tokenize(tokenizer, texts)])
         for row, messages, turns in rendered:
-            spans = []
+            tokenised = []
             for turn in turns:
                 prompt, whole = next(ids), next(ids)
                 if whole[: len(prompt)] != prompt:
                     whole = prompt + tokenize_continuation(tokenizer, turn.answer)
-                spans.append((len(prompt), whole))
-            yield from _examples_of_row(row, messages, spans, train_on)
+                tokenised.append((len(prompt), whole))
+            yield from _examples_of_row(row, messages, tokenised, train_on)
 
 
 def _examples_of_row(
-    row: Row, messages: Sequence[Message], spans: Sequence[tuple[int, list[int]]], train_on: str
+    row: Row, messages: Sequence[Message], turns: Sequence[tuple[int, list[int]]], train_on: str
 ) -> list[Example]:
-    """The example of the last turn and of every earlier one that is not part of it, in their order.
+    """The example of the last trained turn and of every earlier one that is not part of it, in their order.
 
     Args:
         row: Where they come from.
         messages: The conversation.
-        spans: For each turn of the assistant, the length of its prompt and the ids of prompt and answer.
-        train_on: answer or all.
+        turns: For each turn of the assistant, the length of its prompt and the ids of prompt and answer.
+        train_on: answer or all; with all, a turn of weight 0 is the only thing that is not trained.
     """
     ends = [index + 1 for index, message in enumerate(messages) if message.role == "assistant"]
-    found: list[tuple[int, list[int], list[tuple[int, int]]]] = []
-    for end, (prompt_length, ids) in reversed(list(zip(ends, spans, strict=True))):
-        span = (prompt_length if train_on == "answer" else 0, len(ids))
-        if found and found[-1][1][: len(ids)] == ids:
-            found[-1][2].append(span)
-        else:
-            found.append((end, ids, [span]))
+    found: list[tuple[int, list[int], list[_Span]]] = []
+    for end, (prompt_length, ids) in reversed(list(zip(ends, turns, strict=True))):
+        message = messages[end - 1]
+        within = bool(found) and found[-1][1][: len(ids)] == ids
+        if not (within or _is_trained(message)):
+            continue
+        if not within:
+            found.append((end, ids, [_Span(0, len(ids))] if train_on == "all" else []))
+        found[-1][2].append(_Span(prompt_length, len(ids), message.weight))
     return [
-        _example(ids, trained, Example([], [], row.place, tuple(messages[:end]), row.weight))
-        for end, ids, trained in reversed(found)
+        _example(ids, spans, Example([], [], row.place, tuple(messages[:end]), row.weight))
+        for end, ids, spans in reversed(found)
     ]
+
+
+def _is_trained(message: Message) -> bool:
+    return message.role == "assistant" and message.weight > 0
 
 
 def _text_examples(
@@ -318,7 +308,7 @@ def _text_examples(
         for piece in _pieces(stream, max_length):
             while document + 1 < len(starts) and starts[document + 1][0] <= position:
                 document += 1
-            examples.append(_example(piece, [(0, len(piece))], Example([], [], starts[document][1], (), weight)))
+            examples.append(_example(piece, [_Span(0, len(piece))], Example([], [], starts[document][1], (), weight)))
             position += len(piece)
     return examples
 
@@ -335,12 +325,44 @@ def _pieces(ids: list[int], length: int) -> list[list[int]]:
     return [ids[start:end] for start, end in pairwise(cuts)]
 
 
-def _example(ids: list[int], trained: Sequence[tuple[int, int]], like: Example) -> Example:
-    """An example whose labels are the ids inside the trained spans; the first is never trained."""
+def _example(ids: list[int], spans: Sequence[_Span], like: Example) -> Example:
+    """An example whose labels are the ids inside the spans, later over earlier; the first is never trained."""
     labels = [IGNORED] * len(ids)
-    for start, end in trained:
-        labels[max(start, 1) : end] = ids[max(start, 1) : end]
-    return replace(like, input_ids=ids, labels=labels)
+    weights = [1.0] * len(ids)
+    for span in spans:
+        places = slice(max(span.start, 1), span.end)
+        labels[places] = ids[places] if span.weight else [IGNORED] * len(ids[places])
+        weights[places] = [span.weight or 1.0] * len(ids[places])
+    return replace(
+        like, input_ids=ids, labels=labels, loss_weights=tuple(weights) if any(w != 1.0 for w in weights) else ()
+    )
+
+
+def _about_weights(parsed: Parsed) -> list[str]:
+    """Sentences about what weights do: a column of that name may mean something else."""
+    talks = [turns for _, turns in parsed.conversations]
+    untrained = sum(not any(_is_trained(m) for m in turns) for turns in talks)
+    scaled = sum(_is_trained(m) and m.weight != 1.0 for turns in talks for m in turns)
+    notes = [f"{untrained} rows left out, whose turns are all of weight 0"] if untrained else []
+    return [*notes, f"{scaled} turns whose loss is multiplied by their weight"] if scaled else notes
+
+
+def _nothing_left(notes: Sequence[str]) -> QaromaError:
+    left_out = f" ({'; '.join(notes)})" if notes else ""
+    return QaromaError(f"the data holds no rows to train on{left_out}; expected at least one.")
+
+
+def _require_known(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """Refuse ids that have no row in the embedding: on a GPU they would end the process in the midst of a step."""
+    for example in encoded.examples:
+        last = max(example.input_ids)
+        if last >= vocabulary:
+            token = tokenizer.convert_ids_to_tokens(last)
+            raise QaromaError(
+                f"{example.origin} has the token {token!r} (id {last}), but the base's "
+                f"embedding has {vocabulary} rows: its tokenizer has tokens that it was never given. Take the token "
+                "out of the data, or name a base whose tokenizer fits"
+            )
 
 
 def _require_trained(encoded: Encoded, advice: str) -> None:

@@ -1,56 +1,46 @@
 """The forms of training data, and how a row of each becomes a conversation.
 
 =============  ==========================================================================
-alpaca         ``instruction``, ``output``; also ``input``, ``system``, ``history`` (pairs)
-completion     ``prompt``, ``completion`` (or ``response``)
-messages       ``messages``: turns with ``role`` and ``content``
-sharegpt       ``conversations``: turns with ``from`` and ``value``; also ``system``
+messages       ``messages`` (also ``conversation``, ``chat``, ``contents``): turns with ``role``, ``content``
+sharegpt       ``conversations``: turns with ``from`` and ``value``
+alpaca         ``instruction``, ``output`` (or ``response``); also ``input`` or ``context``
+completion     ``prompt`` (``question``, ``query``, ``input``) and ``completion`` (``response``,
+               ``answer``, ``output``); also ``context``
 text           ``text``, or a .txt file: plain text, no question and answer
+preference     ``chosen`` and ``rejected``: see :mod:`qaroma.data.feedback`
 =============  ==========================================================================
 
-Other keys are ignored. Each file is recognised by itself, so that sources of different forms mix.
+``system``, ``history``, ``tools`` and ``weight`` are taken in every form but text. What has no
+meaning here is named, so that nothing is left out without a word. Each file is recognised by
+itself, so that sources of different forms mix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
+from qaroma.data.calls import read_calls
+from qaroma.data.feedback import LABELS, chosen_turns, is_preference, verdict
+from qaroma.data.fields import BadRow as BadRow
+from qaroma.data.fields import Fields, parsed_cell, text
+from qaroma.data.rows import ANSWERS, QUESTIONS, TURNS, Ignored, alpaca, completion, history, messages, opening
 from qaroma.data.sources import Row
+from qaroma.data.turns import Message as Message
+from qaroma.data.turns import checked, loss_weight, require_unicode
 from qaroma.errors import QaromaError
-from qaroma.foreign.json_text import parse_json
 
 FORMS = ("alpaca", "completion", "messages", "sharegpt", "text")
+COLUMNS = ("prompt", "completion", "system", "context", "history", "tools", "weight", "messages", "text")
 
 _EXPECTED = (
     "messages; conversations; instruction and output; prompt and completion; or text. "
-    "Rename the keys, or force a form with --data-format"
+    "Say which is which, as --columns prompt=ASKED,completion=ANSWERED"
 )
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-}
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _SHOWN_BAD_ROWS = 10
-
-
-class BadRow(Exception):
-    """A row that cannot be trained on; its text says why, without the place."""
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation; ``role`` is system, user or assistant."""
-
-    role: str
-    content: str
 
 
 @dataclass
@@ -58,30 +48,44 @@ class Parsed:
     """Rows of any forms as conversations and documents.
 
     Attributes:
-        conversations: Pairs of a row and its turns; the last one is the assistant's.
-        documents: Pairs of a row and its plain text.
-        forms: The form of each file.
+        conversations: pairs of a row and its turns; the last one is the assistant's.
+        documents: pairs of a row and its plain text.
+        forms: the form of each file.
         bad: ``file:line: what is wrong``.
+        ignored: names of keys that say something and have no meaning here; those of turns with ``turns:`` before.
+        not_good: rows left out since they say that their answer is not good.
     """
 
     conversations: list[tuple[Row, list[Message]]] = field(default_factory=list)
     documents: list[tuple[Row, str]] = field(default_factory=list)
     forms: dict[str, str] = field(default_factory=dict)
     bad: list[str] = field(default_factory=list)
+    ignored: set[str] = field(default_factory=set)
+    not_good: int = 0
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences about what was left out."""
+        found = []
+        if self.ignored:
+            found.append(f"ignored keys: {', '.join(sorted(self.ignored))}")
+        if self.not_good:
+            found.append(f"{self.not_good} rows left out, whose answers are not good by their own label")
+        return found
 
 
 def recognise(rows: Sequence[Row], forced: str = "auto") -> str:
     """The form of the rows of one file, by their keys.
 
     Args:
-        rows: Rows of one file.
-        forced: A form to use whatever the keys are, or ``auto``.
+        rows: rows of one file.
+        forced: a form to use whatever the keys are, or ``auto``.
 
     Returns:
-        One of ``FORMS``. Rows that fit no form do not count as long as others do.
+        One of ``FORMS``, or preference. Rows that fit no form do not count as long as others do.
 
     Raises:
-        QaromaError: No row fits any form, or the rows are of two forms.
+        QaromaError: no row fits any form, or the rows are of two forms.
     """
     if forced != "auto":
         if forced not in FORMS:
@@ -93,9 +97,7 @@ def recognise(rows: Sequence[Row], forced: str = "auto") -> str:
         if form is not None:
             first.setdefault(form, row)
     if not first:
-        value = rows[0].value
-        keys = ", ".join(value) if isinstance(value, dict) else "none"
-        raise QaromaError(f"{rows[0].place}: the keys ({keys}) fit no known form; expected {_EXPECTED}.")
+        raise QaromaError(f"{rows[0].place}: {_unknown(rows[0].value)}")
     if len(first) > 1:
         (a, row_a), (b, row_b) = list(first.items())[:2]
         raise QaromaError(
@@ -109,69 +111,140 @@ def _form_of(value: dict[str, Any] | str) -> str | None:
     """The form whose keys a row has; the more structured first, since many rows also have ``text``."""
     if isinstance(value, str):
         return "text"
-    if "messages" in value:
-        return "messages"
-    if "conversations" in value:
-        return "sharegpt"
-    if "instruction" in value and "output" in value:
+    fields = Fields(value)
+    if is_preference(fields):
+        return "preference"
+    turns = next((key for key in TURNS if key in fields), None)
+    if turns is not None:
+        return "sharegpt" if turns == "conversations" else "messages"
+    if "instruction" in fields and any(key in fields for key in ("output", "response")):
         return "alpaca"
-    if "prompt" in value and ("completion" in value or "response" in value):
+    question = next((key for key in QUESTIONS if key in fields), None)
+    answer = next((key for key in ANSWERS if key in fields and key != "answers"), None)
+    if question and (answer or read_as_calls(fields.peek("answers"))):
         return "completion"
-    return "text" if "text" in value else None
+    return "text" if "text" in fields else None
 
 
-def parse_rows(rows: Sequence[Row], forced: str = "auto") -> Parsed:
+def _unknown(value: dict[str, Any] | str) -> str:
+    """Why the keys of a row fit no form, in words that help with the commonest cases."""
+    if not isinstance(value, dict):
+        return f"plain text; expected {_EXPECTED}."
+    fields = Fields(value)
+    keys = f"the keys ({', '.join(fields.names)})"
+    if "completions" in fields and "labels" in fields:
+        return f"{keys} are steps with a label each (stepwise supervision); expected whole answers: {_EXPECTED}."
+    if "segments" in fields:
+        return f"{keys} are segments of rendered text (Axolotl's input_output); expected {_EXPECTED}."
+    if any(key in fields for key in QUESTIONS):
+        return f"{keys} hold a question without an answer that is text; expected {_EXPECTED}."
+    return f"{keys} fit no known form; expected {_EXPECTED}. In a table, is the line with the names there?"
+
+
+def read_as_calls(value: Any) -> bool:
+    """Whether a field is a list of calls (xLAM's ``answers``)."""
+    try:
+        return isinstance(parsed_cell(value), list) and bool(read_calls(value, "answers"))
+    except BadRow:
+        return False
+
+
+def parse_rows(
+    rows: Sequence[Row], forced: str = "auto", *, columns: Mapping[str, str] | None = None, feedback: str = "refuse"
+) -> Parsed:
     """Recognise the form of each file and turn its rows into conversations or documents.
 
     Args:
-        rows: Rows of any number of files.
-        forced: A form for all of them, or ``auto``.
+        rows: rows of any number of files.
+        forced: a form for all of them, or ``auto``.
+        columns: which key stands for which of ``COLUMNS``; a file that has none of them is left as it is.
+        feedback: ``refuse`` rows that say which answers are good, or train on the ``good`` ones alone.
 
     Returns:
         Conversations, documents, and the rows that are neither, each with its place.
 
     Raises:
-        QaromaError: As :func:`recognise`.
+        QaromaError: as :func:`recognise`; columns that are nowhere; feedback that is refused.
     """
+    rows, named = _renamed(rows, columns or {})
     parsed = Parsed()
     for file, group in groupby(rows, key=lambda row: row.file):
         members = list(group)
-        form = recognise(members, forced)
+        form = recognise(members, named if forced == "auto" else forced)
         parsed.forms[file] = form
         for row in members:
             try:
                 if form == "text":
-                    parsed.documents.append((row, _document(row.value)))
+                    parsed.documents.append((row, _document(row.value, parsed.ignored)))
+                elif verdict(row, form, feedback) is False:
+                    parsed.not_good += 1
                 else:
-                    parsed.conversations.append((row, to_conversation(row, form)))
+                    parsed.conversations.append((row, to_conversation(row, form, parsed.ignored)))
             except BadRow as error:
                 parsed.bad.append(f"{row.place}: {error}")
     return parsed
 
 
-def to_conversation(row: Row, form: str) -> list[Message]:
+def _renamed(rows: Sequence[Row], columns: Mapping[str, str]) -> tuple[Sequence[Row], str]:
+    """Rows under the keys of ``COLUMNS``, and the form that these keys say."""
+    unknown = [key for key in columns if key not in COLUMNS]
+    if unknown:
+        raise QaromaError(f"got --columns {unknown[0]}=...; expected one of {', '.join(COLUMNS)} before each '='.")
+    if not columns:
+        return rows, "auto"
+    seen = dict.fromkeys(name for row in rows if isinstance(row.value, dict) for name in row.value)
+    for key, name in columns.items():
+        if name not in seen:
+            raise QaromaError(f"got --columns {key}={name}, but no row has {name}; there are {', '.join(seen)}.")
+    renamed = []
+    for row in rows:
+        if isinstance(row.value, dict) and any(name in row.value for name in columns.values()):
+            others = {name: value for name, value in row.value.items() if name not in columns.values()}
+            row = replace(row, value=others | {key: row.value.get(name) for key, name in columns.items()})
+        renamed.append(row)
+    forms = {"messages": "messages", "completion": "completion", "prompt": "completion", "text": "text"}
+    return renamed, next((form for key, form in forms.items() if key in columns), "auto")
+
+
+def to_conversation(row: Row, form: str, ignored: set[str] | None = None) -> list[Message]:
     """The turns of one row.
 
     Args:
-        row: The row.
-        form: alpaca, completion, messages or sharegpt.
+        row: the row.
+        form: alpaca, completion, messages, sharegpt or preference (its chosen answer).
+        ignored: takes up the names of keys that have no meaning here.
 
     Returns:
-        An optional system turn, then turns of which the first is the user's and the last the assistant's.
+        An optional system turn, then turns of which the last one is the assistant's.
 
     Raises:
-        BadRow: A field is missing, blank or of the wrong type, a role is unknown, or the turns do
+        BadRow: a field is missing, blank or of the wrong type, a role is unknown, or the turns do
             not end with the assistant's.
     """
-    readers: Mapping[str, Callable[[dict[str, Any]], list[Message]]] = {
-        "alpaca": _alpaca,
-        "completion": _completion,
-        "messages": _messages,
-        "sharegpt": _messages,
-    }
     if not isinstance(row.value, dict):
         raise BadRow(f"got plain text; expected the fields of the form {form}")
-    return _checked(readers[form](row.value))
+    fields, ignored = Fields(row.value), set() if ignored is None else ignored
+    media = next((key for key in _MEDIA if fields.peek(key) not in (None, "", [])), None)
+    if media:
+        raise BadRow(f"the row has {media}, which a text run does not see; leave such rows out with --skip-bad-rows")
+    readers: Mapping[str, Callable[[Fields, Ignored], list[Message]]] = {
+        "alpaca": alpaca,
+        "completion": completion,
+        "messages": messages,
+        "sharegpt": messages,
+        "preference": chosen_turns,
+    }
+
+    def of_turns(names: Iterable[str]) -> None:
+        ignored.update(f"turns: {name}" for name in names)
+
+    turns = [*opening(fields, of_turns), *history(fields, of_turns), *readers[form](fields, of_turns)]
+    weight = loss_weight(fields, "the row")
+    if weight != 1.0:
+        turns = [replace(turn, weight=turn.weight * weight) for turn in turns]
+    fields.get(*LABELS)
+    ignored.update(fields.ignored())
+    return checked(turns)
 
 
 def report_bad_rows(bad: Sequence[str], total: int) -> QaromaError:
@@ -179,7 +252,7 @@ def report_bad_rows(bad: Sequence[str], total: int) -> QaromaError:
 
     Args:
         bad: ``file:line: what is wrong``.
-        total: Rows in all, the bad ones included.
+        total: rows in all, the bad ones included.
 
     Returns:
         The error, to be raised.
@@ -192,110 +265,12 @@ def report_bad_rows(bad: Sequence[str], total: int) -> QaromaError:
     return QaromaError(f"{len(bad)} of {total} rows cannot be used:{listed}{more}\n{way_on}")
 
 
-def _alpaca(value: dict[str, Any]) -> list[Message]:
-    instruction = _text(value, "instruction", optional=True)
-    extra = _text(value, "input", optional=True)
-    if not instruction and not extra:
-        raise BadRow("the field 'instruction' is missing or blank")
-    turns = [Message("system", _text(value, "system", optional=True))]
-    history = _parsed_cell(value.get("history")) or []
-    if not isinstance(history, list):
-        raise BadRow(f"the field 'history' is {_kind(history)}; expected a list of [question, answer]")
-    for pair in history:
-        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
-            raise BadRow("an entry of 'history' is not a pair [question, answer] of texts")
-        turns += [Message("user", pair[0]), Message("assistant", pair[1])]
-    question = "\n\n".join(part for part in (instruction, extra) if part)
-    return [*turns, Message("user", question), Message("assistant", _text(value, "output"))]
-
-
-def _completion(value: dict[str, Any]) -> list[Message]:
-    answer_key = "completion" if "completion" in value else "response"
-    prompt, answer = _parsed_cell(value.get("prompt")), _parsed_cell(value.get(answer_key))
-    if isinstance(prompt, list) and isinstance(answer, list):  # TRL's conversational variant
-        return _turns([*prompt, *answer])
-    return [Message("user", _text(value, "prompt")), Message("assistant", _text(value, answer_key))]
-
-
-def _messages(value: dict[str, Any]) -> list[Message]:
-    key = "messages" if "messages" in value else "conversations"
-    turns = _parsed_cell(value.get(key))
-    if not isinstance(turns, list) or not turns:
-        raise BadRow(f"the field '{key}' is {_kind(turns)}; expected a list of turns")
-    system = _text(value, "system", optional=True)
-    return [Message("system", system), *_turns(turns)] if system else _turns(turns)
-
-
-def _turns(turns: Sequence[Any]) -> list[Message]:
-    """Turns with role/content or from/value."""
-    messages = []
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict):
-            raise BadRow(f"turn {number} is {_kind(turn)}; expected an object")
-        role_key, content_key = ("role", "content") if "role" in turn else ("from", "value")
-        if role_key not in turn or content_key not in turn:
-            raise BadRow(f"turn {number} has the keys {', '.join(turn)}; expected role and content, or from and value")
-        role = turn[role_key]
-        if not isinstance(role, str) or role.lower() not in _ROLES:
-            raise BadRow(f"turn {number} has the role {role!r}; expected system, user (human) or assistant (gpt)")
-        messages.append(Message(_ROLES[role.lower()], _content(turn[content_key], number)))
-    return messages
-
-
-def _content(content: Any, number: int) -> str:
-    """Text of a turn, also where it is given as a list of text parts."""
-    if isinstance(content, list):
-        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise BadRow(f"turn {number} has a part that is not text; expected text alone")
-        return "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise BadRow(f"the content of turn {number} is {_kind(content)}; expected text")
+def _document(value: dict[str, Any] | str, ignored: set[str]) -> str:
+    if isinstance(value, str):
+        content = value
+    else:
+        fields = Fields(value)
+        content = text(fields, "text")
+        ignored.update(fields.ignored())
+    require_unicode(content, "the text")
     return content
-
-
-def _checked(messages: list[Message]) -> list[Message]:
-    """Leave out blank system turns; refuse blank turns and orders that cannot be trained on."""
-    messages = [message for message in messages if message.role != "system" or message.content.strip()]
-    for number, message in enumerate(messages, start=1):
-        if not message.content.strip():
-            raise BadRow(f"turn {number} ({message.role}) is blank")
-    dialogue = [message.role for message in messages if message.role != "system"]
-    if not dialogue or dialogue[-1] != "assistant" or messages[-1].role != "assistant":
-        raise BadRow(f"the last turn is from {messages[-1].role if messages else 'nobody'}; expected the assistant's")
-    if dialogue[0] != "user":
-        raise BadRow("the first turn is from the assistant; expected the user's")
-    return messages
-
-
-def _document(value: dict[str, Any] | str) -> str:
-    return value if isinstance(value, str) else _text(value, "text")
-
-
-def _text(value: dict[str, Any], key: str, *, optional: bool = False) -> str:
-    """A text field; an optional one may be missing, null or blank and is then the empty string."""
-    content = value.get(key)
-    if content is not None and not isinstance(content, str):
-        raise BadRow(f"the field '{key}' is {_kind(content)}; expected text")
-    if content is None or not content.strip():
-        if optional:
-            return ""
-        raise BadRow(f"the field '{key}' is {'blank' if key in value and content is not None else 'missing'}")
-    return content
-
-
-def _parsed_cell(cell: Any) -> Any:
-    """A list that was written into a CSV cell as JSON; anything else as it is."""
-    if not (isinstance(cell, str) and cell.lstrip().startswith("[")):
-        return cell
-    try:
-        return parse_json(cell)
-    except ValueError:
-        return cell
-
-
-def _kind(value: Any) -> str:
-    """What a JSON value is, in words."""
-    if value is None:
-        return "missing"
-    names = {"str": "text", "int": "a number", "float": "a number", "bool": "true/false", "dict": "an object"}
-    return "an empty list" if value == [] else names.get(type(value).__name__, f"a {type(value).__name__}")

@@ -46,9 +46,12 @@ def pack(examples: Sequence[Example], max_length: int) -> list[Example]:
 
 
 def _joined(members: Sequence[Example]) -> Example:
+    weighted = any(e.loss_weights for e in members)
+    weights = [w for e in members for w in e.loss_weights or [1.0] * len(e.labels)] if weighted else []
     return Example(
         [token for e in members for token in e.input_ids],
         [label for e in members for label in e.labels],
         origin=", ".join(e.origin for e in members[:3]) + (", ..." if len(members) > 3 else ""),
+        loss_weights=tuple(weights),
         lengths=tuple(len(e.input_ids) for e in members),
     )

@@ -25,7 +25,9 @@ def preview(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
         without colour too.
     """
     origin = f", from {example.origin}" if example.origin else ""
-    shown = Text(f"{len(example.input_ids)} tokens, {example.trained} trained{origin}\n", style="dim")
+    factors = {w for w, label in zip(example.loss_weights, example.labels, strict=False) if label != IGNORED}
+    weighted = f", loss times {min(factors):g} to {max(factors):g}" if factors else ""
+    shown = Text(f"{len(example.input_ids)} tokens, {example.trained} trained{weighted}{origin}\n", style="dim")
     for trained, piece in trained_pieces(example, tokenizer):
         if trained:
             shown.append(f"{MARKS[0]}{piece}{MARKS[1]}", style=TRAINED_STYLE)

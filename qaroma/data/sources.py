@@ -6,30 +6,23 @@ file and the line, so that everything said about a row later can name its place.
 
 from __future__ import annotations
 
-import csv
 import difflib
-import gzip
-import io
-import json
 import re
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Literal, TypeAlias, cast
+from typing import Any, Literal
 
+from qaroma.data.files import Remarks, data_suffix, known_suffix, read_file
+from qaroma.data.folders import files_of_folder, is_saved_table
 from qaroma.errors import QaromaError
-from qaroma.foreign.json_text import parse_json
 from qaroma.foreign.paths import local_path
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_TRAIN_FILE = re.compile(r"train", re.IGNORECASE)
-_HELD_OUT_FILE = re.compile(r"(test|dev|val|valid|validation|eval)\b", re.IGNORECASE)
-_LARGEST_CSV_FIELD = 1 << 30
-
-_Reader: TypeAlias = Callable[[IO[bytes], str, list[str]], Iterator[tuple[int, Any]]]
+# A data set of the hub, its configuration and its split, as openai/gsm8k:main@train.
+_HUB_ID = re.compile(
+    r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(:(?P<config>[A-Za-z0-9][\w.-]*))?(@(?P<split>\w[\w.:%+\[\]-]*))?"
+)
+_VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 
 
 @dataclass(frozen=True)
@@ -62,11 +55,13 @@ class RowSet:
         rows: Every row, in the order of the sources.
         bad: ``file:line: what is wrong``, one entry for each line that could not be read.
         notes: Sentences to print, for instance which files of a folder were left out.
+        validation: Sources that lie beside the rows and are there to validate on, by their names.
     """
 
     rows: list[Row]
     bad: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    validation: list[str] = field(default_factory=list)
 
     def head(self, count: int) -> RowSet:
         """The first ``count`` rows, with all the problems and notes."""
@@ -76,10 +71,11 @@ class RowSet:
 def read_rows(sources: Sequence[tuple[str, float]], *, seed: int = 0) -> RowSet:
     """Read all rows of one or several sources.
 
-    A source is a .jsonl, .json, .csv, .parquet or .txt file (each also with .gz), a folder of them,
-    a hub id, or ``demo:calendar`` / ``demo:calendar-test``. A .txt file is one row, a document. Lines
-    that cannot be read are collected in ``bad``, not raised: :func:`qaroma.data.encode.encode_rows`
-    reports them together with the rows whose fields are wrong.
+    A source is a .jsonl, .json, .csv, .tsv, .parquet or .txt file (each also with .gz), a folder of them or
+    one that ``save_to_disk`` wrote, a hub id (``name:config@split``), or ``demo:calendar`` /
+    ``demo:calendar-test``. A .txt file is one row, a document. Lines that cannot be read are collected in
+    ``bad``, not raised: :func:`qaroma.data.encode.encode_rows` reports them together with the rows whose
+    fields are wrong.
 
     Args:
         sources: Pairs of (path or id, weight).
@@ -116,8 +112,8 @@ def require_source(name: str) -> None:
     elif path.is_dir() or name.startswith("glue:"):
         return
     elif path.exists():
-        _known_suffix(path)
-    elif not _HUB_ID.fullmatch(name) or _data_suffix(path):
+        known_suffix(path)
+    elif not _HUB_ID.fullmatch(name) or data_suffix(path):
         raise QaromaError(f"there is no file or folder '{name}'. {_near(path)}")
 
 
@@ -129,10 +125,20 @@ def _read_source(name: str, seed: int, found: RowSet) -> Iterator[tuple[str, int
         return
     path = local_path(name)
     if not path.exists():
-        yield from _hub_rows(name, path)
+        yield from _hub_rows(name, path, found)
         return
-    for file in _files_of_folder(path, found) if path.is_dir() else [path]:
-        for line, value in _read_file(file, found.bad):
+    if path.is_dir() and is_saved_table(path):
+        yield from _saved_rows(path, found)
+        return
+    files = [path]
+    if path.is_dir():
+        listed = files_of_folder(path)
+        files = listed.train
+        found.validation.extend(map(str, listed.validation))
+        found.notes.extend(listed.notes)
+    remarks = Remarks(found.bad, found.notes)
+    for file in files:
+        for line, value in read_file(file, remarks):
             yield str(file), line, value
 
 
@@ -156,48 +162,13 @@ def _demo_rows(name: str, seed: int) -> Iterator[tuple[str, int, dict[str, Any]]
         yield name, line, dict(value)
 
 
-def _files_of_folder(folder: Path, found: RowSet) -> list[Path]:
-    """The data files below a folder; files of a test split stay out where there is a training split."""
-    files = sorted(
-        file
-        for file in folder.rglob("*")
-        if file.is_file() and _data_suffix(file) and not any(p.startswith(".") for p in file.relative_to(folder).parts)
-    )
-    if not files:
-        raise QaromaError(f"the folder '{folder}' holds no data file; expected {', '.join(SUFFIXES)} (also .gz).")
-    held_out = [file for file in files if _HELD_OUT_FILE.match(file.name)]
-    if held_out and any(_TRAIN_FILE.match(file.name) for file in files):
-        files = [file for file in files if file not in held_out]
-        names = ", ".join(str(file.relative_to(folder)) for file in held_out)
-        found.notes.append(f"{folder}: {names} left out, since the folder has training files; name a file to use it.")
-    return files
-
-
-def _data_suffix(path: Path) -> str:
-    """The data suffix of a file name below .gz, or the empty string."""
-    name = path.name.lower().removesuffix(".gz")
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
-
-
-def _known_suffix(path: Path) -> str:
-    """The data suffix of a file.
-
-    Raises:
-        QaromaError: none that is read here.
-    """
-    suffix = _data_suffix(path)
-    if not suffix:
-        raise QaromaError(f"'{path}' has no known suffix; expected one of {', '.join(SUFFIXES)} (also .gz).")
-    return suffix
-
-
 def _near(path: Path) -> str:
     """A sentence about a missing path: names like it, or which folder is missing."""
     parent = path.parent
     if not parent.is_dir():
         return f"The folder '{parent}' does not exist either."
     entries = sorted(entry for entry in parent.iterdir() if not entry.name.startswith("."))
-    files = [entry.name for entry in entries if _data_suffix(entry)]
+    files = [entry.name for entry in entries if data_suffix(entry)]
     names = [*files, *(entry.name for entry in entries if entry.is_dir())]
     close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     if close:
@@ -205,158 +176,59 @@ def _near(path: Path) -> str:
     return f"Data files in '{parent}': {', '.join(files[:5]) or 'none'}."
 
 
-def _read_file(path: Path, bad: list[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Yield (line, value) of one file, compressed or not."""
-    readers: dict[str, _Reader] = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _txt}
-    suffix = _known_suffix(path)
-    try:
-        with path.open("rb") as raw:
-            stream = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if path.name.lower().endswith(".gz") else raw
-            yield from readers[suffix](stream, str(path), bad)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise QaromaError(f"'{path}' is not a whole gzip file ({error}); fetch or compress it again.") from error
-    except UnicodeDecodeError as error:
-        raise QaromaError(
-            f"'{path}' is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}); "
-            "save it as UTF-8 and try again."
-        ) from error
-    except OSError as error:
-        raise QaromaError(f"'{path}' cannot be read: {error.strerror or error}.") from error
-
-
-def _jsonl(stream: IO[bytes], file: str, bad: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    # Bytes are split at b"\n" only: str.splitlines would also cut at U+2028, which JSON strings may hold.
-    for number, raw in enumerate(stream, start=1):
-        if number == 1:
-            raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if raw.lstrip().startswith(b"["):
-                yield from _json(io.BytesIO(raw + stream.read()), file, bad)
-                return
-        if not raw.strip():
-            continue
-        try:
-            value = parse_json(raw.decode("utf-8"))
-        except json.JSONDecodeError as error:
-            bad.append(f"{file}:{number}: not valid JSON ({error.msg} at column {error.colno})")
-        except UnicodeDecodeError:
-            bad.append(f"{file}:{number}: not UTF-8 text")
-        except ValueError as error:
-            bad.append(f"{file}:{number}: not valid JSON ({error})")
-        else:
-            yield from _objects([value], file, bad, start=number)
-
-
-def _json(stream: IO[bytes], file: str, bad: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    raw = stream.read()
-    text = raw.decode("utf-8-sig")
-    try:
-        value = parse_json(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            yield from _jsonl(io.BytesIO(raw), file, bad)  # JSON Lines under the name .json are common
-            return
-        raise QaromaError(
-            f"'{file}' is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; mend it there."
-        ) from error
-    except ValueError as error:
-        raise QaromaError(f"'{file}' is not valid JSON: {error}; mend it there.") from error
-    yield from _objects(_records(value, file), file, bad)
-
-
-def _records(value: Any, file: str) -> list[Any]:
-    """The list of records in a JSON document: itself, its only list of objects, or one record."""
-    if isinstance(value, list):
-        return value
-    if not isinstance(value, dict):
-        raise QaromaError(f"'{file}' holds a JSON {type(value).__name__}; expected a list of objects.")
-    if "messages" in value or "conversations" in value:
-        return [value]
-    lists = [key for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]
-    if len(lists) > 1:
-        raise QaromaError(f"'{file}' holds several lists ({', '.join(lists)}); expected one list of objects.")
-    only: list[Any] = value[lists[0]] if lists else [value]
-    return only
-
-
-def _objects(
-    values: Sequence[Any], file: str, bad: list[str], *, start: int = 1
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number the records and set aside those that are not objects."""
-    for number, value in enumerate(values, start=start):
-        if isinstance(value, dict):
-            yield number, value
-        else:
-            bad.append(f"{file}:{number}: got a JSON {type(value).__name__}; expected an object")
-
-
-def _csv(stream: IO[bytes], file: str, bad: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    csv.field_size_limit(_LARGEST_CSV_FIELD)
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    header = text.readline()
-    if not header.strip():
-        return
-    # Spreadsheets write semicolons where the comma is the decimal point.
-    delimiter = max(",;\t", key=header.count)
-    columns = next(csv.reader([header], delimiter=delimiter))
-    reader = csv.reader(text, delimiter=delimiter)
-    last_line = 0
-    while True:
-        line = last_line + 2  # the header is line 1, and a quoted field may hold line breaks
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            bad.append(f"{file}:{line}: not valid CSV ({error})")
-            last_line = reader.line_num
-            continue
-        last_line = reader.line_num
-        if len(cells) == len(columns):
-            yield line, dict(zip(columns, cells, strict=True))
-        elif cells:
-            bad.append(f"{file}:{line}: got {len(cells)} columns; expected {len(columns)} as in the header")
-
-
-def _parquet(stream: IO[bytes], file: str, bad: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        import pyarrow.parquet  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise QaromaError(f"reading '{file}' needs pyarrow; type: pip install pyarrow") from error
-    try:
-        table = pyarrow.parquet.ParquetFile(io.BytesIO(stream.read()) if file.endswith(".gz") else stream)
-        number = 0
-        for batch in table.iter_batches():
-            for value in batch.to_pylist():
-                number += 1
-                yield number, value
-    except pyarrow.ArrowException as error:
-        raise QaromaError(f"'{file}' is not a whole parquet file ({str(error).splitlines()[0]}).") from error
-
-
-def _txt(stream: IO[bytes], file: str, bad: list[str]) -> Iterator[tuple[int, str]]:
-    text = stream.read().decode("utf-8-sig").replace("\r\n", "\n")
-    if text.strip():
-        yield 1, text
-
-
-def _hub_rows(name: str, path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """Rows of the train split of a hub data set."""
+def _hub_rows(name: str, path: Path, found: RowSet) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Rows of a hub data set: of the split that is named, else of train."""
+    asked = _HUB_ID.fullmatch(name)
+    assert asked is not None
+    dataset, config, split = asked["id"], asked["config"], asked["split"]
     try:
         import datasets
     except ImportError as error:
         raise QaromaError(f"there is no file '{name}', and a hub id needs datasets; pip install datasets") from error
     try:
-        table = datasets.load_dataset(name)
+        table = datasets.load_dataset(dataset, config, split=split)
     except Exception as error:  # the library raises a dozen kinds, its own and those of its HTTP clients
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        lines = (str(error).strip() or type(error).__name__).splitlines()
+        unnamed = "onfig name is missing" in lines[0] and len(lines) > 1
+        reason = f"{lines[0]} {lines[1]}; type {dataset}:NAME" if unnamed else lines[0]
         raise QaromaError(
             f"there is no file or folder '{name}', and as a hub id it could not be loaded ({reason.rstrip('.')}). "
             f"{_near(path)} Without network, name a local file or folder with --data."
         ) from error
-    if "train" not in table:
-        raise QaromaError(
-            f"the hub data set '{name}' has no train split, only {', '.join(table)}; save the split you want as "
-            ".jsonl and name that file with --data."
-        )
-    for number, value in enumerate(table["train"], start=1):
+    if split is None:
+        whole = name if config else dataset
+        table = _training_split(table, found, f"the hub data set '{name}'", lambda other: f"{whole}@{other}")
+    for number, value in enumerate(table, start=1):
         yield name, number, dict(value)
+
+
+def _saved_rows(folder: Path, found: RowSet) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Rows of a folder that the library datasets saved."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise QaromaError(f"'{folder}' was saved by datasets; to read it, type: pip install datasets") from error
+    try:
+        table = datasets.load_from_disk(str(folder))
+    except Exception as error:  # whatever Arrow and the library raise on damaged files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise QaromaError(f"'{folder}' was saved by datasets and cannot be read ({reason.rstrip('.')}).") from error
+    if isinstance(table, dict):
+        table = _training_split(table, found, f"'{folder}'", lambda other: str(folder / other))
+    for number, value in enumerate(table, start=1):
+        yield str(folder), number, dict(value)
+
+
+def _training_split(splits: Any, found: RowSet, what: str, named: Callable[[str], str]) -> Any:
+    """The split train; one that is there to validate on is noted, the others are said to be left out."""
+    if "train" not in splits:
+        ways = " or ".join(named(split) for split in splits)
+        raise QaromaError(f"{what} has no train split, only {', '.join(splits)}; name one with --data {ways}.")
+    validation = next((split for split in _VALIDATION_SPLITS if split in splits), None)
+    if validation is not None:
+        found.validation.append(named(validation))
+        found.notes.append(f"{what}: the split {validation} is held out to validate on.")
+    others = [split for split in splits if split not in ("train", validation)]
+    if others:
+        found.notes.append(f"{what}: left out {', '.join(others)}; name one with --data {named(others[0])}.")
+    return splits["train"]

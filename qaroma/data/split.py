@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
+from qaroma.data.encode import Encoded, Example
 from qaroma.errors import QaromaError
 
 
@@ -22,7 +24,7 @@ class Weighted(Protocol):
         """How often it appears in an epoch."""
 
 
-_Example = TypeVar("_Example", bound=Weighted)
+_Weighted = TypeVar("_Weighted", bound=Weighted)
 
 
 def held_out_keys(keys: Iterable[Hashable], *, share: float, at_most: int, seed: int) -> set[Hashable]:
@@ -42,7 +44,7 @@ def held_out_keys(keys: Iterable[Hashable], *, share: float, at_most: int, seed:
     return set(random.Random(seed).sample(groups, max(count, 0)))
 
 
-def repeated(examples: Sequence[_Example], *, seed: int) -> list[_Example]:
+def repeated(examples: Sequence[_Weighted], *, seed: int) -> list[_Weighted]:
     """Repeat each example as its weight says: 2 is twice, 0.5 a random half of the file, 1.5 both.
 
     Args:
@@ -71,3 +73,47 @@ def repeated(examples: Sequence[_Example], *, seed: int) -> list[_Example]:
             "type a larger one, as --data FILE:1"
         )
     return [example for example, count in zip(examples, copies, strict=True) for _ in range(count)]
+
+
+def split_validation(
+    encoded: Encoded, *, share: float = 0.05, at_most: int = 500, seed: int = 0
+) -> tuple[Encoded, Encoded]:
+    """Set a random part of the rows aside for validation, and give the rest its weights.
+
+    All examples of one row fall on the same side, and copies are made after the split, so that no row
+    is in both. Chunks of plain text count as rows.
+
+    Args:
+        encoded: The examples.
+        share: Share of the rows set aside; 0 sets none aside.
+        at_most: Greatest number of rows set aside.
+        seed: Seed of the choice.
+
+    Returns:
+        Training and validation examples, each in their former order; the training ones as :func:`weigh`
+        repeats them.
+    """
+    keys: list[Hashable] = [e.origin if e.conversation else tuple(e.input_ids) for e in encoded.examples]
+    chosen = held_out_keys(keys, share=share, at_most=at_most, seed=seed)
+    pairs = list(zip(keys, encoded.examples, strict=True))
+    train = replace(encoded, examples=[example for key, example in pairs if key not in chosen])
+    held_out: dict[Hashable, list[Example]] = defaultdict(list)
+    for key, example in pairs:
+        if key in chosen and example not in held_out[key]:
+            held_out[key].append(example)
+    validation = replace(encoded, examples=[example for group in held_out.values() for example in group])
+    return weigh(train, seed=seed), validation
+
+
+def weigh(encoded: Encoded, *, seed: int = 0) -> Encoded:
+    """Repeat each example as its weight says (:func:`repeated`).
+
+    Args:
+        encoded: The examples.
+        seed: Seed of the choice of the fractional part.
+
+    Returns:
+        The examples of an epoch, all with weight 1, copies side by side.
+    """
+    epoch = repeated(encoded.examples, seed=seed)
+    return replace(encoded, examples=[replace(example, weight=1.0) for example in epoch])

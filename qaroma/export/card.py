@@ -10,6 +10,7 @@ from typing import Any
 
 from qaroma import __version__
 from qaroma.export.compress import Compression
+from qaroma.export.format_facts import FORMAT_FACTS
 from qaroma.export.selftest import SelfTest
 from qaroma.model.builtin import SMOLLM2_HUB_ID, hub_answers, resolve_model
 from qaroma.runs.adapter_info import AdapterInfo
@@ -19,39 +20,6 @@ UNKNOWN = "not known"
 _WHEN = ("before", "after")  # training
 
 FOLDER = "FOLDER"  # stands for where the reader has put the files
-
-_LOADING = {
-    "peft": """In PEFT (`pip install peft`):
-
-    {in_peft}
-
-In qaroma: {in_qaroma}. Other engines ignore the rank of each module and scale
-it wrongly: give them the format `padded`.""",
-    "padded": """In vLLM:
-
-    vllm serve {base} --enable-lora --max-lora-rank {max_lora_rank} --lora-modules tuned={place}
-
-In SGLang:
-
-    python -m sglang.launch_server --model-path {base} --lora-paths tuned={place}
-
-In Ollama: a Modelfile with `FROM` the base and `ADAPTER {place}`. In PEFT: as any LoRA, with
-`PeftModel.from_pretrained(base, "{place}")`.""",
-    "gguf-adapter": """In llama.cpp, on a GGUF of the base:
-
-    llama-cli -m base.gguf --lora adapter.gguf
-
-In LM Studio and Ollama: beside the base's GGUF (Ollama: `ADAPTER ./adapter.gguf` in a Modelfile).""",
-    "merged": """In transformers, vLLM, SGLang or anything else that reads a checkpoint:
-
-    model = AutoModelForCausalLM.from_pretrained("{place}"{options})""",
-    "gguf": """In Ollama:
-
-    ollama create {name} -f Modelfile && ollama run {name}
-
-In llama.cpp: `llama-cli -m model.gguf`. In LM Studio: open `model.gguf`.""",
-}
-_LIBRARY = {"peft": "peft", "padded": "peft", "gguf-adapter": "gguf", "merged": "transformers", "gguf": "gguf"}
 
 
 def licence_of(base: str, revision: str | None = None) -> str:
@@ -138,7 +106,7 @@ def model_card(facts: CardFacts, kind: str, outcome: Outcome | None = None) -> s
     info, held = facts.info, facts.info.base
     head = ["---"]
     head += [f"base_model: {facts.base}"] if facts.base_on_hub else []  # the hub would look for a folder's name
-    head += [f"library_name: {_LIBRARY[kind]}"]
+    head += [f"library_name: {FORMAT_FACTS[kind].library}"]
     head += [f"license: {facts.licence}"] if facts.licence != UNKNOWN else []
     head += ["tags: [lora, aroma, qaroma]", "---", "", f"# {facts.name}", ""]
     lines = [
@@ -169,7 +137,7 @@ def _loading(facts: CardFacts, kind: str, written: Mapping[str, Any]) -> str:
     place, info = facts.repo or FOLDER, facts.info
     local = place.rpartition("/")[2]
     use = f"`qaroma evaluate {local} --data FILE`" if info.task.outputs else f'`qaroma generate {local} "a prompt"`'
-    return _LOADING[kind].format(
+    return FORMAT_FACTS[kind].loading.format(
         base=facts.base,
         place=place,
         name=facts.name.lower(),

@@ -45,7 +45,7 @@ def compress_factors(factors: Factors, error: float) -> tuple[Factors, float]:
     is nearer. Each kept singular value is shared by both factors, as its square root.
 
     Args:
-        factors: A (R, N) and B (R, M).
+        factors: a (R, N) and B (R, M).
         error: 0 drops nothing but directions of no size.
 
     Returns:

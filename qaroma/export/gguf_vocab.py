@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from qaroma.data.templates import Template, added_bos
+from qaroma.data.templates import Template
+from qaroma.data.tokens import added_bos
 from qaroma.errors import QaromaError
 from qaroma.export.chat_template import complete_jinja
 

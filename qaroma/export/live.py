@@ -184,7 +184,9 @@ def sample_prompts(subject: Subject) -> list[str]:
         if place is None:
             continue
         try:
-            conversations = read_conversations([(place, 1.0)], rows=PROMPTS, skip_bad=True)
+            conversations = read_conversations(
+                [(place, 1.0)], columns=data.get("columns"), feedback="good", rows=PROMPTS, skip_bad=True
+            )
         except QaromaError:  # moved since, or plain text, which holds no questions
             continue
         prompts = [next((m.content for m in talk if m.role == "user"), "") for talk in conversations]

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qaroma.data.forms import BadRow, Message
-from qaroma.data.templates import Template, added_bos
+from qaroma.data.templates import Template
+from qaroma.data.tokens import added_bos
 from qaroma.export.gguf_model import context_length
 
 _SYSTEM, _QUESTION, _ANSWER, _SECOND = "qaromasystem", "qaromaquestion", "qaromaanswer", "qaromasecond"

@@ -104,10 +104,7 @@ def push(
         api = HfApi(endpoint=endpoint, library_name="qaroma", library_version=__version__)
         full = _full_name(api, repo_id)
         existing = _visible(api, full, public)
-        licence, note = _about_base(api, known)
-        if note:
-            say(f"warning: {note}")
-        files = _files(folder, info, full, known, licence)
+        files = _files(folder, info, full, known, _licence(api, known, say))
         if gguf is not None:
             files[GGUF] = gguf
         if not existing:
@@ -220,29 +217,30 @@ def _visible(api: Any, repo_id: str, public: bool) -> bool:
     return True
 
 
-def _about_base(api: Any, base: str | None) -> tuple[str, str | None]:
-    """The base's licence, and what whoever loads the adapter must know of it."""
+def _licence(api: Any, base: str | None, say: Callable[[str], None]) -> str:
+    """The base's licence; says what whoever loads the adapter must know of the base."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
+    gated = f"warning: the base '{base}' is gated: whoever loads this adapter must have accepted its terms"
     if base is None:
-        return card.UNKNOWN, (
-            "the base is a folder of this machine: others cannot find it. "
+        say(
+            "warning: the base is a folder of this machine: others cannot find it. "
             "If it came from the hub, say from where: --base NAMESPACE/NAME"
         )
+        return card.UNKNOWN
     try:
         info = api.model_info(base)
     except GatedRepoError:
-        return card.UNKNOWN, _gated(base)
+        say(gated)
     except RepositoryNotFoundError:
-        return card.UNKNOWN, f"the base '{base}' is not on the hub, or not for all to see; name it with --base"
+        say(f"warning: the base '{base}' is not on the hub, or not for all to see; name it with --base")
     except HfHubHTTPError:
-        return card.UNKNOWN, None
-    licence = str((info.card_data or {}).get("license") or card.UNKNOWN)
-    return licence, _gated(base) if info.gated else None
-
-
-def _gated(base: str) -> str:
-    return f"the base '{base}' is gated: whoever loads this adapter must have accepted its terms"
+        pass  # the push itself will say what is wrong with the hub
+    else:
+        if info.gated:
+            say(gated)
+        return str((info.card_data or {}).get("license") or card.UNKNOWN)
+    return card.UNKNOWN
 
 
 def _files(folder: Path, info: AdapterInfo, repo_id: str, base: str | None, licence: str) -> dict[str, Path | bytes]:

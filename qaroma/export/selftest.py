@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from qaroma.data.forms import Message
-from qaroma.data.templates import Template, added_bos
+from qaroma.data.templates import Template
+from qaroma.data.tokens import added_bos
 from qaroma.engine.placement import compute_device
 from qaroma.export.readers import LlamaCpp, Logits, model_logits
 from qaroma.export.weights import StoredTensor

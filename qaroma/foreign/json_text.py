@@ -6,13 +6,17 @@ import json
 from typing import Any
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, **options: Any) -> Any:
     """As :func:`json.loads`.
+
+    Args:
+        text: the document.
+        options: of the same.
 
     Raises:
         ValueError: no JSON, a number of thousands of digits, or values nested about a thousand deep.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, **options)
     except RecursionError:
         raise ValueError("its values are nested too deep") from None

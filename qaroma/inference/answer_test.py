@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qaroma.data.forms import Message, parse_rows, report_bad_rows
+from qaroma.data.forms import BadRow, Message, parse_rows, report_bad_rows
 from qaroma.data.sources import read_rows
 from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
@@ -30,7 +30,13 @@ class Answers:
 
 
 def read_conversations(
-    sources: Sequence[tuple[str, float]], *, form: str = "auto", rows: int | None = None, skip_bad: bool = False
+    sources: Sequence[tuple[str, float]],
+    *,
+    form: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    feedback: str = "refuse",
+    rows: int | None = None,
+    skip_bad: bool = False,
 ) -> list[list[Message]]:
     """Rows whose answers are known, as conversations.
 
@@ -38,7 +44,8 @@ def read_conversations(
         QaromaError: bad rows, or rows of plain text, which hold no question.
     """
     found = read_rows(sources)
-    parsed = parse_rows(found.rows if rows is None else found.head(rows).rows, form)
+    looked_at = found.rows if rows is None else found.head(rows).rows
+    parsed = parse_rows(looked_at, form, columns=columns, feedback=feedback)
     bad = [*found.bad, *parsed.bad]
     if bad and not skip_bad:
         raise report_bad_rows(bad, len(found.rows) + len(found.bad))
@@ -65,7 +72,8 @@ class AnswerTest:
         template: Template,
         max_new_tokens: int | None = None,
     ) -> None:
-        self.conversations, self.tokenizer, self.template = conversations, tokenizer, template
+        self.conversations = [_with_whole_answer(c, template) for c in conversations]
+        conversations, self.tokenizer, self.template = self.conversations, tokenizer, template
         longest = max(len(tokenizer(expected_answer(c)).input_ids) for c in conversations)
         self.max_new_tokens = max_new_tokens or longest + SPARE_TOKENS
         prompts = [len(template.encode_prompt(tokenizer, c)) for c in conversations]
@@ -96,3 +104,15 @@ class AnswerTest:
         answers = self.run(model)
         log.write({"event": "answers", "when": when, "step": step, **asdict(answers)})
         return answers
+
+
+def _with_whole_answer(conversation: list[Message], template: Template) -> list[Message]:
+    """The conversation with all that the assistant is to write as its last turn's text: thought and calls too."""
+    last = conversation[-1]
+    if not (last.thought or last.calls):
+        return conversation
+    try:
+        answer = template.turns(conversation)[-1].answer.removesuffix(template.turn_end)
+    except BadRow as error:
+        raise QaromaError(f"{error}.") from error
+    return [*conversation[:-1], Message("assistant", answer)]

@@ -45,12 +45,12 @@ def generate(
     sampling, such as a repetition penalty, are not applied.
 
     Args:
-        model: A causal language model, in any mode, with gradient checkpointing or not.
-        tokenizer: Its tokenizer.
-        template: The template it was trained with.
-        conversations: Turns; a last one of the assistant's is the expected answer and is left out.
-        max_new_tokens: Longest answer.
-        batch_size: Prompts in one batch.
+        model: a causal language model, in any mode, with gradient checkpointing or not.
+        tokenizer: its tokenizer.
+        template: the template it was trained with.
+        conversations: turns; a last one of the assistant's is the expected answer and is left out.
+        max_new_tokens: longest answer.
+        batch_size: prompts in one batch.
 
     Returns:
         The answers, in the order of the conversations, without special tokens.
@@ -90,8 +90,8 @@ def exact_match(answers: Sequence[str], conversations: Sequence[Sequence[Message
     """Compare answers with the last turns of the conversations, without the white space around them.
 
     Args:
-        answers: From :func:`generate`.
-        conversations: With the expected answers, in the same order.
+        answers: from :func:`generate`.
+        conversations: with the expected answers, in the same order.
 
     Returns:
         The number of equal ones, and of all.

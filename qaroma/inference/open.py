@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -226,6 +226,8 @@ def evaluate_run(
     data: Sequence[tuple[str, float]],
     *,
     data_format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    feedback: str = "refuse",
     rows: int | None = None,
     max_new_tokens: int | None = None,
     base: str | None = None,
@@ -248,12 +250,13 @@ def evaluate_run(
     if info.task.kind != CAUSAL:
         return _evaluate_labelled(remembered, read, device, skip_bad)
     tuned = open_run(folder, base=base, device=device, trust_remote_code=trust_remote_code)
-    encoded = encode_rows(read, tuned.tokenizer, tuned.template, form=data_format, skip_bad=skip_bad)
+    reading: dict[str, Any] = {"form": data_format, "columns": columns, "feedback": feedback, "skip_bad": skip_bad}
+    encoded = encode_rows(read, tuned.tokenizer, tuned.template, **reading)
     task = CausalLM(tuned.tokenizer.pad_token_id or 0)
     figures: dict[str, Any] = {"rows": len(encoded.examples)}
     figures.update(task.evaluate(tuned.model, _batches(task, encoded.examples), tuned.model.device))
     if encoded.form != "text":
-        conversations = read_conversations(data, form=data_format, rows=rows, skip_bad=skip_bad)
+        conversations = read_conversations(data, rows=rows, **reading)
         answers = AnswerTest(conversations, tuned.tokenizer, tuned.template, max_new_tokens).run(tuned.model)
         figures["exact_match"] = answers.exact_match
     return figures

@@ -40,7 +40,7 @@ def find_targets(model: Any, targets: str | list[str] = "all-linear") -> list[st
         return _in_language_model(model, linear)
     wanted = [targets] if isinstance(targets, str) else list(targets)
     if not wanted:
-        raise QaromaError(f"Got no target modules; expected at least one name. Type: {_ALL}")
+        raise QaromaError(f"got no target modules; expected at least one name. Type: {_ALL}")
     chosen = {name for name in linear if any(_matches(name, target) for target in wanted)}
     if not chosen and isinstance(targets, str):
         chosen = set(_by_expression(linear, targets))
@@ -113,7 +113,7 @@ def _by_expression(linear: list[str], expression: str) -> list[str]:
         re.compile(expression)
     except re.error as error:
         raise QaromaError(
-            f"Got target modules '{expression}'; expected a name or a regular expression ({error}). Type: {_ALL}"
+            f"got target modules '{expression}'; expected a name or a regular expression ({error}). Type: {_ALL}"
         ) from error
     return [name for name in linear if patterns.fullmatch(expression, name)]
 

@@ -56,7 +56,7 @@ def resolve_device(name: str | torch.device | None) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise QaromaError("Got device cuda, but torch sees no CUDA device. Type: --device cpu")
+            raise QaromaError("got device cuda, but torch sees no CUDA device. Type: --device cpu")
         return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     return device
 
@@ -77,7 +77,7 @@ def resolve_dtype(name: str, device: str | torch.device | None = None) -> torch.
     if name == "fp32":
         return torch.float32
     if name not in ("auto", "bf16"):
-        raise QaromaError(f"Got compute dtype '{name}'; expected auto, bf16 or fp32")
+        raise QaromaError(f"got compute dtype '{name}'; expected auto, bf16 or fp32")
     target = resolve_device(device)
     if target.type == "cuda":
         with torch.cuda.device(target):
@@ -199,7 +199,7 @@ def load_base(
             needs remote code that was not allowed; the sentence says what to do.
     """
     if quantization not in ("nf4", "fp4", "none"):
-        raise QaromaError(f"Got quantization '{quantization}'; expected nf4, fp4 or none")
+        raise QaromaError(f"got quantization '{quantization}'; expected nf4, fp4 or none")
     target = resolve_device(device)
     dtype = compute_dtype if compute_dtype is not None else resolve_dtype("auto", target)
     if not isinstance(model, FoundModel):

@@ -42,6 +42,12 @@ class FoundModel:
         longest: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         return longest
 
+    @property
+    def vocabulary(self) -> int | None:
+        """Rows of its embedding; None where its configuration does not say."""
+        rows: int | None = getattr(self.config.get_text_config(), "vocab_size", None)
+        return rows
+
     def keywords(self) -> dict[str, Any]:
         """The keywords that every transformers loader takes."""
         return loader_keywords(self.place, self.revision, self.trust_remote_code)

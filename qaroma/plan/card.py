@@ -21,7 +21,7 @@ def parse_memory(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([gmt]?)i?b?\s*", text, re.IGNORECASE)
     if match is None or not float(match[1]):
-        raise QaromaError(f"Got memory '{text}'; expected a size such as 8GiB or 8192MiB. Type: --vram 8GiB")
+        raise QaromaError(f"got memory '{text}'; expected a size such as 8GiB or 8192MiB. Type: --vram 8GiB")
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 

@@ -23,8 +23,9 @@ from qaroma.config.load import config_fields, require_model_and_data
 from qaroma.config.presets import DataFacts, Decision, resolve
 from qaroma.config.schema import Config, DataSource, ResolvedConfig
 from qaroma.config.words import memory_size
-from qaroma.data.encode import Encoded, encode_rows, limit_length, split_validation
+from qaroma.data.encode import Encoded, encode_rows, limit_length
 from qaroma.data.sources import read_rows
+from qaroma.data.split import split_validation
 from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_tokenizer, resolve_device, resolve_dtype
@@ -38,6 +39,7 @@ EFFECTIVE_BATCH = 16
 MICRO_BATCHES = (1, 2, 4, 8)
 QUANTILE = 0.95
 GRAIN = 64
+_PLANNED = ("max_length", "micro_batch", "grad_accum")  # whatever was asked for, the card decides
 _LOOKED_AT = 200  # examples whose letters are counted
 _UNKNOWN = 2**62  # host memory of a machine that is not this one
 _WIDTH = 100
@@ -97,6 +99,7 @@ class Start:
         step: the planned training step.
         room: what it was planned for.
         left_out: rows that are longer than the longest example.
+        notes: sentences about the data.
     """
 
     config: ResolvedConfig
@@ -105,6 +108,7 @@ class Start:
     step: Estimate
     room: Room
     left_out: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def room_for(card: str | None) -> Room:
@@ -151,9 +155,19 @@ def make_start(config: Config, room: Room, *, tell: Callable[[str], None] = lamb
     name = require_model_and_data(config)
     base = find_model(name, revision=model.revision, trust_remote_code=model.trust_remote_code)
     tokenizer = load_tokenizer(base)
-    template = Template.choose(tokenizer, config.data.template)
+    data = config.data
+    template = Template.choose(tokenizer, data.template, data.tools)
     rows = read_rows([(source.path, source.weight) for source in config.data.train], seed=config.training.seed)
-    encoded = encode_rows(rows, tokenizer, template, form=config.data.format, skip_bad=config.data.skip_bad_rows)
+    encoded = encode_rows(
+        rows,
+        tokenizer,
+        template,
+        form=data.format,
+        columns=data.columns,
+        feedback=data.feedback,
+        skip_bad=data.skip_bad_rows,
+        vocabulary=base.vocabulary,
+    )
     look = _look(encoded)
     longest = base.longest_input
     wanted = max(GRAIN, math.ceil(look.p95 / GRAIN) * GRAIN)
@@ -169,15 +183,19 @@ def make_start(config: Config, room: Room, *, tell: Callable[[str], None] = lamb
     )
     facts = DataFacts(len(train.examples), within.lengths, longest, len(validation.examples))
     resolved, decisions = resolve(chosen, facts)
-    given = [("model", chosen.model, {"name"}), ("data", chosen.data, {"train"})]
+    given = [
+        ("model", chosen.model, {"name"}),
+        ("data", chosen.data, {"train"}),
+        ("training", config.training, set[str]()),
+    ]
     choices = [
         *(Decision(f"{name}.{key}", getattr(section, key), "as asked for")
           for name, section, always in given for key in type(section).model_fields
-          if key in always or (key in section.model_fields_set and key != "max_length")),
+          if key in always or (key in section.model_fields_set and key not in _PLANNED)),
         *_of_the_plan(wanted, longest, look, within, step, room),
         *decisions,
     ]  # fmt: skip
-    return Start(resolved, tuple(choices), look, step, room, within.dropped_too_long)
+    return Start(resolved, tuple(choices), look, step, room, within.dropped_too_long, tuple(encoded.notes))
 
 
 def fit_step(

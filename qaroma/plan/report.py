@@ -110,7 +110,7 @@ def make_plan(
     """
     if vram is not None and vram <= RESERVE:
         raise QaromaError(
-            f"Got a card of {memory_size(vram)}; expected more than the {memory_size(RESERVE)} that are kept free"
+            f"got a card of {memory_size(vram)}; expected more than the {memory_size(RESERVE)} that are kept free"
         )
     config = model_config(model, trust_remote_code=trust_remote_code)
     with explained(model):

@@ -129,7 +129,7 @@ def _refuse_typo(model: str) -> None:
     near = difflib.get_close_matches(model.lower(), SHAPES, n=3, cutoff=0.6)
     expected = f"near it are {', '.join(near)}" if near else f"built in are {', '.join(SHAPES)}"
     raise QaromaError(
-        f"Got model '{model}', which is neither built in nor here; {expected}. "
+        f"got model '{model}', which is neither built in nor here; {expected}. "
         f"Type: qaroma plan --model {near[0] if near else 'OWNER/NAME, for one on the hub'}"
     )
 

@@ -109,7 +109,7 @@ def maps_figure(maps: Mapping[str, Mapping[str, float]]) -> Figure:
     """Heat maps layer x module in one scale, side by side.
 
     Args:
-        maps: Title -> value of each module by its full name.
+        maps: title -> value of each module by its full name.
     """
     from matplotlib.figure import Figure
 
@@ -155,8 +155,8 @@ def cosine_figure(similarity: Mapping[str, Mapping[str, Tensor]], modules: Seque
     """The paper's Figure 4: cosines between the components of modules, one row of maps a run.
 
     Args:
-        similarity: Title of a run -> module -> cosines (P, P).
-        modules: Full names of all modules of the model, for short labels.
+        similarity: title of a run -> module -> cosines (P, P).
+        modules: full names of all modules of the model, for short labels.
     """
     from matplotlib.figure import Figure
 

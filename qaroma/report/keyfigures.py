@@ -60,8 +60,8 @@ def key_figures(run: Run, spectra: Spectra | None = None) -> dict[str, str]:
     """Name -> value of what one wants to know first; what was not measured is left out.
 
     Args:
-        run: As read.
-        spectra: Of its adapter, for the effective rank.
+        run: as read.
+        spectra: of its adapter, for the effective rank.
     """
     found: dict[str, str] = {}
     figures = figures_of(run)

@@ -14,9 +14,9 @@ class Grid:
     """Values of modules as a table layer x kind of module.
 
     Args:
-        rows: Labels of the layers, in the model's order.
-        columns: Labels of the kinds of modules.
-        cells: The values of each cell: none where a layer lacks the kind, several for experts.
+        rows: labels of the layers, in the model's order.
+        columns: labels of the kinds of modules.
+        cells: the values of each cell: none where a layer lacks the kind, several for experts.
     """
 
     rows: Sequence[str]
@@ -65,8 +65,8 @@ def module_labels(names: Sequence[str], among: Sequence[str]) -> list[str]:
     """What to call single modules in a legend: ``q_proj 3``, or the whole name where that is not unique.
 
     Args:
-        names: Full names of the modules to label.
-        among: Full names of all modules of the model.
+        names: full names of the modules to label.
+        among: full names of all modules of the model.
     """
     kinds = list(dict.fromkeys(locate(name)[2] for name in among))
     short = dict(zip(kinds, short_labels(kinds), strict=True))

@@ -41,7 +41,7 @@ def write_page(run: Path) -> Path:
     file appears in one move.
 
     Args:
-        run: A run directory.
+        run: a run directory.
 
     Returns:
         The page's path.
@@ -68,11 +68,11 @@ def build_page(
     """The page as text.
 
     Args:
-        runs: One, or several to compare.
-        spectra: Of each run's adapter; None where there is none, or where it is left out.
-        modules: Full names of the modules whose rank is shown; None chooses them.
-        metric: Validation metric in the figure of growth; None is the first run's main one.
-        follow: Whether an open browser reloads the page.
+        runs: one, or several to compare.
+        spectra: of each run's adapter; None where there is none, or where it is left out.
+        modules: full names of the modules whose rank is shown; None chooses them.
+        metric: validation metric in the figure of growth; None is the first run's main one.
+        follow: whether an open browser reloads the page.
     """
     drawable = has_matplotlib()
     columns = [_run_context(run, found, drawable) for run, found in zip(runs, spectra, strict=True)]

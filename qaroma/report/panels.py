@@ -19,11 +19,11 @@ class Line:
     """One line of a panel.
 
     Args:
-        label: Its name in the legend; empty leaves it out of it.
-        series: What is drawn.
-        colour: Place in the palette.
+        label: its name in the legend; empty leaves it out of it.
+        series: what is drawn.
+        colour: place in the palette.
         style: 0 solid, 1 dashed, 2 dotted, 3 dash-dotted.
-        pale: Drawn behind the others.
+        pale: drawn behind the others.
     """
 
     label: str
@@ -38,14 +38,14 @@ class Panel:
     """One pair of axes.
 
     Args:
-        key: Short name, for ids.
-        title: What is shown.
-        lines: In drawing order.
-        last: The last step of all runs.
-        steps: Values hold until the next one (ranks), instead of being joined.
-        marked: Each point has a mark (validations).
-        logarithmic: The values' axis is.
-        from_zero: The values' axis begins at zero.
+        key: short name, for ids.
+        title: what is shown.
+        lines: in drawing order.
+        last: the last step of all runs.
+        steps: values hold until the next one (ranks), instead of being joined.
+        marked: each point has a mark (validations).
+        logarithmic: the values' axis is.
+        from_zero: the values' axis begins at zero.
     """
 
     key: str
@@ -62,9 +62,9 @@ def growth_panels(runs: Sequence[Run], modules: Sequence[str], metric: str) -> l
     """The paper's Figure 1: trainable parameters, total rank, ranks of modules, and the metric.
 
     Args:
-        runs: One or several; each is a line, with its name in the legend where there are several.
-        modules: Full names of the modules whose rank is shown.
-        metric: Of the validations.
+        runs: one or several; each is a line, with its name in the legend where there are several.
+        modules: full names of the modules whose rank is shown.
+        metric: of the validations.
 
     Returns:
         The panels that the runs have something to show for.

@@ -115,9 +115,9 @@ def inline_svg(figure: Figure, name: str, label: str) -> str:
     page too; ids begin with ``name``, so that several figures do not meet.
 
     Args:
-        figure: What to write.
-        name: Unique in the page; letters, digits and dashes.
-        label: What the figure shows, for readers who do not see it.
+        figure: what to write.
+        name: unique in the page; letters, digits and dashes.
+        label: what the figure shows, for readers who do not see it.
     """
     with styled():
         text = _svg(figure)

@@ -32,10 +32,10 @@ class Score:
     """One figure before and after training.
 
     Args:
-        name: As printed, for instance ``exact match``.
-        before: Value of the base; None where it was not measured.
-        after: Value of the fine-tuned model; None where it was not measured.
-        metric: Its name in :mod:`qaroma.config.metrics`, which says how it is printed.
+        name: as printed, for instance ``exact match``.
+        before: value of the base; None where it was not measured.
+        after: value of the fine-tuned model; None where it was not measured.
+        metric: its name in :mod:`qaroma.config.metrics`, which says how it is printed.
     """
 
     name: str
@@ -59,18 +59,18 @@ class RunSummary:
     """All that the end of a run prints.
 
     Args:
-        run: Run directory.
-        adapter: Folder of the adapter.
-        base: What ``from_pretrained`` takes for the base: a folder or a hub id.
-        steps: Optimiser steps done.
-        stopped: Why the run ended, as a clause.
-        ranks: Rank of each target module of the best adapter, by its full name, zeros included.
-        figures: Of the finished run.
-        scores: Figures before and after.
-        examples: Answers before and after.
-        evaluation_data: What the scores were measured on, as ``--data`` takes it.
-        base_gguf: File name in ``base`` if the base is a GGUF file.
-        outputs: Of a classifier or regression; None where the model writes text.
+        run: run directory.
+        adapter: folder of the adapter.
+        base: what ``from_pretrained`` takes for the base: a folder or a hub id.
+        steps: optimiser steps done.
+        stopped: why the run ended, as a clause.
+        ranks: rank of each target module of the best adapter, by its full name, zeros included.
+        figures: of the finished run.
+        scores: figures before and after.
+        examples: answers before and after.
+        evaluation_data: what the scores were measured on, as ``--data`` takes it.
+        base_gguf: file name in ``base`` if the base is a GGUF file.
+        outputs: of a classifier or regression; None where the model writes text.
     """
 
     run: str
@@ -91,8 +91,8 @@ def print_summary(run: RunSummary, console: Console | None = None) -> None:
     """Prints the end of a run.
 
     Args:
-        run: What to print.
-        console: Where; None is stdout.
+        run: what to print.
+        console: where; None is stdout.
     """
     from rich.console import Console
 
@@ -134,7 +134,7 @@ def rank_map(ranks: Mapping[str, int]) -> RenderableType:
     number (experts) share a cell, which then shows the smallest and the largest rank.
 
     Args:
-        ranks: Rank of each module by its full name, in the model's order.
+        ranks: rank of each module by its full name, in the model's order.
 
     Returns:
         A table with one row a layer, one column a kind of module, and the means of both.

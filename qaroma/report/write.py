@@ -29,9 +29,9 @@ class Report:
     """What was written.
 
     Args:
-        files: In the order of writing.
-        ratios: Run -> mean rank, mean effective rank and their ratio, of runs with an adapter.
-        missing: What could not be drawn, as sentences.
+        files: in the order of writing.
+        ratios: run -> mean rank, mean effective rank and their ratio, of runs with an adapter.
+        missing: what could not be drawn, as sentences.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -50,19 +50,19 @@ def write_report(
     """Draw what one or several runs have to show, and write it.
 
     Args:
-        paths: Run directories, finished or not, of any method and task.
-        output: Folder for the files; None is ``RUN/report`` of one run and ``report`` of several.
-        formats: Of ``png``, ``svg`` (the figures) and ``html`` (the page).
-        modules: Names, or endings of names, of the modules whose rank and components are shown; none chooses them.
-        metric: Validation metric of the first figure; None is the task's own.
+        paths: run directories, finished or not, of any method and task.
+        output: folder for the files; None is ``RUN/report`` of one run and ``report`` of several.
+        formats: of ``png``, ``svg`` (the figures) and ``html`` (the page).
+        modules: names, or endings of names, of the modules whose rank and components are shown; none chooses them.
+        metric: validation metric of the first figure; None is the task's own.
 
     Raises:
         QaromaError: no run there, no such module or metric, or figures without matplotlib.
     """
+    runs = open_runs(paths)
     drawn = [fmt for fmt in formats if fmt != "html"]
     if drawn:
         need_matplotlib()
-    runs = open_runs(paths)
     _check_metric(runs, metric)
     chosen = _matching(runs, modules) if modules else choose_modules(runs[0])
     spectra = [read_spectra(run) for run in runs]

@@ -17,7 +17,10 @@ import re
 import shlex
 from pathlib import Path
 
+import yaml
+
 from qaroma.errors import QaromaError
+from qaroma.foreign.yaml_text import read_yaml
 from qaroma.runs.files import read_json, write_atomically
 
 # What an adapter folder holds (qaroma.runs.adapter writes it); named here for those who load no torch.
@@ -47,8 +50,16 @@ class RunDirectory:
 
     @property
     def resume_command(self) -> str:
-        """What to type to go on with it."""
-        return f"qaroma finetune --resume --output {quoted(self.path.as_posix())}"
+        """What to type to go on with it, the leave for the base's own code included where it had one."""
+        leave = " --trust-remote-code" if self._runs_remote_code() else ""
+        return f"qaroma finetune --resume --output {quoted(self.path.as_posix())}{leave}"
+
+    def _runs_remote_code(self) -> bool:
+        try:
+            model = read_yaml(self.config.read_text(encoding="utf-8"))[0]["model"]
+            return bool(model["trust_remote_code"])
+        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # none, or none that can be gone on with
+            return False
 
     def exists(self) -> bool:
         return self.config.is_file()
@@ -63,14 +74,13 @@ class RunDirectory:
         return int(found[-1]) if found else 0
 
     def finished(self, last: int) -> bool:
-        """Whether the run ended, and was not resumed to go further.
+        """Whether the run wrote its summary, and was not resumed to go further.
 
         Args:
             last: the last optimiser step of its log.
         """
         summary = read_json(self.summary)
-        # Runs of older versions have no summary: one is over when its last adapter is of its last step.
-        end = summary.get("steps", last) if summary else read_json(self.adapter_last / GROWTH).get("step")
+        end = summary.get("steps", last) if summary else None
         return isinstance(end, int) and end >= last
 
     def require_unused(self) -> None:

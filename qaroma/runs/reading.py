@@ -22,13 +22,13 @@ from qaroma.config.methods import DEFAULT_METHOD, METHODS
 from qaroma.config.metrics import metrics_of
 from qaroma.errors import QaromaError
 from qaroma.foreign.yaml_text import read_yaml
-from qaroma.runs.directory import GROWTH, RunDirectory
+from qaroma.runs.adapter_info import AdapterInfo, info_if_any
+from qaroma.runs.directory import RunDirectory
 from qaroma.runs.files import read_json
 from qaroma.runs.log import read_records
 
 # A run that wrote a line so recently is taken to be at work: nothing else tells it from a killed one.
 FRESH_SECONDS = 120.0
-_MOST_RANK = 1 << 20
 _CHECKPOINT = re.compile(r"step-(\d+)")
 _NO_METRICS = ("event", "step", "tokens", "examples")
 
@@ -69,7 +69,7 @@ class Run:
         problem: what is wrong with a broken one, of which the rest may be missing.
         config: ``config.yaml`` as plain values.
         summary: ``summary.json``; empty while the run goes on, and in older runs.
-        adapter: what ``growth.json`` of its best adapter says; empty before there is one.
+        adapter: what its best adapter remembers; None before there is one.
         steps, validations, growth: lines of optimiser steps, validations and growth events.
         ranks: step, and the rank of each module from that step on.
         samples: answers to chosen prompts while training.
@@ -84,7 +84,7 @@ class Run:
     problem: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)
-    adapter: Mapping[str, Any] = field(default_factory=dict)
+    adapter: AdapterInfo | None = None
     steps: Sequence[Record] = ()
     validations: Sequence[Record] = ()
     growth: Sequence[Record] = ()
@@ -153,7 +153,8 @@ class Run:
     @cached_property
     def metric(self) -> str:
         """The validation metric that chooses the best adapter; where the run does not say, the task's usual one."""
-        said = self.summary.get("metric") or self.adapter.get("metric") or self.setting("evaluation.metric")
+        remembered = self.adapter.task.metric if self.adapter else None
+        said = self.summary.get("metric") or remembered or self.setting("evaluation.metric")
         candidates = [str(name) for name in (said, *metrics_of(self.task), "loss") if name]
         measured = self.metrics()
         return next((name for name in candidates if name in measured), candidates[0])
@@ -192,7 +193,7 @@ class Run:
 
     def adapter_ranks(self) -> dict[str, int]:
         """Rank of each module of the best adapter; empty before there is one."""
-        return {module: sum(inner) for module, inner in self.adapter.get("components", {}).items()}
+        return self.adapter.ranks() if self.adapter else {}
 
     def total_rank(self) -> Series:
         """The sum of all modules' ranks from each step at which it changed."""
@@ -223,20 +224,6 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
         return Run(**known, state="broken", problem=str(broken))
     except OSError as refused:
         return Run(**known, state="broken", problem=f"the system refuses to read it ({refused.strerror})")
-
-
-def remembered(folder: Path) -> dict[str, Any]:
-    """What an adapter folder says of itself; empty where there is no adapter, or half of one.
-
-    ``components`` is whole, or not there.
-    """
-    found = read_json(folder / GROWTH)
-    components = found.get("components")
-    whole = isinstance(components, dict) and all(
-        isinstance(inner, list) and all(isinstance(rank, int) and 0 <= rank <= _MOST_RANK for rank in inner)
-        for inner in components.values()
-    )
-    return found if whole else {key: value for key, value in found.items() if key != "components"}
 
 
 def _written(run: RunDirectory) -> float:
@@ -285,9 +272,9 @@ def _read_rest(run: RunDirectory, config: Mapping[str, Any], written: float) -> 
         fresh = time.time() - written < FRESH_SECONDS
         return {
             # One that was finished and then resumed is not finished any more.
-            "state": "finished" if run.finished(last) else "running" if fresh else "stopped",
+            "state": "finished" if _finished(run, last) else "running" if fresh else "stopped",
             "summary": read_json(run.summary),
-            "adapter": remembered(run.adapter),
+            "adapter": info_if_any(run.adapter),
             "steps": steps,
             "validations": _events(lines, "validation"),
             "growth": growth,
@@ -298,6 +285,17 @@ def _read_rest(run: RunDirectory, config: Mapping[str, Any], written: float) -> 
         }
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise QaromaError(f"{run.metrics.name} holds lines of another form") from error
+
+
+def _finished(run: RunDirectory, last: int) -> bool:
+    """As :meth:`RunDirectory.finished`, for runs of older versions too, which have no summary.
+
+    One of those is over when its last adapter is of its last step.
+    """
+    if read_json(run.summary):
+        return run.finished(last)
+    info = info_if_any(run.adapter_last)
+    return info is not None and info.step is not None and info.step >= last
 
 
 def _newest_checkpoint(run: RunDirectory) -> int | None:
@@ -329,14 +327,13 @@ def _reconstructed(
     Methods that grow begin every module with one component; the growth events say the rest. The others
     keep the ranks that the adapter has.
     """
-    saved = remembered(run.adapter_last) or remembered(run.adapter)
-    components: Mapping[str, Sequence[int]] = saved.get("components", {})
+    saved = info_if_any(run.adapter_last) or info_if_any(run.adapter)
+    ranks = saved.ranks() if saved else {}
     method = METHODS.get(config.get("method") or DEFAULT_METHOD)
     if method is None or not method.grows:
-        ranks = {module: sum(inner) for module, inner in components.items()}
         return [(0, ranks)] if ranks else []
-    inner = int(saved.get("inner_rank") or (config.get("growth") or {}).get("inner_rank") or 1)
-    modules = list(components) or list(dict.fromkeys(event["module"] for event in growth))
+    inner = saved.inner_rank if saved else int((config.get("growth") or {}).get("inner_rank") or 1)
+    modules = list(ranks) or list(dict.fromkeys(event["module"] for event in growth))
     if not modules:
         return []
     after = {"commit": 1, "keep": 0, "done": -1}

@@ -36,6 +36,7 @@ class TokenBatch:
         lengths: for each row the lengths of the sequences that lie in it one after the other.
         trained: (T,) int64, where the counted tokens stand in the flattened labels; made with the
             batch, so that no loss has to ask the device.
+        weights: (T,) fp32, the factor of each counted token's loss; None where all are 1.
     """
 
     input_ids: Tensor
@@ -43,6 +44,7 @@ class TokenBatch:
     position_ids: Tensor
     lengths: tuple[tuple[int, ...], ...]
     trained: Tensor
+    weights: Tensor | None = None
 
     @property
     def counted(self) -> int:
@@ -56,6 +58,7 @@ class TokenBatch:
             labels=self.labels.to(device, non_blocking=True),
             position_ids=self.position_ids.to(device, non_blocking=True),
             trained=self.trained.to(device, non_blocking=True),
+            weights=None if self.weights is None else self.weights.to(device, non_blocking=True),
         )
 
     @property
@@ -90,14 +93,21 @@ class CausalLM:
         lengths = tuple(e.lengths or (len(e.input_ids),) for e in examples)
         position_ids = torch.stack([_positions(row, length) for row in lengths])
         trained = (labels.flatten() != IGNORED).nonzero().flatten()
-        return TokenBatch(input_ids, labels, position_ids, lengths, trained)
+        weights = None
+        if any(e.loss_weights for e in examples):
+            factors = torch.ones(labels.shape)
+            for row, example in enumerate(examples):
+                if example.loss_weights:
+                    factors[row, : len(example.loss_weights)] = torch.tensor(example.loss_weights)
+            weights = factors.flatten().index_select(0, trained)
+        return TokenBatch(input_ids, labels, position_ids, lengths, trained, weights)
 
     def loss(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, int]:
         """Runs the model to its hidden states; only those that predict a trained token reach the head."""
         hidden_BLD = hidden_states(model, batch)
         hidden_TD = hidden_BLD.flatten(0, 1).index_select(0, batch.trained - 1)
         targets_T = batch.labels.flatten().index_select(0, batch.trained)
-        return linear_cross_entropy(hidden_TD, LMHead(model), targets_T), batch.counted
+        return linear_cross_entropy(hidden_TD, LMHead(model), targets_T, batch.weights), batch.counted
 
     def evaluate(self, model: nn.Module, batches: Iterable[TokenBatch], device: torch.device) -> dict[str, Any]:
         """Loss per token, perplexity, and the number of tokens."""

@@ -42,7 +42,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every module is in the mode it was in before.
 
     Args:
-        model: The model; modules of one model may be in different modes.
+        model: the model; modules of one model may be in different modes.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -60,9 +60,9 @@ def evaluate_loss(
     """The loss over batches, each token counted once whatever batch it is in.
 
     Args:
-        loss_fn: Gives the summed loss of a batch (a scalar) and its number of trained tokens.
-        batches: What ``loss_fn`` takes.
-        model: Put into evaluation mode meanwhile.
+        loss_fn: gives the summed loss of a batch (a scalar) and its number of trained tokens.
+        batches: what ``loss_fn`` takes.
+        model: put into evaluation mode meanwhile.
 
     Returns:
         Sum and count.

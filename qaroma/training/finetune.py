@@ -103,7 +103,14 @@ def _answer_test(data: PreparedData) -> AnswerTest | None:
     chosen = data.config.evaluation
     if chosen.data is None or data.template is None:
         return None
-    conversations = read_conversations([(chosen.data, 1.0)], rows=chosen.rows, skip_bad=data.config.data.skip_bad_rows)
+    reading = data.config.data
+    conversations = read_conversations(
+        [(chosen.data, 1.0)],
+        columns=reading.columns,
+        feedback=reading.feedback,
+        rows=chosen.rows,
+        skip_bad=reading.skip_bad_rows,
+    )
     return AnswerTest(conversations, data.tokenizer, data.template, chosen.max_new_tokens)
 
 

@@ -34,7 +34,6 @@ class FitState:
     best_step: int = 0
     without_gain: int = 0  # validations since the best
     trainable_start: int = 0
-    trainable_sum: int = 0  # over steps: its mean is trainable_sum / step
     seconds: float = 0.0
 
 
@@ -167,7 +166,6 @@ def _record_step(
     state.step += 1
     state.seconds += seconds
     trainable = method.trainable_parameters()
-    state.trainable_sum += trainable
     ranks = method.ranks().values()
     line = {
         "step": state.step,

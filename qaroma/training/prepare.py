@@ -12,11 +12,12 @@ from qaroma.config.load import require_model_and_data
 from qaroma.config.metrics import metrics_of
 from qaroma.config.presets import DataFacts, Decision, resolve
 from qaroma.config.schema import Config, ResolvedConfig
-from qaroma.data.encode import Encoded, Example, encode_rows, limit_length, split_validation
+from qaroma.data.encode import Encoded, Example, encode_rows, limit_length
 from qaroma.data.glue import dev_file, glue_task, read_glue, read_train
 from qaroma.data.labelled import Kind, LabelledSet, encode_labelled, split_labelled, takes_token_types
 from qaroma.data.packing import pack
 from qaroma.data.sources import RowSet, read_rows
+from qaroma.data.split import split_validation
 from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_tokenizer
@@ -76,16 +77,21 @@ def _prepare_conversations(config: Config, base: FoundModel, tokenizer: PreTrain
         raise QaromaError(f"{named} has labels, not answers; type --task {task.kind if task else 'classification'}")
     if config.evaluation.metric is not None:
         raise QaromaError("evaluation.metric is for --task classification and regression; leave it out")
-    template = Template.choose(tokenizer, config.data.template)
-    encoded = _encode(config, [(s.path, s.weight) for s in config.data.train], tokenizer, template)
+    template = Template.choose(tokenizer, config.data.template, config.data.tools)
+    rows = read_rows([(s.path, s.weight) for s in config.data.train], seed=config.training.seed)
+    encoded = _encode(config, rows, base, tokenizer, template)
     validation = None
-    if config.data.validation is not None:
-        validation = _encode(config, [(config.data.validation, 1.0)], tokenizer, encoded.template)
+    beside = rows.validation if config.data.validation_share else []
+    held_out_sources = beside if config.data.validation is None else [config.data.validation]
+    if held_out_sources:
+        rows = read_rows([(source, 1.0) for source in held_out_sources], seed=config.training.seed)
+        validation = _encode(config, rows, base, tokenizer, encoded.template)
     share = 0.0 if validation is not None else config.data.validation_share
     train, held_out = _split(config, encoded, share)
     facts = DataFacts(len(train.examples), encoded.lengths, base.longest_input, len((validation or held_out).examples))
     resolved, decisions = resolve(config, facts)
-    notes = [f"data: {encoded.form}, {len(encoded.examples)} examples", *encoded.notes]
+    notes = [f"data: {encoded.form}, {len(encoded.examples)} examples"]
+    notes += dict.fromkeys([*encoded.notes, *(validation.notes if validation else [])])
     limit = (resolved.data.max_length, resolved.data.on_too_long)
     limited = limit_length(encoded, *limit)
     notes += _left_out(limited)
@@ -161,7 +167,8 @@ def _labelled_rows(config: Config) -> tuple[RowSet, RowSet | None]:
         rows = read_train(first)
     else:
         rows = read_rows([(s.path, s.weight) for s in sources], seed=config.training.seed)
-    return rows, None if validation is None else read_rows([(validation, 1.0)])
+    held_out = rows.validation if validation is None else [validation]
+    return rows, read_rows([(source, 1.0) for source in held_out]) if held_out else None
 
 
 def _encode_labelled(
@@ -207,16 +214,19 @@ def _left_out(encoded: Encoded) -> list[str]:
 
 
 def _encode(
-    config: Config, sources: list[tuple[str, float]], tokenizer: PreTrainedTokenizerBase, template: Template
+    config: Config, rows: RowSet, base: FoundModel, tokenizer: PreTrainedTokenizerBase, template: Template
 ) -> Encoded:
     data = config.data
     return encode_rows(
-        read_rows(sources, seed=config.training.seed),
+        rows,
         tokenizer,
         template,
         form=data.format,
+        columns=data.columns,
+        feedback=data.feedback,
         train_on=data.train_on,
         max_length=data.max_length,
         on_too_long=data.on_too_long,
         skip_bad=data.skip_bad_rows,
+        vocabulary=base.vocabulary,
     )

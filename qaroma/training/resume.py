@@ -34,7 +34,7 @@ def resumed_config(given: Config) -> Config:
     if stored.model.trust_remote_code and not given.model.trust_remote_code:
         raise QaromaError(
             f"{run.path} was begun with --trust-remote-code, so that its base may run Python code of its own; "
-            f"type that again to go on: {run.resume_command} --trust-remote-code"
+            f"type that again to go on: {run.resume_command}"
         )
     ours, theirs = _given(stored), _given(given)
     changed = {key: value for key, value in theirs.items() if value is not None and ours.get(key) != value}

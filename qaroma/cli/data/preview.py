@@ -29,6 +29,9 @@ Examples:
     "model.name",
     "data.train",
     "data.format",
+    "data.columns",
+    "data.feedback",
+    "data.tools",
     "data.template",
     "data.train_on",
     "data.max_length",
@@ -59,20 +62,25 @@ def command(config: str | None, examples: int, rows: int, sets: tuple[str, ...],
     from qaroma.data.sources import read_rows
     from qaroma.data.templates import Template
     from qaroma.model.base import load_tokenizer
+    from qaroma.model.found import find_model
 
     model, data = settings.model, settings.data
-    tokenizer = load_tokenizer(name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    base = find_model(name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    tokenizer = load_tokenizer(base)
     sources = [(source.path, source.weight) for source in data.train]
     found = read_rows(sources, seed=settings.training.seed)
     encoded = encode_rows(
         found.head(rows),
         tokenizer,
-        Template.choose(tokenizer, data.template),
+        Template.choose(tokenizer, data.template, data.tools),
         form=data.format,
+        columns=data.columns,
+        feedback=data.feedback,
         train_on=data.train_on,
         max_length=data.max_length,
         on_too_long=data.on_too_long,
         skip_bad=data.skip_bad_rows,
+        vocabulary=base.vocabulary,
     )
     console = Console()
     for example in encoded.examples[:examples]:

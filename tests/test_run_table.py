@@ -18,6 +18,7 @@ from qaroma.cli import main
 from qaroma.errors import QaromaError
 from qaroma.report.run_table import state_sentence
 from qaroma.report.side_by_side import compare_runs
+from qaroma.runs.adapter_info import AdapterInfo
 from qaroma.runs.figures import figures_of
 from qaroma.runs.finding import list_runs
 from qaroma.runs.reading import FRESH_SECONDS, read_run
@@ -52,8 +53,7 @@ def write_run(
         lines.append({"event": "answers", "when": "after", "step": steps, **prompts, "answers": [answers, "fixed"],
                       "exact_match": 0.75})  # fmt: skip
         (path / "adapter").mkdir()
-        growth = {"components": {"a": [1, 1, 1], "b": [1], "c": []}, "step": 2}
-        (path / "adapter" / "growth.json").write_text(json.dumps(growth), encoding="utf-8")
+        AdapterInfo({"a": [1, 1, 1], "b": [1], "c": []}, inner_rank=1, alpha=1.0, step=2).write(path / "adapter")
         (path / "summary.json").write_text(json.dumps({"steps": steps, "ended": "grown", "seconds": 12.5}))
     metrics = path / "metrics.jsonl"
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -207,6 +207,15 @@ def test_the_piped_table_cuts_no_column_and_names_the_command_to_go_on(
     row = next(line for line in lines if line.startswith(long))
     assert all(text in row for text in ("m" * 90, "d" * 90, "stopped at step 4 of 8, resumable from 4", "1.50"))
     assert f"go on with {long}: qaroma finetune --resume --output {(tmp_path / long).as_posix()}" in lines
+
+
+def test_the_command_to_go_on_has_the_leave_for_the_bases_own_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "own", finished=False, model={"name": "org/own", "trust_remote_code": True})
+    assert main(["runs", str(tmp_path)]) == 0
+    command = f"qaroma finetune --resume --output {(tmp_path / 'own').as_posix()} --trust-remote-code"
+    assert f"go on with own: {command}" in capsys.readouterr().out.splitlines()
 
 
 def test_runs_as_json_and_where_there_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,75 @@
+"""The formats of an export, one row each: what can be said of one without writing it, and without torch.
+
+A new format is a row of this table, and one of :data:`qaroma.export.formats.FORMATS`, which writes and tests it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class FormatFacts(NamedTuple):
+    """What is known of a format before it is written.
+
+    Attributes:
+        audience: what it is and who reads it, for ``--help``.
+        library: as the hub calls what loads it.
+        loading: how each engine loads it, for the card, which fills in the braces.
+    """
+
+    audience: str
+    library: str
+    loading: str
+
+
+FORMAT_FACTS = {
+    "peft": FormatFacts(
+        "a rank for each module: PEFT, transformers",
+        "peft",
+        """In PEFT (`pip install peft`):
+
+    {in_peft}
+
+In qaroma: {in_qaroma}. Other engines ignore the rank of each module and scale
+it wrongly: give them the format `padded`.""",
+    ),
+    "padded": FormatFacts(
+        "one rank, zero-padded: vLLM, SGLang, Ollama",
+        "peft",
+        """In vLLM:
+
+    vllm serve {base} --enable-lora --max-lora-rank {max_lora_rank} --lora-modules tuned={place}
+
+In SGLang:
+
+    python -m sglang.launch_server --model-path {base} --lora-paths tuned={place}
+
+In Ollama: a Modelfile with `FROM` the base and `ADAPTER {place}`. In PEFT: as any LoRA, with
+`PeftModel.from_pretrained(base, "{place}")`.""",
+    ),
+    "gguf-adapter": FormatFacts(
+        "llama.cpp, LM Studio",
+        "gguf",
+        """In llama.cpp, on a GGUF of the base:
+
+    llama-cli -m base.gguf --lora adapter.gguf
+
+In LM Studio and Ollama: beside the base's GGUF (Ollama: `ADAPTER ./adapter.gguf` in a Modelfile).""",
+    ),
+    "merged": FormatFacts(
+        "an ordinary checkpoint: anything",
+        "transformers",
+        """In transformers, vLLM, SGLang or anything else that reads a checkpoint:
+
+    model = AutoModelForCausalLM.from_pretrained("{place}"{options})""",
+    ),
+    "gguf": FormatFacts(
+        "a model file with an Ollama Modelfile: llama.cpp, Ollama",
+        "gguf",
+        """In Ollama:
+
+    ollama create {name} -f Modelfile && ollama run {name}
+
+In llama.cpp: `llama-cli -m model.gguf`. In LM Studio: open `model.gguf`.""",
+    ),
+}
