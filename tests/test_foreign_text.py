@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 from qaroma.cli import COMMANDS, main
 from qaroma.config.load import read_settings
 from qaroma.data.bounded_jinja import render_bounded
+from qaroma.data.fields import BadRow, parsed_cell
 from qaroma.data.labelled import _class_names
 from qaroma.data.split import repeated
 from qaroma.errors import QaromaError
@@ -240,3 +242,9 @@ def test_a_folder_that_may_not_be_read_hides_no_run(
     assert main(["runs", str(tmp_path), "--json"]) == 0
     runs = {run["name"]: run["state"] for run in json.loads(capsys.readouterr().out)["runs"]}
     assert runs == {"good": "running", "locked": "broken"}
+
+
+@pytest.mark.parametrize("cell", ["[{[1]: 2}]", "[{{1}}]", "[" * 500, "[" * 3000 + "]" * 3000, "[" + "9" * 5000 + "]"])
+def test_a_cell_that_begins_as_a_list_may_be_text(cell: str) -> None:
+    with contextlib.suppress(BadRow):
+        assert parsed_cell(cell) == cell

@@ -112,6 +112,6 @@ def parsed_cell(cell: Any) -> Any:
         pass
     try:
         value = ast.literal_eval(cell.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return cell
     return value if isinstance(value, list | dict) else cell
