@@ -303,7 +303,7 @@ def test_a_fault_of_ours_keeps_its_traceback(called: dict[str, Any], monkeypatch
     [
         (["finetune", "--config", "nowhere.yaml"], "error: got nowhere.yaml; there is no such configuration"),
         (["finetune", "--lerning-rate", "1"], "--learning-rate"),
-        (["finetune", "--learning-rate", "0"], "0.0 is not in the range x>0"),
+        (["finetune", "--learning-rate", "0"], "0.0 is not in the range 0<x<="),
         (["finetune", "--device", "gpu"], "'auto', 'cuda', 'cpu'"),
         (["finetunee"], "did you mean finetune?"),
         (["zzz"], "expected one of init, finetune"),

@@ -139,8 +139,8 @@ def _foreign_events(path: Path) -> None:
         (_damaged_config, "config.yaml cannot be read"),
         (_foreign_config, "config.yaml is no configuration of a run"),
         (_damaged_metrics, "metrics.jsonl cannot be read"),
-        (_foreign_metrics, "metrics.jsonl holds lines that are no records"),
-        (_foreign_events, "metrics.jsonl holds lines of another form"),
+        (_foreign_metrics, "line 1 of metrics.jsonl is no JSON object"),
+        (_foreign_events, "line 1 of metrics.jsonl has no step as a run writes it"),
     ],
 )
 def test_a_broken_run_is_listed_as_such(

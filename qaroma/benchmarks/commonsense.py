@@ -15,6 +15,7 @@ from datasets import Dataset
 from qaroma.data.forms import BadRow, to_conversation
 from qaroma.data.sources import Row, read_rows
 from qaroma.errors import QaromaError
+from qaroma.foreign.paths import local_path
 
 _FILES = ("test.json", "test.json.gz")
 _FORMAT = re.compile(r"Answer format:\s*(\S+)")
@@ -47,7 +48,7 @@ def read(task: str, data: str | None = None, **_: Any) -> dict[str, Dataset]:
 def _file(task: str, data: str | None) -> Path:
     if data is None:
         raise QaromaError(f"the commonsense tasks need LLM-Adapters' test sets; get them with: {_FETCH}")
-    root = Path(data).expanduser()
+    root = local_path(data)
     if not root.is_dir():
         raise QaromaError(f"there is no folder '{data}'; expected LLM-Adapters' test sets. Get them with: {_FETCH}")
     for name in _FILES:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from qaroma.benchmarks.model import HarnessModel
 from qaroma.benchmarks.results import summarise
 from qaroma.errors import QaromaError
+from qaroma.foreign.paths import local_path
 from qaroma.inference.open import TunedModel, open_base, open_run
 from qaroma.model.base import fingerprint
 from qaroma.runs.directory import WEIGHTS, adapter_folder
@@ -223,7 +224,7 @@ def _places(model: str, is_run: bool, tasks: Sequence[str], output: str | Path |
 
 def _folder_name(model: str) -> str:
     """The name of a model as a folder: of a local path its last part, of a hub id the whole."""
-    name = Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else model
+    name = local_path(model).resolve().name if local_path(model).exists() else model
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
 
 

@@ -16,6 +16,7 @@ import click
 from qaroma import __version__
 from qaroma.cli.lazy import LazyGroup
 from qaroma.errors import QaromaError
+from qaroma.foreign.characters import is_unicode
 from qaroma.runs.files import disk_full
 
 COMMANDS = {
@@ -81,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():  # the libraries' progress bars would fill a log
         os.environ.setdefault("TQDM_DISABLE", "1")
     try:
+        _refuse_blanks(sys.argv[1:] if arguments is None else arguments)
         code = root.main(args=arguments, prog_name="qaroma", standalone_mode=False)
     except click.ClickException as error:
         error.show()
@@ -92,12 +94,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         click.echo("interrupted", err=True)
         return _INTERRUPTED
     except Exception as error:
-        if not disk_full(error):
+        sentence = _of_the_system(error)
+        if sentence is None:
             raise
-        click.echo(f"error: the disk is full ({error}); make room and type the same command again", err=True)
+        click.echo(f"error: {sentence}", err=True)
         return 2
     # What a command gave to context.exit(); commands return nothing.
     return code if isinstance(code, int) else 0
+
+
+def _refuse_blanks(arguments: Sequence[str]) -> None:
+    """An argument without any text is a variable that was not set: taken as a path, it means the working folder.
+
+    Raises:
+        QaromaError: there is one, or one that is not UTF-8, which no file of ours could hold.
+    """
+    before = ""
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        blank = not value.strip() if equals and name.startswith("--") else not argument.strip()
+        if blank:
+            what = f"for {name}" if equals else f"for {before}" if before.startswith("--") else "among the arguments"
+            raise QaromaError(f"got an empty text {what}; expected some (is a variable of the shell not set?)")
+        if not is_unicode(argument):
+            raise QaromaError(f"got {argument!r}, which is not UTF-8; rename the file, or write UTF-8")
+        before = argument
+
+
+def _of_the_system(error: Exception) -> str | None:
+    """What the system refuses, as a sentence; None for all other exceptions."""
+    if disk_full(error):
+        return f"the disk is full ({error}); make room and type the same command again"
+    if not isinstance(error, OSError) or error.filename is None or error.strerror is None:
+        return None
+    name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else str(error.filename)
+    shown = name if len(name) <= 120 else f"{name[:117]}..."
+    return f"the system refuses '{shown}': {error.strerror}; check that path and your rights to it"
 
 
 def _speak_utf8() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from qaroma.cli.options import config_option
+from qaroma.cli.options import config_option, count
 from qaroma.cli.output import JSON_OPTION, figures_only
 from qaroma.config.levels import LEVEL_NAMES
 from qaroma.plan.shapes import require_shape
@@ -18,12 +18,12 @@ Examples:
 
 @click.command(epilog=_EPILOG)
 @click.option("--model", required=True, help="A shape (random weights, see qaroma plan), a folder, or a hub id.")
-@click.option("--seq-len", default=2048, show_default=True, type=click.IntRange(min=8), help="Tokens of an example.")
-@click.option("--micro-batch", default=1, show_default=True, type=click.IntRange(min=1), help="Examples of a step.")
-@click.option("--steps", default=3, show_default=True, type=click.IntRange(min=1), help="Steps of one turn.")
-@click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1), help="Turns of each contestant.")
+@click.option("--seq-len", default=2048, show_default=True, type=count(8), help="Tokens of an example.")
+@click.option("--micro-batch", default=1, show_default=True, type=count(1), help="Examples of a step.")
+@click.option("--steps", default=3, show_default=True, type=count(1), help="Steps of one turn.")
+@click.option("--rounds", default=5, show_default=True, type=count(1), help="Turns of each contestant.")
 @click.option("--memory", default="1", show_default=True, type=click.Choice(LEVEL_NAMES), help="Memory level.")
-@click.option("--frozen", default=0, show_default=True, type=click.IntRange(min=0), help="Frozen rank of each module.")
+@click.option("--frozen", default=0, show_default=True, type=count(0), help="Frozen rank of each module.")
 @click.option("--against", type=click.Choice(["peft"]), help="Measure PEFT's QLoRA (r 8) in turns with ours.")
 @config_option("training.device", text="Where to compute.")
 @JSON_OPTION

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from typing import Any
 
 import click
 
-from qaroma.cli.options import config_option
+from qaroma.cli.options import config_option, count
 from qaroma.cli.output import JSON_OPTION, figures_only
 from qaroma.cli.run_arguments import TRUST_OPTION
 from qaroma.errors import QaromaError
+from qaroma.foreign.paths import local_path
 from qaroma.model.builtin import require_model
 from qaroma.runs.directory import adapter_folder
 
@@ -30,14 +30,14 @@ Examples:
               "yet), or the eight of LLM-Adapters: commonsense (the answer is found in greedy text, as in the paper), "
               "commonsense_likelihood (the most probable of the possible answers), commonsense_boolq, ...")  # fmt: skip
 @click.option("--data", metavar="FOLDER", help="LLM-Adapters' dataset folder, for the commonsense tasks.")
-@click.option("--rows", type=click.IntRange(min=1), metavar="INTEGER", help="At most so many questions of each task; "
+@click.option("--rows", type=count(1), metavar="INTEGER", help="At most so many questions of each task; "
               "default: all.")  # fmt: skip
-@click.option("--examples", type=click.IntRange(min=0), metavar="INTEGER", help="Solved questions before each one; "
+@click.option("--examples", type=count(0), metavar="INTEGER", help="Solved questions before each one; "
               "default: as many as the task says.")  # fmt: skip
 @click.option("--no-template", is_flag=True, help="Give the tasks' prompts as they are, not in the chat template that "
               "the model was trained with.")  # fmt: skip
 @config_option("evaluation.max_new_tokens", text="Longest generated answer; default: what the task says.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, metavar="INTEGER",
+@click.option("--batch-size", type=count(1), default=16, show_default=True, metavar="INTEGER",
               help="Requests in one forward pass.")  # fmt: skip
 @click.option("--output", metavar="PATH", help="Folder of answers and results, or a .json file for the results; "
               "default: RUN/benchmarks, or ./benchmarks/MODEL without a run.")  # fmt: skip
@@ -109,7 +109,7 @@ def _check(run: str | None, names: list[str], base: str | None, parameters: dict
             "the commonsense tasks need LLM-Adapters' test sets; get them with: "
             "git clone https://github.com/AGI-Edgerunners/LLM-Adapters, then --data LLM-Adapters/dataset"
         )
-    if parameters["data"] is not None and not Path(parameters["data"]).expanduser().is_dir():
+    if parameters["data"] is not None and not local_path(parameters["data"]).is_dir():
         raise QaromaError(f"there is no folder '{parameters['data']}'; expected LLM-Adapters' test sets")
     if importlib.util.find_spec("lm_eval") is None:
         raise QaromaError('benchmarks need lm-evaluation-harness; type: pip install "qaroma[bench]"')

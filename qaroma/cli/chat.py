@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qaroma.cli.options import config_option
+from qaroma.cli.options import config_option, count
 from qaroma.cli.run_arguments import BASE_OPTION, TRUST_OPTION
+from qaroma.config.schema import LARGEST_SEED
 from qaroma.errors import QaromaError
 from qaroma.model.builtin import require_model
 from qaroma.runs.directory import adapter_folder
@@ -39,13 +40,15 @@ _HELP = """\
 @BASE_OPTION
 @TRUST_OPTION
 @click.option("--system", metavar="TEXT", help="What stands before the conversation.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, metavar="INTEGER",
+@click.option("--max-new-tokens", type=count(1), default=512, show_default=True, metavar="INTEGER",
               help="Longest answer.")  # fmt: skip
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, metavar="NUMBER",
+@click.option("--temperature", type=click.FloatRange(0, 1000), default=0.0, show_default=True, metavar="NUMBER",
               help="0 gives the same answer each time; higher values draw more freely.")  # fmt: skip
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, metavar="NUMBER",
               help="Draw from the likeliest tokens of this share.")  # fmt: skip
-@click.option("--seed", type=click.IntRange(min=0), metavar="INTEGER", help="Draw the same answers each time.")
+@click.option(
+    "--seed", type=click.IntRange(0, LARGEST_SEED), metavar="INTEGER", help="Draw the same answers each time."
+)
 @config_option("training.device", text="Where to compute.")
 def command(
     run: str | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from qaroma.cli.options import count
 from qaroma.cli.output import JSON_OPTION, figures_only
 
 _EPILOG = """\b
@@ -15,7 +16,7 @@ Examples:
 
 @click.command(epilog=_EPILOG)
 @click.argument("runs", metavar="RUN RUN...", nargs=-1, required=True)
-@click.option("--answers", type=click.IntRange(min=0), default=5, show_default=True, metavar="INTEGER",
+@click.option("--answers", type=count(0), default=5, show_default=True, metavar="INTEGER",
               help="Prompts whose answers are shown, those answered differently first.")  # fmt: skip
 @JSON_OPTION
 def command(runs: tuple[str, ...], answers: int, json_output: bool) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from qaroma.cli.options import config_option, read_config
+from qaroma.cli.options import config_option, count, read_config
 from qaroma.cli.output import JSON_OPTION, figures_only, write_figures
 from qaroma.cli.run_arguments import BASE_OPTION, RUN_ARGUMENT, TRUST_OPTION
 from qaroma.config.load import parse_source
@@ -34,9 +34,7 @@ def _refuse_benchmark(_: click.Context, __: click.Parameter, value: str | None) 
 @RUN_ARGUMENT
 @click.option("--data", required=True, multiple=True, metavar="PATH[:WEIGHT]",
               help="File, folder or hub id whose answers are known. Repeatable.")  # fmt: skip
-@click.option(
-    "--rows", type=click.IntRange(min=1), metavar="INTEGER", help="At most so many of its rows; default: all."
-)
+@click.option("--rows", type=count(1), metavar="INTEGER", help="At most so many of its rows; default: all.")
 @config_option("data.format")
 @config_option("data.columns")
 @config_option("data.feedback")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import click
 
-from qaroma.cli.options import config_option
+from qaroma.cli.options import config_option, count
 from qaroma.cli.output import JSON_OPTION, figures_only
 from qaroma.cli.run_arguments import BASE_OPTION, RUN_ARGUMENT, TRUST_OPTION
 from qaroma.errors import QaromaError
@@ -24,7 +24,7 @@ Examples:
 @click.command(epilog=_EPILOG)
 @RUN_ARGUMENT
 @click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True)
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="INTEGER",
+@click.option("--max-new-tokens", type=count(1), default=256, show_default=True, metavar="INTEGER",
               help="Longest answer.")  # fmt: skip
 @BASE_OPTION
 @TRUST_OPTION

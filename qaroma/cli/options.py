@@ -15,7 +15,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from qaroma.config.load import config_fields, read_settings
-from qaroma.config.schema import Config
+from qaroma.config.schema import LARGEST, Config
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _FIELDS = config_fields()
@@ -33,6 +33,11 @@ CONFIG_OPTION = click.option("--config", metavar="FILE", help="YAML file, or the
 SET_OPTION = click.option(
     "--set", "sets", metavar="KEY=VALUE", multiple=True, help="Any setting, as growth.eps_out=1e-3. Repeatable."
 )
+
+
+def count(least: int = 1) -> click.IntRange:
+    """The type of an option that counts something."""
+    return click.IntRange(least, LARGEST)
 
 
 def config_option(key: str, *, text: str | None = None) -> Callable[[_Function], _Function]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from qaroma.cli.options import config_option
+from qaroma.cli.options import config_option, count
 from qaroma.cli.output import JSON_OPTION, figures_only
 from qaroma.plan.card import parse_memory, this_card
 from qaroma.plan.shapes import require_shape
@@ -20,12 +20,12 @@ Examples:
 @click.option("--model", required=True, metavar="TEXT",
               help="Built-in shape (llama3-8b, qwen2.5-7b, ...), config.json, folder or hub id.")  # fmt: skip
 @click.option("--vram", metavar="SIZE", help="Memory of the card, as 8GiB. Default: this machine's GPU, if it has one.")
-@click.option("--seq-len", type=click.IntRange(min=2), default=2048, show_default=True, metavar="INTEGER",
+@click.option("--seq-len", type=count(2), default=2048, show_default=True, metavar="INTEGER",
               help="Tokens of a sequence.")  # fmt: skip
-@click.option("--micro-batch", type=click.IntRange(min=1), default=1, show_default=True, metavar="INTEGER",
+@click.option("--micro-batch", type=count(1), default=1, show_default=True, metavar="INTEGER",
               help="Sequences in one forward pass.")  # fmt: skip
 @config_option("training.memory")
-@click.option("--rank-frozen", type=click.IntRange(min=0), default=16, show_default=True, metavar="INTEGER",
+@click.option("--rank-frozen", type=count(0), default=16, show_default=True, metavar="INTEGER",
               help="Rank of the frozen components of every layer.")  # fmt: skip
 @config_option("model.trust_remote_code")
 @JSON_OPTION

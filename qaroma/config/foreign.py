@@ -6,7 +6,6 @@ follows from the card and the data. Nor is ``trust_remote_code``: consent is typ
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,9 @@ from typing import Any
 import yaml
 
 from qaroma.errors import QaromaError
+from qaroma.foreign.json_text import parse_json
+from qaroma.foreign.paths import local_path
+from qaroma.foreign.yaml_text import read_yaml
 
 _AXOLOTL = {
     "base_model": "model.name",
@@ -76,10 +78,10 @@ def read_foreign(path: str | Path) -> Foreign:
         QaromaError: it is neither, trains something else than text, or names data that cannot be found.
     """
     try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+        given, _ = read_yaml(local_path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise QaromaError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise QaromaError(f"{path} is not YAML text: {str(error).splitlines()[0]}") from error
     if isinstance(given, dict) and "base_model" in given:
         return _axolotl(given, str(path))
@@ -174,8 +176,8 @@ def _listed(value: Any, path: str, key: str) -> list[dict[str, Any]]:
 
 def _dataset_info(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise QaromaError(f"{file}, which says what the data sets are, cannot be read ({error})") from error
     return value if isinstance(value, dict) else {}
 

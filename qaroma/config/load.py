@@ -19,6 +19,8 @@ from pydantic.fields import FieldInfo
 
 from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
+from qaroma.foreign.paths import local_path
+from qaroma.foreign.yaml_text import read_yaml
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _YAML_SUFFIXES = (".yaml", ".yml")
@@ -120,14 +122,14 @@ def find_config(path: str | Path) -> Path:
     Raises:
         QaromaError: There is none; near names and the shipped ones are named.
     """
-    asked = Path(path)
+    asked = local_path(path)
+    if not asked.name or asked.is_dir():
+        raise QaromaError(f"got the folder {asked} as configuration; expected a YAML file")
     names = [asked] if asked.suffix in _YAML_SUFFIXES else [asked, asked.with_name(asked.name + ".yaml")]
     inside = [Path(*name.parts[1:]) if name.parts[:1] == ("configs",) else name for name in names]
     for candidate in [*names, *(shipped_folder() / name for name in inside)]:
         if candidate.is_file():
             return candidate
-    if asked.is_dir():
-        raise QaromaError(f"got the folder {asked} as configuration; expected a YAML file")
     shipped = shipped_configs()
     siblings = [file for suffix in _YAML_SUFFIXES for file in sorted(asked.parent.glob(f"*{suffix}"))]
     near = [str(file) for file in siblings if _close(asked.stem, [file.stem])]
@@ -189,9 +191,7 @@ class _Layers:
 
     def add_file(self, file: Path) -> None:
         try:
-            text = file.read_text(encoding="utf-8-sig")
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
-            values = yaml.safe_load(text)
+            values, node = read_yaml(file.read_text(encoding="utf-8-sig"))
         except yaml.MarkedYAMLError as error:
             line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
             raise QaromaError(f"{file}{line}: not YAML: {error.problem}") from None
@@ -213,7 +213,7 @@ class _Layers:
             self.problems.append(f"--set: got {text!r}; expected key=value, as growth.eps_out=1e-3")
             return
         try:
-            parsed = yaml.safe_load(value)
+            parsed, _ = read_yaml(value)
         except yaml.YAMLError:
             self.problems.append(f"--set {key}: got {value!r}; expected a YAML value")
             return

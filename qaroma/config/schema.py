@@ -12,21 +12,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
+from annotated_types import Ge, Gt, Le
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
+    field_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from qaroma.config.levels import LEVEL_CHOICES, LEVELS
 from qaroma.config.methods import DEFAULT_METHOD, FIXED_RANK, METHODS, MethodName
 from qaroma.config.metrics import LabelMetric
+from qaroma.foreign.characters import is_unicode
 
 if TYPE_CHECKING:
     MemoryLevel: TypeAlias = str
@@ -34,10 +33,32 @@ else:
     MemoryLevel = Literal[LEVEL_CHOICES]
 
 
+LARGEST = 10**9
+LARGEST_SEED = 2**32 - 1
+# Bounds that no run comes near: beyond them numbers overflow, inside torch or sooner.
+PositiveInt = Annotated[int, Gt(0), Le(LARGEST)]
+NonNegativeInt = Annotated[int, Ge(0), Le(LARGEST)]
+PositiveFloat = Annotated[float, Gt(0), Le(LARGEST)]
+NonNegativeFloat = Annotated[float, Ge(0), Le(LARGEST)]
+# Where a field has an upper bound of its own (of two, pydantic keeps one).
+Share = Annotated[float, Ge(0)]
+Weight = Annotated[float, Gt(0), Le(1000)]
+Seed = Annotated[int, Ge(0), Le(LARGEST_SEED)]
+
+
 class Section(BaseModel):
     """A section of the configuration: unknown keys are errors, values are validated."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _usable_text(cls, value: object) -> object:
+        """No setting is blank, or holds what neither a file nor its name can."""
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (not text.strip() or "\0" in text or not is_unicode(text)):
+                raise PydanticCustomError("text_unusable", "text that is not empty, of characters that a file can hold")
+        return value
 
 
 class ModelSection(Section):
@@ -75,9 +96,7 @@ class DataSource(Section):
     path: str = Field(
         description="A .jsonl, .json, .csv, .parquet or .txt file (also .gz), a folder of them, or a hub id."
     )
-    weight: PositiveFloat = Field(
-        1.0, description="How often its rows appear in an epoch: 2 is twice, 0.5 a random half."
-    )
+    weight: Weight = Field(1.0, description="How often its rows appear in an epoch: 2 is twice, 0.5 a random half.")
 
 
 class DataSection(Section):
@@ -85,7 +104,7 @@ class DataSection(Section):
 
     train: list[DataSource] = Field(default_factory=list, description="Training data, one or several sources.")
     validation: str | None = Field(None, description="A file or hub id to validate on, instead of a split.")
-    validation_share: NonNegativeFloat = Field(
+    validation_share: Share = Field(
         0.05, le=0.5, description="Share of the training rows set aside for validation (0: none)."
     )
     validation_max: PositiveInt = Field(500, description="At most so many rows are set aside.")
@@ -182,16 +201,12 @@ class GrowthSection(Section):
     check_first: bool | None = Field(None, description="Apply the outer criterion to the first component too.")
     max_rank: PositiveInt | None = Field(
         None,
-        description="Upper bound of a module's rank; None follows the data, or is no bound for inner loops.",
+        description="Upper bound of a module's rank; within a budget of their mean. None follows the data, or is none.",
     )
-    dropout: NonNegativeFloat | None = Field(
-        None, lt=1.0, description="Dropout before A, on the active component only."
-    )
+    dropout: Share | None = Field(None, lt=1.0, description="Dropout before A, on the active components only.")
     warmup: NonNegativeInt | None = Field(None, description="Steps of the first learning-rate warm-up.")
     restart_warmup: NonNegativeInt | None = Field(None, description="Steps of the warm-up after each new component.")
-    min_lr_ratio: NonNegativeFloat | None = Field(
-        None, le=1.0, description="Where the cosine ends, as a share of the peak."
-    )
+    min_lr_ratio: Share | None = Field(None, le=1.0, description="Where the cosine ends, as a share of the peak.")
     max_update: PositiveFloat | None = Field(
         None, description="Bound on one Adam update of one element, in learning rates (guards the steps after a reset)."
     )
@@ -222,7 +237,7 @@ class TrainingSection(Section):
     patience: NonNegativeInt | None = Field(
         None, description="Stop after so many validations without a better figure; 0 never does."
     )
-    seed: NonNegativeInt = Field(0, description="Seed of everything random.")
+    seed: Seed = Field(0, description="Seed of everything random.")
     track: list[Literal["tensorboard", "wandb"]] = Field(
         default_factory=list, description="Also log to TensorBoard or Weights & Biases."
     )
@@ -304,9 +319,9 @@ class ResolvedGrowthSection(GrowthSection):
 
     target_modules: str | list[str]
     alpha: PositiveFloat
-    dropout: NonNegativeFloat = Field(lt=1.0)
+    dropout: Share = Field(lt=1.0)
     warmup: NonNegativeInt
-    min_lr_ratio: NonNegativeFloat = Field(le=1.0)
+    min_lr_ratio: Share = Field(le=1.0)
 
 
 class BudgetGrowthSection(ResolvedGrowthSection):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from qaroma.data.fields import BadRow, kind_of
+from qaroma.foreign.json_text import parse_json
 
 Tool: TypeAlias = dict[str, Any]  # {"type": "function", "function": {"name": ..., "parameters": {...}}}
 Call: TypeAlias = dict[str, Any]  # {"type": "function", "function": {"name": ..., "arguments": {...}}}
@@ -82,6 +83,6 @@ def _parsed(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (json.JSONDecodeError, RecursionError):
+        return parse_json(value)
+    except ValueError:
         return value

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
-import json
 from collections.abc import Mapping
 from typing import Any
+
+from qaroma.foreign.json_text import parse_json
 
 
 class BadRow(Exception):
@@ -106,11 +107,11 @@ def parsed_cell(cell: Any) -> Any:
     if not (isinstance(cell, str) and cell.lstrip()[:1] in ("[", "{")):
         return cell
     try:
-        return json.loads(cell)
-    except (json.JSONDecodeError, RecursionError):
+        return parse_json(cell)
+    except ValueError:
         pass
     try:
         value = ast.literal_eval(cell.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return cell
     return value if isinstance(value, list | dict) else cell

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias, cast
 
 from qaroma.errors import QaromaError
+from qaroma.foreign.json_text import parse_json
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
@@ -201,7 +202,7 @@ def _objects(values: Sequence[Any], file: str, remarks: Remarks, *, start: int =
 
 
 def _loads(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_unique)
+    return parse_json(text, object_pairs_hook=_unique)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from qaroma.data.files import SUFFIXES, data_suffix
 from qaroma.errors import QaromaError
+from qaroma.foreign.json_text import parse_json
 
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
@@ -85,7 +85,7 @@ def role_of(file: Path) -> str:
 def _names_files(description: Path) -> bool:
     """Whether a ``dataset_info.json`` is LLaMA-Factory's, which names files and their columns."""
     try:
-        value = json.loads(description.read_text(encoding="utf-8"))
+        value = parse_json(description.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(value, dict) and any(isinstance(v, dict) and "file_name" in v for v in value.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -27,6 +28,8 @@ PAIRS = (
 )
 SINGLES = ("sentence", "text", "review", "content", "question")
 LABELS = ("label", "labels", "score", "class", "category", "target")
+# Numbers alone: of what str.isdigit() lets pass, some have no value (a superscript two).
+_WHOLE = re.compile(r"-?[0-9]{1,18}")
 MOST_CLASSES = 200  # more different labels than this are figures, or a mistake
 
 _BATCH = 512
@@ -201,7 +204,7 @@ def _texts_and_label(
         return texts, str(label)  # type: ignore[return-value]
     try:
         value = float(label)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value):
         raise BadRow(f"the label {label!r} is no number; expected one, or --task classification")
@@ -212,7 +215,7 @@ def _class_names(labels: Sequence[Any], kind: Kind) -> tuple[str, ...]:
     """All labels, whole numbers in their order, other names in the alphabet's; none for regression."""
     if kind == "regression":
         return ()
-    names = sorted(set(labels), key=lambda name: (0, int(name), "") if name.lstrip("-").isdigit() else (1, 0, name))
+    names = sorted(set(labels), key=lambda name: (0, int(name), "") if _WHOLE.fullmatch(name) else (1, 0, name))
     if len(names) < 2:
         raise QaromaError(f"all rows have the label {', '.join(names) or 'none'}; expected at least two classes")
     if len(names) > MOST_CLASSES:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from qaroma.data.files import Remarks, data_suffix, known_suffix, read_file
 from qaroma.data.folders import files_of_folder, is_saved_table
 from qaroma.errors import QaromaError
+from qaroma.foreign.paths import local_path
 
 # A data set of the hub, its configuration and its split, as openai/gsm8k:main@train.
 _HUB_ID = re.compile(
@@ -105,7 +106,7 @@ def require_source(name: str) -> None:
     Raises:
         QaromaError: a file or folder that is missing, or a file of an unknown kind.
     """
-    path = Path(name).expanduser()
+    path = local_path(name)
     if name.startswith("demo:"):
         _demo_split(name)
     elif path.is_dir() or name.startswith("glue:"):
@@ -122,7 +123,7 @@ def _read_source(name: str, seed: int, found: RowSet) -> Iterator[tuple[str, int
     if name.startswith("demo:"):
         yield from _demo_rows(name, seed)
         return
-    path = Path(name).expanduser()
+    path = local_path(name)
     if not path.exists():
         yield from _hub_rows(name, path, found)
         return

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Protocol, TypeVar
 
 from qaroma.data.encode import Encoded, Example
+from qaroma.errors import QaromaError
 
 
 class Weighted(Protocol):
@@ -52,6 +53,9 @@ def repeated(examples: Sequence[_Weighted], *, seed: int) -> list[_Weighted]:
 
     Returns:
         The examples of an epoch, copies side by side.
+
+    Raises:
+        QaromaError: The weights are so small that none is left.
     """
     files: dict[tuple[str, float], list[int]] = defaultdict(list)
     for index, example in enumerate(examples):
@@ -62,6 +66,12 @@ def repeated(examples: Sequence[_Weighted], *, seed: int) -> list[_Weighted]:
         extra = set(chooser.sample(indices, round((weight - int(weight)) * len(indices))))
         for index in indices:
             copies[index] = int(weight) + (index in extra)
+    if examples and not any(copies):
+        largest = max(example.weight for example in examples)
+        raise QaromaError(
+            f"the weights leave none of {len(examples)} examples (the largest is {largest:g}); "
+            "type a larger one, as --data FILE:1"
+        )
     return [example for example, count in zip(examples, copies, strict=True) for _ in range(count)]
 
 

@@ -27,8 +27,10 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
 
+from qaroma.data.bounded_jinja import render_bounded
 from qaroma.data.calls import Tool
 from qaroma.data.fields import BadRow
 from qaroma.data.template_texts import NONE, PLAIN, with_fixed_date
@@ -129,8 +131,8 @@ class Template:
             QaromaError: A key is missing or unknown.
         """
         try:
-            return cls(**value)
-        except TypeError as error:
+            return TypeAdapter(cls).validate_python(asdict(cls(**value)))  # of the right keys, and their kinds
+        except (TypeError, ValidationError) as error:
             raise QaromaError(f"the saved template is not one that this version can read ({error}).") from error
 
     def fitted(self, conversations: Iterable[Sequence[Message]]) -> Template:
@@ -179,14 +181,11 @@ class Template:
         return self._rendered(turns, tools or None, prompt) + (self.prompt_suffix if prompt else "")
 
     def _rendered(self, turns: list[dict[str, Any]], tools: list[Tool] | None = None, prompt: bool = False) -> str:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        options: dict[str, Any] = {"tools": tools, "chat_template": self.text, "add_generation_prompt": prompt}
+        options: dict[str, Any] = {"messages": turns, "tools": tools, "documents": None}
         try:
-            rendered, _ = render_jinja_template([turns], **options, **self.special_tokens)
+            return render_bounded(self.text, add_generation_prompt=prompt, **options, **self.special_tokens)
         except Exception as error:  # templates are programs: they raise whatever Jinja or Python does
             raise BadRow(f"the chat template refuses the conversation: {error}") from error
-        return str(rendered[0])
 
     def _fields(self, message: Message) -> dict[str, Any]:
         """A turn as the template sees it."""

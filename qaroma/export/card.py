@@ -44,7 +44,7 @@ def licence_of(base: str, revision: str | None = None) -> str:
 
     try:
         data = HfApi().model_info(hub_id, revision=revision).card_data
-    except (HfHubHTTPError, OSError):
+    except (HfHubHTTPError, OSError, ValueError):  # no network, a refusal, or a page that is no JSON
         return UNKNOWN
     return str(data.get("license") or UNKNOWN) if data else UNKNOWN
 
@@ -174,7 +174,14 @@ def _trust(info: AdapterInfo) -> str:
 
 def data_sources(settings: Mapping[str, Any]) -> list[tuple[str, float]]:
     """Path and weight of each training source in a run's configuration."""
-    return [(str(one["path"]), float(one["weight"])) for one in (settings.get("data") or {}).get("train") or []]
+    data = settings.get("data")
+    train = data.get("train") if isinstance(data, Mapping) else None
+    sources = [one for one in train if isinstance(one, Mapping)] if isinstance(train, list) else []
+    weights = [one.get("weight") for one in sources]
+    return [
+        (str(one.get("path")), float(weight) if isinstance(weight, (int, float)) and abs(weight) < 1e9 else 1.0)
+        for one, weight in zip(sources, weights, strict=True)
+    ]
 
 
 def source_text(path: str, weight: float) -> str:

@@ -240,6 +240,11 @@ def _lines(exported: Exported) -> list[str]:
     lines = [f"{exported.format}: {exported.folder.as_posix()}, {file_size(exported.bytes)}"]
     if "max_lora_rank" in exported.written:
         lines.append(f"  start the engine with: --max-lora-rank {exported.written['max_lora_rank']}")
+    if "sliding_window" in exported.written:
+        lines.append(
+            f"  context of {exported.written['sliding_window']} tokens: llama.cpp has no sliding window for this "
+            "architecture, and answers longer conversations otherwise than the base"
+        )
     if exported.losses:
         shown = ", ".join(f"{name} base {loss:.4f}" for name, loss in exported.losses.items())
         lines.append(f"  validation loss merged into the {shown}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from qaroma.errors import QaromaError
 from qaroma.export import gguf_adapter, gguf_model
 from qaroma.export.gguf_names import GgufNames
 from qaroma.export.gguf_vocab import pre_tokenizer_name
@@ -29,6 +30,7 @@ from qaroma.export.subject import Subject
 from qaroma.export.weights import checkpoint_tensors, gguf_tensors
 from qaroma.method.factors import Factors
 from qaroma.runs.adapter import write_adapter_files
+from qaroma.runs.peft_limits import lost_in_peft, told_of_peft
 from qaroma.runs.peft_lora import read_lora
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -63,6 +65,12 @@ class Format:
 
 def _no_check(subject: Subject, update: dict[str, Factors], outtype: str) -> None:
     """Everything can be written so."""
+
+
+def _check_peft(subject: Subject, update: dict[str, Factors], outtype: str) -> None:
+    told = told_of_peft(subject.config, update)
+    if told is not None:
+        raise QaromaError(told)
 
 
 def _check_padded(subject: Subject, update: dict[str, Factors], outtype: str) -> None:
@@ -106,7 +114,8 @@ def _write_gguf_adapter(tuned: LiveModel, folder: Path, dtype: torch.dtype, outt
 def _write_merged(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
     subject = tuned.subject
     told = write_merged(folder, tuned.tensors(), tuned.update, subject.config, dtype=dtype)
-    write_generation_settings(folder, subject.tokenizer, subject.template.stop_token_ids(subject.tokenizer))
+    stops = subject.template.stop_token_ids(subject.tokenizer)
+    write_generation_settings(folder, subject.tokenizer, stops, subject.base.generation_settings())
     if subject.base.trust_remote_code:
         copy_code(subject.base.name, folder)
     return {"merged_into": tuned.merge_into, "weights_bytes": told["bytes"]}
@@ -120,18 +129,22 @@ def _write_gguf(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str
     )  # fmt: skip
     text = modelfile(subject.template, subject.tokenizer, subject.config, model=gguf_model.FILE)
     (folder / "Modelfile").write_text(text, encoding="utf-8")
-    return {"merged_into": tuned.merge_into, "outtype": outtype}
+    told = {"merged_into": tuned.merge_into, "outtype": outtype, "context": gguf_model.context_length(subject.config)}
+    if told["context"] < subject.config.max_position_embeddings:
+        told["sliding_window"] = told["context"]
+    return told
 
 
 def _test_lora(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> SelfTest:
     """In PEFT itself, or by PEFT's rules in plain torch where it is not installed."""
     tolerance = LOGIT_TOLERANCE[_NAMES[dtype]]
     live = tuned.answers()
-    if installed("peft"):
+    if installed("peft") and not lost_in_peft(tuned.subject.config, tuned.update):
         with in_peft(tuned.model(), folder) as model:
             return compare_model(model, live, engine="PEFT", tolerance=tolerance)
     with on_hooks(tuned.model(), read_lora(folder)[0]):
-        engine = "PEFT's rules in plain torch (peft is not installed)"
+        why = "it would leave modules out" if installed("peft") else "peft is not installed"
+        engine = f"PEFT's rules in plain torch ({why})"
         return compare_model(tuned.model(), live, engine=engine, tolerance=tolerance)
 
 
@@ -175,7 +188,7 @@ def _test_gguf(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str)
 FORMATS = {
     one.name: one
     for one in (
-        Format("peft", torch.float32, False, _no_check, _write_peft, _test_lora),
+        Format("peft", torch.float32, False, _check_peft, _write_peft, _test_lora),
         Format("padded", torch.float32, False, _check_padded, _write_padded, _test_lora),
         Format("gguf-adapter", torch.float32, False, _check_gguf_adapter, _write_gguf_adapter, _test_gguf_adapter),
         Format("merged", torch.bfloat16, True, _no_check, _write_merged, _test_merged),

@@ -115,6 +115,21 @@ def check_positions(config: Any) -> None:
         )
 
 
+def context_length(config: Any) -> int:
+    """Tokens up to which llama.cpp computes what the base does.
+
+    None of the architectures that are written here has a sliding window in llama.cpp, which lets every token see all
+    before it. Within the first window that is the same, so the file's context ends there.
+
+    Args:
+        config: the base's transformers configuration.
+    """
+    longest, window = int(config.max_position_embeddings), getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    slides = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
+    return min(longest, int(window)) if window and slides else longest
+
+
 def _file_type(outtype: str) -> int:
     from gguf import LlamaFileType as Type
 
@@ -161,7 +176,7 @@ def _add_hyper_parameters(writer: Any, config: Any) -> None:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = config.rope_parameters
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(context_length(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from qaroma.errors import QaromaError
+from qaroma.model.failures import without_token
 
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 _UNREACHABLE = frozenset(
@@ -53,8 +55,13 @@ def _sentence(error: BaseException, repo_id: str) -> str | None:
             return _refusal(link, names, repo_id)
         if names & _UNREACHABLE:
             return "the hub cannot be reached, so nothing was published; check the network and try again"
+        if isinstance(link, json.JSONDecodeError):
+            return (
+                "the hub's address answers with something other than the hub does (no JSON), so nothing was published; "
+                "see whether a proxy or a login page stands between, and what HF_ENDPOINT says"
+            )
         if isinstance(link, ValueError) and "README.md" in str(link):
-            return f"the hub refuses the model card: {' '.join(str(link).split())}"
+            return f"the hub refuses the model card: {without_token(' '.join(str(link).split()))}"
         link = link.__cause__ or link.__context__
     return None
 
@@ -62,7 +69,7 @@ def _sentence(error: BaseException, repo_id: str) -> str | None:
 def _refusal(error: Any, names: set[str], repo_id: str) -> str:
     """An HTTP status as a sentence."""
     status = error.response.status_code
-    said = " ".join((error.server_message or "").split())[:200]
+    said = without_token(" ".join((error.server_message or "").split()))[:200]
     detail = f" ({said})" if said else ""
     if "RevisionNotFoundError" in names:
         return f"'{repo_id}' has no such branch; leave --revision out for main"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,18 +61,22 @@ def plain_config(config: Any, dtype: torch.dtype) -> Any:
     return plain
 
 
-def write_generation_settings(folder: Path, tokenizer: Any, stops: list[int]) -> None:
-    """Write ``generation_config.json``: what ends an answer, and no sampling that nobody tested.
+def write_generation_settings(folder: Path, tokenizer: Any, stops: list[int], base: Mapping[str, Any]) -> None:
+    """Write ``generation_config.json``: the base's own settings, with what ends an answer added.
 
     Args:
         folder: an existing directory.
         tokenizer: of the base.
         stops: ids of the tokens at which generation ends.
+        base: the base's settings; empty where it has none.
     """
-    from transformers import GenerationConfig
-
-    settings = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    GenerationConfig(eos_token_id=stops, **settings).save_pretrained(folder)
+    given = base.get("eos_token_id")
+    own = given if isinstance(given, list) else [] if given is None else [given]
+    ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    settings = {**{name: value for name, value in ids.items() if value is not None}, **base}
+    settings["eos_token_id"] = sorted({*own, *stops})
+    # Not by save_pretrained, which refuses settings that many published models have (a temperature of greedy answers).
+    (folder / "generation_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def copy_code(base: str, folder: Path) -> None:

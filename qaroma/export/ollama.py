@@ -14,6 +14,7 @@ from typing import Any
 from qaroma.data.forms import BadRow, Message
 from qaroma.data.templates import Template
 from qaroma.data.tokens import added_bos
+from qaroma.export.gguf_model import context_length
 
 _SYSTEM, _QUESTION, _ANSWER, _SECOND = "qaromasystem", "qaromaquestion", "qaromaanswer", "qaromasecond"
 _MOST_CONTEXT = 8192
@@ -155,7 +156,7 @@ def modelfile(template: Template, tokenizer: Any, config: Any, *, model: str) ->
     else:
         lines += [f'TEMPLATE """{pieces.go_template()}"""']
     stops = tokenizer.convert_ids_to_tokens(template.stop_token_ids(tokenizer))
-    context = min(int(config.max_position_embeddings), _MOST_CONTEXT)
+    context = min(context_length(config), _MOST_CONTEXT)
     lines += ["", *(f'PARAMETER stop "{stop}"' for stop in stops), f"PARAMETER num_ctx {context}"]
     lines += ["# Greedy, as the run was tested; Ollama's own defaults would change the answers."]
     lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1", ""]

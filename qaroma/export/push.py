@@ -21,9 +21,11 @@ from qaroma.export import card
 from qaroma.export.hub_failures import TOKENS_PAGE, explained
 from qaroma.export.rank_map import rank_map_svg
 from qaroma.export.subject import records_of, run_of, settings_of
+from qaroma.foreign.paths import local_path
 from qaroma.model.builtin import portable_name
 from qaroma.runs.adapter_info import AdapterInfo
 from qaroma.runs.directory import CONFIG, GROWTH, WEIGHTS, RunDirectory, adapter_folder
+from qaroma.runs.peft_lora import read_config
 
 GGUF = "adapter.gguf"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -144,7 +146,7 @@ def public_base(name: str) -> str | None:
     if cached:
         return f"{cached[1]}/{cached[2]}"
     portable = portable_name(name.strip())
-    local = Path(name).expanduser().exists() or name.lower().endswith(".gguf") or name.startswith((".", "~"))
+    local = local_path(name).exists() or name.lower().endswith(".gguf") or name.startswith((".", "~"))
     return None if local or not _HUB_ID.fullmatch(portable) else portable
 
 
@@ -246,7 +248,7 @@ def _files(folder: Path, info: AdapterInfo, repo_id: str, base: str | None, lice
     held = info.base
     shown = base or (PureWindowsPath(held.name).name if held else card.UNKNOWN)
     public = replace(info, base=replace(held, name=shown)) if held else info
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = read_config(folder, whole=info.task.head)
     config["base_model_name_or_path"] = base
     run = run_of(folder)
     facts = card.CardFacts(

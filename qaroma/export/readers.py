@@ -84,7 +84,7 @@ def load_merged(folder: Path, dtype: torch.dtype, device: torch.device, *, trust
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=dtype, device_map={"": device}, trust_remote_code=trust_remote_code
+        str(folder), dtype=dtype, device_map={"": device}, use_safetensors=True, trust_remote_code=trust_remote_code
     )
     return model.eval()
 

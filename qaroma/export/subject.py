@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PreTrainedTokenizerBase
 
 from qaroma.data.templates import Template
@@ -21,6 +20,7 @@ from qaroma.runs.adapter_info import CAUSAL, AdapterInfo
 from qaroma.runs.checkpoint import STATE, adapter_in
 from qaroma.runs.directory import GROWTH, RunDirectory
 from qaroma.runs.log import read_records
+from qaroma.runs.reading import read_settings
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,11 @@ def run_of(folder: Path) -> RunDirectory | None:
 
 
 def settings_of(run: RunDirectory | None) -> dict[str, Any]:
-    """A run's resolved configuration as plain values; empty outside a run."""
-    return dict(yaml.safe_load(run.config.read_text(encoding="utf-8")) or {}) if run else {}
+    """A run's resolved configuration as plain values; empty outside a run, or where it cannot be read."""
+    try:
+        return read_settings(run) if run else {}
+    except QaromaError:  # the adapter is whole: what it was trained on is then not known
+        return {}
 
 
 def records_of(run: RunDirectory | None) -> list[dict[str, Any]]:

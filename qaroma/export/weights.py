@@ -5,7 +5,6 @@ A merge never holds the model: it asks for some rows of one tensor, adds to them
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from qaroma.method.adapter import AdaptedLinear
 from qaroma.method.dequantise import dense_rows
 from qaroma.method.factors import Update
 from qaroma.model.builtin import resolve_model
+from qaroma.model.weight_files import weight_files
 
 BLOCK_ELEMENTS = 1 << 22
 _ROWS = 64  # a block begins where a block of 4-bit values begins, whatever its width
@@ -139,7 +139,7 @@ def original_tensors(model: str | Path, config: Any, *, revision: str | None = N
     folder = Path(place.folder_or_id)
     if not folder.is_dir():
         folder = _snapshot(place.folder_or_id, revision, place.offline)
-    files = _safetensors_files(folder)
+    files = weight_files(folder)
     if not files:
         raise QaromaError(f"'{model}' has no safetensors files; {_DEQUANTISED}")
     tied = config.get_text_config().tie_word_embeddings  # some checkpoints hold the shared table twice
@@ -156,19 +156,9 @@ def _snapshot(model_id: str, revision: str | None, offline: bool) -> Path:
         return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns, local_files_only=offline))
 
 
-def _safetensors_files(folder: Path) -> list[Path]:
-    """The files of one checkpoint; a hub folder may hold others of the same weights."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
-    single = folder / "model.safetensors"
-    return [single] if single.is_file() else []
-
-
 def checkpoint_tensors(folder: Path) -> list[StoredTensor]:
     """The tensors of a folder with safetensors files, one or several."""
-    return [tensor for file in _safetensors_files(folder) for tensor in file_tensors(file)]
+    return [tensor for file in weight_files(folder) for tensor in file_tensors(file)]
 
 
 def file_tensors(path: Path) -> list[StoredTensor]:

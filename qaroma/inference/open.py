@@ -21,6 +21,7 @@ from qaroma.errors import QaromaError
 from qaroma.inference.answer_test import AnswerTest, read_conversations
 from qaroma.inference.generate import generate
 from qaroma.model.base import fingerprint, load_base, load_model_config, load_tokenizer, resolve_device, resolve_dtype
+from qaroma.model.generation import generation_settings
 from qaroma.runs.adapter import load_adapter
 from qaroma.runs.adapter_info import CAUSAL, AdapterInfo, BaseInfo, TaskInfo
 from qaroma.runs.directory import adapter_folder
@@ -66,6 +67,10 @@ class RememberedBase:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer."""
         return load_tokenizer(self.name, revision=self.revision, trust_remote_code=self.trust_remote_code)
+
+    def generation_settings(self) -> dict[str, Any]:
+        """Its ``generation_config.json``; empty where it has none."""
+        return generation_settings(self.name, revision=self.revision)
 
     def model(
         self, device: torch.device, *, dtype: torch.dtype | None = None, quantization: str | None = None

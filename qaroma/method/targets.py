@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from qaroma.errors import QaromaError
+from qaroma.foreign.patterns import Patterns
 from qaroma.method.head import head_names
 
 _ALL = "--set growth.target_modules=all-linear"
@@ -107,13 +108,14 @@ def _matches(name: str, target: str) -> bool:
 
 
 def _by_expression(linear: list[str], expression: str) -> list[str]:
+    patterns = Patterns("growth.target_modules")  # a run's own configuration may be anybody's
     try:
-        pattern = re.compile(expression)
+        re.compile(expression)
     except re.error as error:
         raise QaromaError(
             f"got target modules '{expression}'; expected a name or a regular expression ({error}). Type: {_ALL}"
         ) from error
-    return [name for name in linear if pattern.fullmatch(name)]
+    return [name for name in linear if patterns.fullmatch(expression, name)]
 
 
 def _nothing_to_adapt(model: Any) -> str:

@@ -23,10 +23,11 @@ from qaroma.method.head import classifier_around, classifier_head, may_be_new, u
 from qaroma.model.bnb import bnb
 from qaroma.model.builtin import ResolvedModel, resolve_model
 from qaroma.model.devices import device_map, without_hooks
-from qaroma.model.failures import explained
+from qaroma.model.failures import explained, readable
 from qaroma.model.found import FoundModel, find_model, loader_keywords, stored_quantization
 from qaroma.model.gguf import load_gguf, load_gguf_tokenizer
 from qaroma.model.hostmemory import FreedMemoryGoesBack
+from qaroma.model.weight_files import require_safetensors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -133,7 +134,7 @@ def load_tokenizer(
         place = resolve_model(model)
         where = loader_keywords(place, revision, trust_remote_code)
     name = model.name if isinstance(model, FoundModel) else str(model)
-    with explained(name, gguf=place.gguf_file is not None):
+    with readable(name, "tokenizer", gguf=place.gguf_file is not None):
         if place.gguf_file is not None:
             tokenizer = load_gguf_tokenizer(place.folder_or_id, place.gguf_file)
         else:
@@ -262,6 +263,7 @@ def _read(
             dtype=dtype, device=device, attention=attention, bnb_config=bnb_config,
         )  # fmt: skip
         return (classifier_around(network, config, device), info) if classifier else (network, info)
+    require_safetensors(found.name, Path(place.folder_or_id))
     # A checkpoint of a classifier with other labels keeps its backbone.
     options: dict[str, Any] = {"ignore_mismatched_sizes": True} if classifier else {}
     loader = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
@@ -269,6 +271,7 @@ def _read(
         loaded: tuple[Any, Any] = loader.from_pretrained(
             place.folder_or_id,
             dtype=dtype,
+            use_safetensors=True,  # a pickle can run any program
             device_map=devices,
             attn_implementation=attention,
             output_loading_info=True,

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from qaroma.errors import QaromaError
+from qaroma.foreign.paths import local_path
 from qaroma.model.waiting import Answer
 from qaroma.model.wheel import SMOLLM2_WHEEL, converted_folder, fetch_converted
 
@@ -70,7 +71,7 @@ def require_model(name: str) -> None:
 
 def _local_place(text: str) -> ResolvedModel | None:
     """The folder or file that a name means; None for an id on the hub."""
-    path = Path(text).expanduser()
+    path = local_path(text)
     if path.is_dir():
         return _resolve_folder(path)
     if path.suffix.lower() == ".gguf":

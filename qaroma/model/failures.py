@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,7 +77,8 @@ _BY_TEXT: tuple[tuple[str, str], ...] = (
     ),
     (
         r"(no file named|not appear to have a file named) .*(safetensors|pytorch_model)",
-        "'{model}' has no weights; expected model.safetensors or its shards. Download or copy it again",
+        "'{model}' has no weights; expected model.safetensors or its shards. Download or copy it again (those in "
+        "pytorch_model.bin are not opened: a pickle can run any program)",
     ),
     (
         r"size mismatch|mismatched sizes|ignore_mismatched_sizes",
@@ -90,6 +92,11 @@ _BY_TEXT: tuple[tuple[str, str], ...] = (
 )
 
 
+# What a wrong byte of a GGUF file leads its readers to.
+_OF_GGUF = (
+    ValueError, LookupError, OSError, NotImplementedError, TypeError, AttributeError, ArithmeticError, MemoryError,
+    RecursionError, struct.error,
+)  # fmt: skip
 _LFS = b"version https://git-lfs"
 
 
@@ -103,8 +110,18 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _first_sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = without_token(" ".join(str(error).split()))
     return re.split(r"(?<=[.!?]) ", text)[0][:200].rstrip(".") or type(error).__name__
+
+
+def without_token(text: str) -> str:
+    """A text that a hub or a proxy sent, without the account's token, which some repeat."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    if token:
+        text = text.replace(token, "(token)")
+    return re.sub(r"\bhf_\w{4,}|(?<=[Bb]earer )\S+", "(token)", text)
 
 
 def damaged_weights(folder: Path) -> str | None:
@@ -188,7 +205,7 @@ def explain(error: Exception, model: str, *, gguf: bool = False) -> QaromaError 
         for pattern, sentence in _BY_TEXT:
             if re.search(pattern, str(link)):
                 return QaromaError(sentence.format(model=model, detail=_first_sentence(link)))
-    if gguf and isinstance(error, (ValueError, LookupError, OSError, NotImplementedError)):
+    if gguf and isinstance(error, _OF_GGUF):
         return QaromaError(_UNREADABLE_GGUF.format(model=model, detail=_first_sentence(error)))
     missing = next((link for link in chain if isinstance(link, FileNotFoundError)), None)
     if missing is not None:
@@ -216,3 +233,27 @@ def explained(model: str, *, gguf: bool = False) -> Iterator[None]:
         if told is None:
             raise
         raise told from error
+
+
+@contextmanager
+def readable(model: str, what: str, *, gguf: bool = False) -> Iterator[None]:
+    """As :func:`explained`, for the small files of a model, whose readers raise whatever a wrong value leads to.
+
+    Args:
+        model: the name that the user gave.
+        what: is read, for the sentence: its configuration or its tokenizer.
+        gguf: it is a GGUF file.
+
+    Raises:
+        QaromaError: whatever is raised inside.
+    """
+    try:
+        with explained(model, gguf=gguf):
+            yield
+    except QaromaError:
+        raise
+    except Exception as error:
+        raise QaromaError(
+            f"the {what} of '{model}' cannot be read ({type(error).__name__}: {_first_sentence(error)}). "
+            "Download or copy the model again"
+        ) from error

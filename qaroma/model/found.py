@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qaroma.errors import QaromaError
 from qaroma.model.builtin import ResolvedModel, resolve_model
-from qaroma.model.failures import explained
+from qaroma.model.failures import readable
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+# A name that stays in the hub's cache, where it becomes a path.
+_REVISION = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def find_model(model: str | Path, *, revision: str | None = None, trust_remote_c
     from transformers import AutoConfig
 
     place = resolve_model(model)
-    with explained(str(model), gguf=place.gguf_file is not None):
+    with readable(str(model), "configuration", gguf=place.gguf_file is not None):
         keywords = loader_keywords(place, revision, trust_remote_code)
         config = AutoConfig.from_pretrained(place.folder_or_id, **keywords)
     return FoundModel(str(model), place, config, revision, trust_remote_code)
@@ -71,6 +75,8 @@ def find_model(model: str | Path, *, revision: str | None = None, trust_remote_c
 
 def loader_keywords(place: ResolvedModel, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
     """The keywords that every transformers loader takes. `trust_remote_code` is never None, which would ask."""
+    if revision is not None and not _REVISION.fullmatch(revision):
+        raise QaromaError(f"got the revision '{revision[:80]}'; expected a branch, tag or commit of the hub")
     keywords: dict[str, Any] = {"trust_remote_code": bool(trust_remote_code)}
     if place.gguf_file is not None:
         keywords["gguf_file"] = place.gguf_file

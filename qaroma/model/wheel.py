@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qaroma.errors import QaromaError
+from qaroma.foreign.json_text import parse_json
+from qaroma.foreign.paths import local_path
 
 _STALE_SECONDS = 24 * 3600
 _MANIFEST = "files.json"
@@ -66,7 +68,7 @@ def cache_folder() -> Path:
         `QAROMA_CACHE` where it is set, else `qaroma` in the platform's cache folder. It may not exist yet.
     """
     if chosen := os.environ.get("QAROMA_CACHE"):
-        return Path(chosen).expanduser()
+        return local_path(chosen)
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "qaroma" / "cache"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qaroma"
@@ -83,7 +85,7 @@ def converted_folder(model: WheelModel) -> Path | None:
     """
     folder = cache_folder() / model.name
     try:
-        sizes: dict[str, int] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        sizes: dict[str, int] = parse_json((folder / _MANIFEST).read_text(encoding="utf-8"))
         whole = all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError):
         return None
@@ -208,6 +210,8 @@ def _convert(gguf: Path, folder: Path, model: WheelModel) -> None:
     )
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
+        path.chmod(folder.stat().st_mode & 0o666)  # safetensors writes for the owner alone
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     (folder / _MANIFEST).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
 

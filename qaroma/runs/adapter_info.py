@@ -5,14 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from qaroma.errors import QaromaError
+from qaroma.foreign.json_text import parse_json
 from qaroma.runs.directory import GROWTH
 
 VERSION = 2  # 1: qaroma 0.1.0, which did not say how the base attends and whether it needs code of its own
 CAUSAL = "causal-lm"
+
+# What a value of growth.json may be; the file may come from anywhere.
+Rank = Annotated[int, Field(ge=0, le=1 << 20)]
+Packing = Annotated[str, Field(pattern="^(nf4|fp4|none)$")]
+Text = Annotated[str, Field(min_length=1, max_length=4096)]
+Revision = Annotated[str, Field(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$")]  # never out of the hub's cache
 
 
 @dataclass(frozen=True)
@@ -31,14 +41,14 @@ class BaseInfo:
         needs_remote_code: it runs Python code of its own, which the user must allow each time.
     """
 
-    name: str
-    revision: str | None
+    name: Text
+    revision: Revision | None
     fingerprint: str
-    quantization: str
+    quantization: Packing
     double_quantization: bool
-    compute_dtype: str
-    head_quantization: str = "none"
-    attention: str = "sdpa"
+    compute_dtype: Annotated[str, Field(pattern="^(auto|bf16|fp32)$")]
+    head_quantization: Packing = "none"
+    attention: Annotated[str, Field(pattern="^(sdpa|eager|flash_attention_2)$")] = "sdpa"
     needs_remote_code: bool = False
 
 
@@ -55,12 +65,12 @@ class TaskInfo:
         head: modules that were trained in full and are saved whole.
     """
 
-    kind: str = CAUSAL
+    kind: Annotated[str, Field(pattern="^(causal-lm|classification|regression)$")] = CAUSAL
     template: Mapping[str, Any] | None = None
     labels: tuple[str, ...] = ()
     metric: str | None = None
-    max_length: int | None = None
-    head: tuple[str, ...] = ()
+    max_length: Annotated[int, Field(ge=1, le=1 << 31)] | None = None
+    head: tuple[Text, ...] = ()
 
     @property
     def outputs(self) -> int | None:
@@ -83,11 +93,11 @@ class AdapterInfo:
         settings: of its growth, for people.
     """
 
-    components: Mapping[str, list[int]]
-    inner_rank: int
-    alpha: float
+    components: Mapping[str, list[Rank]]
+    inner_rank: Rank
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     method: str | None = None
-    step: int | None = None
+    step: Annotated[int, Field(ge=0, le=1 << 53)] | None = None
     base: BaseInfo | None = None
     task: TaskInfo = field(default_factory=TaskInfo)
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -107,26 +117,16 @@ class AdapterInfo:
         """What :meth:`to_json` gave, or what 0.1.0 wrote.
 
         Raises:
-            KeyError, TypeError, ValueError: a value that is missing, or of another kind.
+            ValueError: a value that is missing, or of another kind.
         """
-        base = values.get("base")
-        return cls(
-            components={str(name): [int(rank) for rank in ranks] for name, ranks in values["components"].items()},
-            inner_rank=int(values["inner_rank"]),
-            alpha=float(values["alpha"]),
-            method=values.get("method"),
-            step=values.get("step"),
-            base=None if base is None else BaseInfo(**base),
-            task=TaskInfo(
-                kind=values.get("task", CAUSAL),  # adapters of language models once left it out
-                template=values.get("template"),
-                labels=tuple(values.get("labels", ())),
-                metric=values.get("metric"),
-                max_length=values.get("max_length"),
-                head=tuple(values.get("head", ())),
-            ),
-            settings=values.get("settings", {}),
-        )
+        task = {name: values[name] for name in TaskInfo.__dataclass_fields__ if name in values}
+        # Adapters of language models once left the kind out.
+        nested = {**values, "task": {**task, "kind": values.get("task", CAUSAL)}}
+        try:
+            return _form().validate_python(nested)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
     def write(self, folder: Path) -> None:
         """Write ``growth.json`` into an existing folder that nobody reads yet."""
@@ -145,15 +145,21 @@ class AdapterInfo:
                 f"{folder} is no adapter of qaroma (it has no {GROWTH}); give a run directory such as runs/NAME"
             )
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = parse_json(path.read_text(encoding="utf-8"))
             version = int(values["version"])
             if version <= VERSION:
                 return cls.from_json(values)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise QaromaError(
-                f"{path} is damaged ({error!r}); copy the adapter again, or resume the run that wrote it"
+                f"{path} is damaged ({error}); copy the adapter again, or resume the run that wrote it"
             ) from error
         raise QaromaError(f"{path} has version {version}, this qaroma reads up to {VERSION}; upgrade qaroma")
+
+
+@cache
+def _form() -> TypeAdapter[AdapterInfo]:
+    """What reads the nested values of an adapter by the types above."""
+    return TypeAdapter(AdapterInfo)
 
 
 def info_if_any(folder: Path) -> AdapterInfo | None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qaroma.errors import QaromaError
+from qaroma.foreign.json_text import parse_json
 from qaroma.method import base, peft_lora
 from qaroma.method.base import MethodState
 from qaroma.method.factors import Factors
@@ -140,7 +141,7 @@ def adapter_in(path: Path) -> tuple[AdapterInfo, dict[str, Factors]]:
 
 def _load(path: Path) -> tuple[Checkpoint, str]:
     """A checkpoint whose digest is right, and the fingerprint of its base."""
-    header: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    header: dict[str, Any] = parse_json((path / STATE).read_text(encoding="utf-8"))
     told, tensors = header.pop("sha256"), path / TENSORS
     if header["version"] > VERSION:
         raise QaromaError(f"{path} has version {header['version']}, this qaroma reads up to {VERSION}; upgrade qaroma")

@@ -20,6 +20,7 @@ from pathlib import Path
 import yaml
 
 from qaroma.errors import QaromaError
+from qaroma.foreign.yaml_text import read_yaml
 from qaroma.runs.files import read_json, write_atomically
 
 # What an adapter folder holds (qaroma.runs.adapter writes it); named here for those who load no torch.
@@ -55,7 +56,7 @@ class RunDirectory:
 
     def _runs_remote_code(self) -> bool:
         try:
-            model = yaml.safe_load(self.config.read_text(encoding="utf-8"))["model"]
+            model = read_yaml(self.config.read_text(encoding="utf-8"))[0]["model"]
             return bool(model["trust_remote_code"])
         except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # none, or none that can be gone on with
             return False
@@ -80,7 +81,7 @@ class RunDirectory:
         """
         summary = read_json(self.summary)
         end = summary.get("steps", last) if summary else None
-        return end is not None and int(end) >= last
+        return isinstance(end, int) and end >= last
 
     def require_unused(self) -> None:
         """See to it that no run is overwritten.

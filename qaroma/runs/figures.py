@@ -11,6 +11,8 @@ from typing import Any
 from qaroma.config.metrics import METRICS, metric_facts
 from qaroma.runs.reading import Run
 
+_LARGEST = 1e18  # of a figure that anybody means; no NaN and no infinity is below it
+
 
 @dataclass(frozen=True)
 class Validation:
@@ -140,7 +142,8 @@ def _said(run: Run, key: str) -> float | None:
 
 
 def _number(value: Any) -> float | None:
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
+    return value if usable else None
 
 
 def as_json(run: Run) -> Mapping[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -11,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from qaroma.foreign.json_text import parse_json
 
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _FULL_ON_WINDOWS = {39, 112}
@@ -30,7 +31,7 @@ def disk_full(error: BaseException) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; empty where the file is missing or, just now, half written."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -66,6 +67,8 @@ def directory_written_aside(target: Path) -> Iterator[Path]:
     try:
         yield aside
         for file in aside.iterdir():
+            # safetensors writes for the owner alone; the folder has what this user gives to all else.
+            file.chmod(aside.stat().st_mode & 0o666)
             flush(file)
         flush(aside)
         if target.exists():

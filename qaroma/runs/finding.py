@@ -72,7 +72,10 @@ def list_runs(folder: str | Path) -> list[Run]:
 def looks_like_run(path: Path) -> bool:
     """Whether a directory holds anything that only runs write."""
     run = RunDirectory(path)
-    return run.exists() or run.metrics.is_file() or run.checkpoints.is_dir()
+    try:
+        return run.exists() or run.metrics.is_file() or run.checkpoints.is_dir()
+    except OSError:  # a folder of somebody else's
+        return False
 
 
 def _nearest(path: Path) -> str:
@@ -83,8 +86,16 @@ def _nearest(path: Path) -> str:
 
 
 def _run_paths(root: Path) -> Iterator[Path]:
-    for path in sorted(p for p in root.iterdir() if p.is_dir()):
+    for path in _folders(root):
         if looks_like_run(path):
             yield path
         else:
-            yield from sorted(p for p in path.iterdir() if p.is_dir() and looks_like_run(p))
+            yield from (inner for inner in _folders(path) if looks_like_run(inner))
+
+
+def _folders(root: Path) -> list[Path]:
+    """The folders in one, by name; none where this user may not look."""
+    try:
+        return sorted(path for path in root.iterdir() if path.is_dir())
+    except OSError:
+        return []

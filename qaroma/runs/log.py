@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from qaroma.errors import QaromaError
+from qaroma.foreign.json_text import parse_json
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.files import write_atomically
+from qaroma.runs.record_forms import fault_of
 
 
 class MetricsLog:
@@ -33,8 +35,8 @@ class MetricsLog:
         found = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
+                found.append(parse_json(line))
+            except ValueError:
                 break
         return found
 
@@ -54,6 +56,8 @@ def read_records(run: RunDirectory) -> list[dict[str, Any]]:
         records: list[Any] = MetricsLog(run.metrics).records()
     except (OSError, UnicodeDecodeError) as error:
         raise QaromaError(f"{run.metrics.name} cannot be read") from error
-    if not all(isinstance(record, dict) for record in records):
-        raise QaromaError(f"{run.metrics.name} holds lines that are no records")
+    for number, record in enumerate(records, start=1):
+        fault = fault_of(record)
+        if fault is not None:
+            raise QaromaError(f"line {number} of {run.metrics.name} {fault}")
     return records

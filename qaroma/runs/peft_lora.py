@@ -18,11 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qaroma.errors import QaromaError
+from qaroma.foreign.json_text import parse_json
+from qaroma.foreign.patterns import Patterns
 from qaroma.method.factors import Factors, Update
 from qaroma.method.head import is_inside
 from qaroma.runs.directory import CONFIG, WEIGHTS
 
 _PREFIX = "base_model.model."
+_PLAIN = re.compile(r"[\w-]+(\.[\w-]+)*")
 _NAME = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(\.[^.]+)?\.weight")
 
 # Settings that make an adapter something other than W + scale B A, and what they are called.
@@ -76,12 +79,11 @@ def read_lora(folder: str | Path, *, whole: Sequence[str] = ()) -> tuple[dict[st
         if match is None or tensor.ndim != 2:
             raise QaromaError(f"{folder} holds the tensor {name}; expected only LoRA factors of linear layers")
         pairs.setdefault(match["module"].removeprefix(_PREFIX), {})[match["factor"]] = tensor.float()
-    found = {}
     for module, pair in pairs.items():
-        if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+        if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1] or not pair["A"].shape[0]:
             raise QaromaError(f"{folder} is damaged: {module} has no A and B that fit; copy the adapter again")
-        found[module] = Factors(pair["A"], pair["B"].T * scale_of(module, pair["A"].shape[0], config))
-    return found, others
+    scale = scales({module: pair["A"].shape[0] for module, pair in pairs.items()}, config, str(Path(folder) / CONFIG))
+    return {module: Factors(pair["A"], pair["B"].T * scale[module]) for module, pair in pairs.items()}, others
 
 
 def write_lora(
@@ -153,8 +155,9 @@ def read_config(folder: str | Path, *, whole: Sequence[str] = ()) -> dict[str, A
     if not path.is_file():
         raise QaromaError(f"{folder} holds no PEFT adapter; expected a folder with {CONFIG}")
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        config = parse_json(path.read_text(encoding="utf-8"))
+        _check_form(config)
+    except (OSError, ValueError) as error:
         raise QaromaError(f"{path} cannot be read ({error}); copy the adapter again") from error
     kind = config.get("peft_type")
     if kind != "LORA":
@@ -167,17 +170,56 @@ def read_config(folder: str | Path, *, whole: Sequence[str] = ()) -> dict[str, A
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         raise QaromaError(f"{folder} was started from {start}, which changes the base; expected a plain LoRA")
-    return config
+    return dict(config)
 
 
-def scale_of(module: str, rank: int, config: Mapping[str, Any]) -> float:
-    """The factor of B A for a module, by PEFT's rules."""
-    alpha = config["lora_alpha"]
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def _check_form(config: Any) -> None:
+    """See to it that the settings which are read here are of their kind.
+
+    Raises:
+        ValueError: one that is not.
+    """
+    if not isinstance(config, dict):
+        raise ValueError("it holds no JSON object")
+    if config.get("peft_type") != "LORA":  # what else it must hold is another kind's matter
+        return
+    alphas = config.get("alpha_pattern") or {}
+    if not isinstance(alphas, dict):
+        raise ValueError("alpha_pattern is no object of names and numbers")
+    for alpha in (config.get("lora_alpha"), *alphas.values()):
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
+            raise ValueError(f"got the alpha {str(alpha)[:40]}; expected a number")
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise ValueError("modules_to_save is no list of names")
+
+
+def scales(ranks: Mapping[str, int], config: Mapping[str, Any], source: str) -> dict[str, float]:
+    """The factor of B A for each module, by PEFT's rules: the first expression in ``alpha_pattern`` that matches the
+    end of a name decides.
+
+    Args:
+        ranks: of the modules.
+        config: as :func:`read_config` gives it.
+        source: where that stands, for messages.
+
+    Raises:
+        QaromaError: an expression that is none, or takes too long.
+    """
+    alphas: dict[str, float] = config.get("alpha_pattern") or {}
+    patterns = Patterns(source)
+    # Names that no expression could mean otherwise are looked up: an adapter of ours has one for each module.
+    plain = {name: alpha for name, alpha in alphas.items() if _PLAIN.fullmatch(name)}
+    others = [name for name in alphas if name not in plain]
+    order = {name: place for place, name in enumerate(alphas)}
+    found = {}
+    for module, rank in ranks.items():
+        parts = module.split(".")
+        matching = [end for at in range(len(parts)) if (end := ".".join(parts[at:])) in plain]
+        matching += [name for name in others if patterns.fullmatch(rf"(.*\.)?({name})", module)]
+        alpha = alphas[min(matching, key=order.__getitem__)] if matching else config["lora_alpha"]
+        found[module] = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return found
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

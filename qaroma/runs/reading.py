@@ -21,6 +21,7 @@ import yaml
 from qaroma.config.methods import DEFAULT_METHOD, METHODS
 from qaroma.config.metrics import metrics_of
 from qaroma.errors import QaromaError
+from qaroma.foreign.yaml_text import read_yaml
 from qaroma.runs.adapter_info import AdapterInfo, info_if_any
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.files import read_json
@@ -101,7 +102,8 @@ class Run:
     @property
     def ended(self) -> str | None:
         """Why a finished run ended: grown, budget or patience."""
-        return self.summary.get("ended") if self.finished else None
+        ended = self.summary.get("ended") if self.finished else None
+        return ended if isinstance(ended, str) else None
 
     @property
     def resume(self) -> str | None:
@@ -216,25 +218,38 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
     run = RunDirectory(path)
     known: dict[str, Any] = {"path": run.path, "name": name or run.path.resolve().name, "written": _written(run)}
     try:
-        known["config"] = _read_config(run)
+        known["config"] = read_settings(run)
         return Run(**known, **_read_rest(run, known["config"], known["written"]))
     except QaromaError as broken:
         return Run(**known, state="broken", problem=str(broken))
+    except OSError as refused:
+        return Run(**known, state="broken", problem=f"the system refuses to read it ({refused.strerror})")
 
 
 def _written(run: RunDirectory) -> float:
     """The time of the last change of what a run writes."""
-    files = [file for file in (run.metrics, run.config, run.summary, run.path) if file.exists()]
-    own = [file for file in files if file.is_file()] or files
-    return max((file.stat().st_mtime for file in own), default=0.0)
+    times = [_changed(file) for file in (run.metrics, run.config, run.summary)]
+    return max(times) or _changed(run.path)
 
 
-def _read_config(run: RunDirectory) -> dict[str, Any]:
-    """Plain values: what a newer or an older version of qaroma wrote is readable too."""
+def _changed(path: Path) -> float:
+    """The time of a file's last change; 0 where it is not there, or not this user's to see."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def read_settings(run: RunDirectory) -> dict[str, Any]:
+    """A run's ``config.yaml`` as plain values: what a newer or an older version of qaroma wrote is readable too.
+
+    Raises:
+        QaromaError: there is none, or none that a run has.
+    """
     if not run.exists():
         raise QaromaError(f"it has no {run.config.name}")
     try:
-        found = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+        found, _ = read_yaml(run.config.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise QaromaError(f"{run.config.name} cannot be read") from error
     if not isinstance(found, dict) or not isinstance(found.get("model"), dict):
@@ -268,7 +283,7 @@ def _read_rest(run: RunDirectory, config: Mapping[str, Any], written: float) -> 
             "answers": _answers(lines, "answers"),
             "checkpoint": _newest_checkpoint(run),
         }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise QaromaError(f"{run.metrics.name} holds lines of another form") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from qaroma.model.base import fingerprint, load_base, resolve_dtype
 from qaroma.runs.adapter import continue_from
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.log import MetricsLog
+from qaroma.runs.peft_limits import told_of_peft
 from qaroma.tasks.causal_lm import require_known_head
 from qaroma.training.batches import BatchPlan
 from qaroma.training.memory import choose_level, enter_level
@@ -27,6 +29,8 @@ from qaroma.training.prepare import PreparedData
 from qaroma.training.samples import Sampler
 from qaroma.training.session import Session
 from qaroma.training.trackers import require_trackers
+
+logger = logging.getLogger(__name__)
 
 
 def build_session(data: PreparedData, run: RunDirectory) -> Session:
@@ -126,6 +130,9 @@ def build_method(config: ResolvedConfig, model: Any, head: Sequence[str] = ()) -
     kind: type[Method] = METHODS[config.method].load()
     options = _method_options(config)
     targets = find_targets(model, config.growth.target_modules)
+    told = told_of_peft(model.config, targets)
+    if told is not None:
+        logger.warning(told)
     attached = kind.attach(model, [name for name in targets if not is_inside(name, head)], options)
     if config.model.adapter is not None:
         continue_from(attached, config.model.adapter)

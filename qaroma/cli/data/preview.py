@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qaroma.cli.options import CONFIG_OPTION, SET_OPTION, config_options, read_config
+from qaroma.cli.options import CONFIG_OPTION, SET_OPTION, config_options, count, read_config
 from qaroma.config.load import require_model_and_data
 from qaroma.model.builtin import require_model
 from qaroma.training.checks import check_sources
@@ -39,9 +39,9 @@ Examples:
     "data.skip_bad_rows",
     "model.trust_remote_code",
 )
-@click.option("--examples", type=click.IntRange(min=1), default=2, show_default=True, metavar="INTEGER",
+@click.option("--examples", type=count(1), default=2, show_default=True, metavar="INTEGER",
               help="Examples shown.")  # fmt: skip
-@click.option("--rows", type=click.IntRange(min=1), default=1000, show_default=True, metavar="INTEGER",
+@click.option("--rows", type=count(1), default=1000, show_default=True, metavar="INTEGER",
               help="Only the first so many rows are looked at.")  # fmt: skip
 @SET_OPTION
 def command(config: str | None, examples: int, rows: int, sets: tuple[str, ...], **parameters: Any) -> None:
