@@ -137,11 +137,11 @@ def test_the_time_is_of_all_commands_of_an_interrupted_run(tmp_path: Path) -> No
     assert key_figures(read_run(make_run(tmp_path / "run", lines=lines)))["Time"] == "12 min 00 s"
 
 
-@pytest.mark.parametrize("log", [b"\xff\xfe", b"1\n2\n"])
+@pytest.mark.parametrize("log", [b"\xff\xfe\n", b"1\n2\n"])
 def test_a_damaged_log_is_told_by_the_runs_name(log: bytes, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     (folder / "metrics.jsonl").write_bytes(log)
-    with pytest.raises(QaromaError, match=r"run is damaged: metrics\.jsonl (cannot be read|holds lines)"):
+    with pytest.raises(QaromaError, match=r"run is damaged: metrics\.jsonl holds lines"):
         open_run(folder)
 
 

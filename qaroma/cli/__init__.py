@@ -81,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():  # the libraries' progress bars would fill a log
         os.environ.setdefault("TQDM_DISABLE", "1")
     try:
+        _require_no_blank(list(sys.argv[1:] if arguments is None else arguments))
         code = root.main(args=arguments, prog_name="qaroma", standalone_mode=False)
     except click.ClickException as error:
         error.show()
@@ -98,6 +99,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     # What a command gave to context.exit(); commands return nothing.
     return code if isinstance(code, int) else 0
+
+
+def _require_no_blank(words: Sequence[str]) -> None:
+    """An empty word is a shell variable that was not set; as a path it would mean the working folder.
+
+    Raises:
+        QaromaError: names the option that it was given to.
+    """
+    for place, word in enumerate(words):
+        if not (word.partition("=")[2] if word.startswith("--") and "=" in word else word).strip():
+            after = f" after {words[place - 1]}" if place else ""
+            raise QaromaError(
+                f"got an empty text{after}; expected a value (is a variable of the shell not set?). "
+                "Give one, or leave the option out"
+            )
 
 
 def _speak_utf8() -> None:

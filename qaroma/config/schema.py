@@ -21,7 +21,9 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from qaroma.config.levels import LEVEL_CHOICES, LEVELS
 from qaroma.config.methods import DEFAULT_METHOD, FIXED_RANK, METHODS, MethodName
@@ -37,6 +39,14 @@ class Section(BaseModel):
     """A section of the configuration: unknown keys are errors, values are validated."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _says_something(cls, value: object) -> object:
+        """An empty text is a variable of a shell or a script that was not set, and a path to the working folder."""
+        if isinstance(value, str) and not value.strip():
+            raise PydanticCustomError("blank", "text that is not empty")
+        return value
 
 
 class ModelSection(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from qaroma.errors import QaromaError
-from qaroma.runs.directory import GROWTH
+from qaroma.runs.directory import CONFIG, GROWTH, WEIGHTS
+from qaroma.runs.files import read_json
 
 VERSION = 2  # 1: qaroma 0.1.0, which did not say how the base attends and whether it needs code of its own
 CAUSAL = "causal-lm"
@@ -110,8 +112,12 @@ class AdapterInfo:
             KeyError, TypeError, ValueError: a value that is missing, or of another kind.
         """
         base = values.get("base")
+        components = {str(name): [int(rank) for rank in ranks] for name, ranks in values["components"].items()}
+        wrong = next((name for name, ranks in components.items() if any(rank < 1 for rank in ranks)), None)
+        if wrong is not None:
+            raise ValueError(f"components of {wrong} are {components[wrong]}, expected ranks from 1")
         return cls(
-            components={str(name): [int(rank) for rank in ranks] for name, ranks in values["components"].items()},
+            components=components,
             inner_rank=int(values["inner_rank"]),
             alpha=float(values["alpha"]),
             method=values.get("method"),
@@ -129,8 +135,10 @@ class AdapterInfo:
         )
 
     def write(self, folder: Path) -> None:
-        """Write ``growth.json`` into an existing folder that nobody reads yet."""
-        (folder / GROWTH).write_text(json.dumps(self.to_json(), indent=2), encoding="utf-8")
+        """Write ``growth.json``, with a digest of the whole adapter, into a folder that holds its other files."""
+        values = self.to_json()
+        values = {**values, "sha256": _digest(folder, values)}
+        (folder / GROWTH).write_text(json.dumps(values, indent=2), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: str | Path) -> AdapterInfo:
@@ -154,6 +162,31 @@ class AdapterInfo:
                 f"{path} is damaged ({error!r}); copy the adapter again, or resume the run that wrote it"
             ) from error
         raise QaromaError(f"{path} has version {version}, this qaroma reads up to {VERSION}; upgrade qaroma")
+
+
+def require_undamaged(folder: Path) -> None:
+    """See to it that an adapter folder holds what was written.
+
+    Raises:
+        QaromaError: its files do not match the digest in ``growth.json``. Adapters of 0.1.0 have none.
+    """
+    values = read_json(folder / GROWTH)
+    told = values.pop("sha256", None)
+    if told is not None and told != _digest(folder, values):
+        raise QaromaError(
+            f"{folder} is damaged: its files are not those that were written (their digest differs from the one in "
+            f"{GROWTH}); copy the adapter again, or resume the run that wrote it"
+        )
+
+
+def _digest(folder: Path, growth: Mapping[str, Any]) -> str:
+    """Of the weights, and of what both JSON files say but for the base's name, which other tools rewrite."""
+    config = {**read_json(folder / CONFIG), "base_model_name_or_path": None}
+    weights = folder / WEIGHTS
+    digest = hashlib.sha256(weights.read_bytes() if weights.is_file() else b"")
+    for values in (config, json.loads(json.dumps(growth))):
+        digest.update(json.dumps(values, sort_keys=True, separators=(",", ":")).encode())
+    return digest.hexdigest()
 
 
 def info_if_any(folder: Path) -> AdapterInfo | None:
