@@ -52,7 +52,7 @@ def locked(folder: Path) -> Iterator[None]:
 def _open(path: Path) -> int:
     """The lock's file, opened and locked."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             if not _lock(descriptor):
                 raise QaromaError(

@@ -21,6 +21,7 @@ from qaroma.method.targets import unadaptable
 from qaroma.model.builtin import ResolvedModel
 from qaroma.report.keyfigures import ENDINGS
 from qaroma.report.summary import BeforeAfter, RunSummary, Score, print_summary
+from qaroma.runs.checkpoint import list_checkpoints
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.figures import figures_of
 from qaroma.runs.files import write_atomically
@@ -87,8 +88,8 @@ def _train(
         held.enter_context(locked(run.path))
         run.create(dump_config(data.config))
     state = restored(session, console) if resume else FitState()
-    if state.step == 0:
-        save_state(session, state)  # there is a checkpoint from the first moment on
+    if not list_checkpoints(run.checkpoints):
+        save_state(session, state)  # there is one from the first moment on: what has none lost it
     before = test.run_once(session.model, session.log, "before", 0) if test else None
     start_trackers(session.accelerator, data.config.training.track, run.path, data.config.model_dump())
     page = LivePage(run.path, console, wanted=data.config.evaluation.report)
