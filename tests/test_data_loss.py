@@ -214,7 +214,7 @@ def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
 
 CHILD = """
 import sys, threading, time
-from qaroma.compare.attached import stop_at_the_end_of_input
+from qaroma.cli.attached import stop_at_the_end_of_input
 threading.Thread(target=stop_at_the_end_of_input, daemon=True).start()
 print("up", flush=True)
 try:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from qaroma.errors import QaromaError
+from qaroma.runs import checkpoint as checkpoint_module
 from qaroma.runs.checkpoint import Checkpoint, keep_newest, list_checkpoints, load_newest, save_checkpoint
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.files import directory_written_aside, write_atomically
@@ -71,11 +72,24 @@ def test_a_checkpoint_of_another_base_is_refused(tmp_path: Path) -> None:
         load_newest(tmp_path, fingerprint="g")
 
 
-def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: Path) -> None:
-    header = save_checkpoint(tmp_path, checkpoint(1), fingerprint="f") / "state.json"
-    header.write_text(json.dumps({**json.loads(header.read_text()), "version": 99}))
+def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module, "VERSION", 99)
+        save_checkpoint(tmp_path, checkpoint(1), fingerprint="f")
     with pytest.raises(QaromaError, match=r"version 99.*upgrade qaroma"):
         load_newest(tmp_path, fingerprint="f")
+
+
+@pytest.mark.parametrize("key", ["version", "base", "step", "values", "sha256"])
+def test_whatever_of_the_newest_is_damaged_the_one_before_is_taken(key: str, tmp_path: Path) -> None:
+    for step in (1, 2):
+        path = save_checkpoint(tmp_path, checkpoint(step), fingerprint="f")
+    values = json.loads((path / "state.json").read_text())
+    for damaged in (0, 99, None, "x", [], {**values, key: 3}):
+        (path / "state.json").write_text(json.dumps({**values, key: damaged}))
+        loaded, warnings = load_newest(tmp_path, fingerprint="f")
+        assert loaded is not None
+        assert (loaded.step, len(warnings)) == (1, 1)
 
 
 def half_written(target: Path) -> None:

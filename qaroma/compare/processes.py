@@ -98,8 +98,8 @@ def carry_out(planned: PlannedRun, folder: Folder, console: Console, stop: StopR
     for file in (asked, log):
         file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(asked, dump_config(planned.config))
-    # It ends with this process, however that ends: see qaroma.compare.attached.
-    command = [sys.executable, "-m", "qaroma.compare.attached"]
+    # It ends with this process, however that ends: see qaroma.cli.attached.
+    command = [sys.executable, "-m", "qaroma.cli.attached"]
     command += ["finetune", "--config", str(asked), "--output", str(run.path), "--json"]
     if run.exists():
         command.append("--resume")

@@ -185,6 +185,7 @@ def continue_from(adapter: Adapter, folder: str | Path) -> None:
     components: Mapping[str, list[int]] = {}
     if (Path(folder) / GROWTH).is_file():
         info = AdapterInfo.read(folder)
+        require_undamaged(Path(folder))
         components = info.components
         if info.base is not None and info.base.fingerprint != fingerprint(adapter.model):
             raise QaromaError(f"{folder} was trained on {info.base.name}, another model than this --model")

@@ -136,8 +136,7 @@ class AdapterInfo:
 
     def write(self, folder: Path) -> None:
         """Write ``growth.json``, with a digest of the whole adapter, into a folder that holds its other files."""
-        values = self.to_json()
-        values = {**values, "sha256": _digest(folder, values)}
+        values = sealed(self.to_json(), read_json(folder / CONFIG), folder / WEIGHTS)
         (folder / GROWTH).write_text(json.dumps(values, indent=2), encoding="utf-8")
 
     @classmethod
@@ -171,22 +170,26 @@ def require_undamaged(folder: Path) -> None:
         QaromaError: its files do not match the digest in ``growth.json``. Adapters of 0.1.0 have none.
     """
     values = read_json(folder / GROWTH)
-    told = values.pop("sha256", None)
-    if told is not None and told != _digest(folder, values):
+    if "sha256" in values and values != sealed(values, read_json(folder / CONFIG), folder / WEIGHTS):
         raise QaromaError(
             f"{folder} is damaged: its files are not those that were written (their digest differs from the one in "
             f"{GROWTH}); copy the adapter again, or resume the run that wrote it"
         )
 
 
-def _digest(folder: Path, growth: Mapping[str, Any]) -> str:
-    """Of the weights, and of what both JSON files say but for the base's name, which other tools rewrite."""
-    config = {**read_json(folder / CONFIG), "base_model_name_or_path": None}
-    weights = folder / WEIGHTS
+def sealed(growth: Mapping[str, Any], config: Mapping[str, Any], weights: Path) -> dict[str, Any]:
+    """``growth.json`` with a digest of the whole adapter.
+
+    Args:
+        growth: what it says; a digest that it has counts for nothing.
+        config: what ``adapter_config.json`` says. Its name of the base does not count: other tools rewrite it.
+        weights: the file of the factors.
+    """
+    said = {key: value for key, value in growth.items() if key != "sha256"}
     digest = hashlib.sha256(weights.read_bytes() if weights.is_file() else b"")
-    for values in (config, json.loads(json.dumps(growth))):
+    for values in ({**config, "base_model_name_or_path": None}, json.loads(json.dumps(said))):
         digest.update(json.dumps(values, sort_keys=True, separators=(",", ":")).encode())
-    return digest.hexdigest()
+    return {**said, "sha256": digest.hexdigest()}
 
 
 def info_if_any(folder: Path) -> AdapterInfo | None:

@@ -135,6 +135,8 @@ def load_newest(folder: Path, *, fingerprint: str) -> tuple[Checkpoint | None, l
     for path in reversed(list_checkpoints(folder)):
         try:
             found, trained_on = _load(path)
+            if found.step != step_of(path):
+                raise ValueError(f"it is of step {found.step}")
         except _DAMAGED as error:
             warnings.append(f"checkpoint {path} is damaged ({error}); falling back to the one before")
             continue
@@ -173,11 +175,11 @@ def _load(path: Path) -> tuple[Checkpoint, str]:
     """A checkpoint whose digest is right, and the fingerprint of its base."""
     header: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
     told, tensors = header.pop("sha256"), path / TENSORS
-    if header["version"] > VERSION:
-        raise QaromaError(f"{path} has version {header['version']}, this qaroma reads up to {VERSION}; upgrade qaroma")
     old = header["version"] < VERSION
     if told != (_file_digest(tensors).hexdigest() if old else _digest(header, tensors)):
         raise ValueError("its files do not match its digest")
+    if header["version"] > VERSION:
+        raise QaromaError(f"{path} has version {header['version']}, this qaroma reads up to {VERSION}; upgrade qaroma")
     if old:
         raise QaromaError(
             f"{path} was written by qaroma 0.1.0, whose checkpoints this version cannot go on from; finish the run "

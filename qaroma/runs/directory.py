@@ -19,7 +19,15 @@ from contextlib import suppress
 from pathlib import Path
 
 from qaroma.errors import QaromaError
-from qaroma.runs.files import cut_in_two, heal, is_leftover, make_directory, read_json, write_atomically
+from qaroma.runs.files import (
+    cut_in_two,
+    heal,
+    is_leftover,
+    make_directory,
+    read_json,
+    remove_leftovers,
+    write_atomically,
+)
 from qaroma.runs.lock import LOCK, locked
 
 # What an adapter folder holds (qaroma.runs.adapter writes it); named here for those who load no torch.
@@ -105,6 +113,7 @@ class RunDirectory:
         self.require_unused()
         try:
             make_directory(self.path)
+            remove_leftovers(self.path)
             write_atomically(self.config, config_yaml)
             make_directory(self.checkpoints)
         except OSError as error:

@@ -164,11 +164,20 @@ def _stop(session: Session, state: FitState, what: str) -> NoReturn:
     for path in known:
         if path not in before:
             set_aside(path, "diverged")
-    rate = min(session.config.training.learning_rate, LARGEST_RATE)
     raise QaromaError(
         f"{what} (examples {where}, ...). That step was not made. The run goes back to step {step_of(before[-1])}; "
-        f"look at these rows, or go on with a smaller rate: {run.resume_command} --learning-rate {rate / 2:.1e}"
+        f"look at these rows, or go on with a smaller rate: {run.resume_command} {_smaller_rates(session)}"
     )
+
+
+def _smaller_rates(session: Session) -> str:
+    """What to type for half the rate, of the head too where one is trained."""
+    training = session.config.training
+    typed = f"--learning-rate {min(training.learning_rate, LARGEST_RATE) / 2:.1e}"
+    if session.head is None:
+        return typed
+    rate = training.head_learning_rate or training.learning_rate
+    return f"{typed} --set training.head_learning_rate={min(rate, LARGEST_RATE) / 2:.1e}"
 
 
 def accumulate(session: Session, batches: Sequence[Batch]) -> float:

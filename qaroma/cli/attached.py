@@ -1,4 +1,4 @@
-"""``python -m qaroma.compare.attached ...``: the command line of qaroma, which stops when its parent is gone.
+"""``python -m qaroma.cli.attached ...``: the command line of qaroma, which stops when its parent is gone.
 
 However the parent ends, the system closes its end of this process's standard input.
 """
