@@ -11,7 +11,6 @@ from typing import Any
 
 from qaroma.errors import QaromaError
 from qaroma.runs.directory import CONFIG, GROWTH, WEIGHTS
-from qaroma.runs.files import read_json
 
 VERSION = 2  # 1: qaroma 0.1.0, which did not say how the base attends and whether it needs code of its own
 CAUSAL = "causal-lm"
@@ -136,7 +135,7 @@ class AdapterInfo:
 
     def write(self, folder: Path) -> None:
         """Write ``growth.json``, with a digest of the whole adapter, into a folder that holds its other files."""
-        values = sealed(self.to_json(), read_json(folder / CONFIG), folder / WEIGHTS)
+        values = sealed(self.to_json(), _said_in(folder / CONFIG), folder / WEIGHTS)
         (folder / GROWTH).write_text(json.dumps(values, indent=2), encoding="utf-8")
 
     @classmethod
@@ -169,12 +168,19 @@ def require_undamaged(folder: Path) -> None:
     Raises:
         QaromaError: its files do not match the digest in ``growth.json``. Adapters of 0.1.0 have none.
     """
-    values = read_json(folder / GROWTH)
-    if "sha256" in values and values != sealed(values, read_json(folder / CONFIG), folder / WEIGHTS):
-        raise QaromaError(
-            f"{folder} is damaged: its files are not those that were written (their digest differs from the one in "
-            f"{GROWTH}); copy the adapter again, or resume the run that wrote it"
-        )
+    try:
+        values = _said_in(folder / GROWTH)
+        whole = "sha256" not in values or values == sealed(values, _said_in(folder / CONFIG), folder / WEIGHTS)
+        reason = f"its files are not those that were written, their digest differs from the one in {GROWTH}"
+    except (OSError, ValueError, TypeError) as error:
+        whole, reason = False, repr(error)
+    if not whole:
+        raise QaromaError(f"{folder} is damaged ({reason}); copy the adapter again, or resume the run that wrote it")
+
+
+def _said_in(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file. What cannot be read is an error: it must not count as empty."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def sealed(growth: Mapping[str, Any], config: Mapping[str, Any], weights: Path) -> dict[str, Any]:
