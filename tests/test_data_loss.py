@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -194,6 +195,19 @@ def test_a_run_is_used_by_one_process(run: Path, capsys: pytest.CaptureFixture[s
         said = refused(["finetune", "--resume", "--output", str(run)], capsys)
         assert f"is in use by process {os.getpid()} on " in said
     assert not (run / LOCK).exists()
+
+
+def test_a_lock_whose_file_cannot_be_removed_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Path) -> None:
+        raise OSError(errno.EIO, "no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refused)
+        with locked(tmp_path):
+            pass
+    assert (tmp_path / LOCK).exists()
+    with locked(tmp_path):
+        pass
 
 
 def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:

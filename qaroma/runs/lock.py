@@ -41,11 +41,14 @@ def locked(folder: Path) -> Iterator[None]:
         os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
         yield
     finally:
-        if os.name != "nt":  # an open file cannot be removed there
-            path.unlink(missing_ok=True)
+        # Removed while it is locked, so that nobody locks a file that is gone; Windows removes no open file. One
+        # that stays is no hindrance: only the lock counts.
+        if os.name != "nt":
+            with suppress(OSError):
+                path.unlink()
         os.close(descriptor)
         if os.name == "nt":
-            with suppress(OSError):  # somebody else has opened it since
+            with suppress(OSError):
                 path.unlink()
 
 
