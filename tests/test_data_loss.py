@@ -144,7 +144,7 @@ def test_what_a_killed_command_left_is_no_hindrance(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", ["--output", "--data", "--model"])
 def test_an_empty_text_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert f"got an empty text after {option}" in refused(["finetune", option, ""], capsys)
+    assert "got an empty text" in refused(["finetune", option, ""], capsys)
     assert "got an empty text" in refused(["finetune", f"{option}="], capsys)
 
 
