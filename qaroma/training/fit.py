@@ -73,7 +73,6 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
         record = _train_step(session, state, view)
         if saved:  # that checkpoint has gone on well, so that older ones are not needed to go back to
             keep_newest(session.run.checkpoints, keep)
-            saved = False
         events = method.step()
         _record_step(session, state, record, events, view)
         ranks = _log_ranks(session, state, ranks)
@@ -90,9 +89,9 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
             _sample(session, state)
         if validated or (sampled and session.sampler):
             page.update()
-        if state.step % session.config.checkpoint.every == 0 or last or stop.requested or ending == "patience":
+        saved = state.step % session.config.checkpoint.every == 0 or last or stop.requested or ending == "patience"
+        if saved:
             save_state(session, state)
-            saved = True
         if stop.requested and not last:
             return "interrupted"
         if ending == "patience":
