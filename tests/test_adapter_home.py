@@ -117,7 +117,7 @@ def test_a_checkpoint_of_a_method_of_peft_is_exported(tiny_folder: Path, data_fi
 def saved(folder: Path, step: int) -> Path:
     values = {"fit": {"best": 0.1, "step": step}, "method": {"name": "aroma", 3: "a key that JSON turns into text"}}
     checkpoint = Checkpoint(step, {"method.a": torch.arange(4.0)}, values)
-    return save_checkpoint(folder, checkpoint, fingerprint="f", keep=3)
+    return save_checkpoint(folder, checkpoint, fingerprint="f")
 
 
 @pytest.mark.parametrize("change", [{"step": 3}, {"base": "g"}, {"values": {}}, {"version": 1}, {"more": 1}])

@@ -266,7 +266,7 @@ def test_a_run_that_fails_costs_only_itself(tmp_path: Path, stand_in: Any) -> No
     folder = Folder(tmp_path)
     assert carry_out(planned, folder, QUIET, StopRequest()) == "error: no such model"
     printed = folder.log(planned).read_text(encoding="utf-8")
-    assert "-m qaroma finetune --config" in printed
+    assert "-m qaroma.cli.attached finetune --config" in printed
     assert "--resume" not in printed
     assert read_settings(folder.asked(planned), {}, []) == planned.config
     RunDirectory(tmp_path / "lora-8-s0").create("method: lora\n")  # it began, this time

@@ -136,12 +136,11 @@ def test_the_time_is_of_all_commands_of_an_interrupted_run(tmp_path: Path) -> No
     assert key_figures(read_run(make_run(tmp_path / "run", lines=lines)))["Time"] == "12 min 00 s"
 
 
-@pytest.mark.parametrize("log", [b"\xff\xfe", b"1\n2\n"])
+@pytest.mark.parametrize("log", [b"\xff\xfe\n", b"1\n2\n"])
 def test_a_damaged_log_is_told_by_the_runs_name(log: bytes, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     (folder / "metrics.jsonl").write_bytes(log)
-    problem = r"(metrics\.jsonl cannot be read|line 1 of metrics\.jsonl is no JSON object)"
-    with pytest.raises(QaromaError, match=f"run is damaged: {problem}"):
+    with pytest.raises(QaromaError, match=r"run is damaged: metrics\.jsonl holds lines"):
         open_run(folder)
 
 

@@ -121,7 +121,7 @@ def _foreign_config(path: Path) -> None:
 
 
 def _damaged_metrics(path: Path) -> None:
-    (path / "metrics.jsonl").write_bytes(b"\xff\xfe{}")
+    (path / "metrics.jsonl").write_bytes(b"\xff\xfe{}\n")
 
 
 def _foreign_metrics(path: Path) -> None:
@@ -138,8 +138,8 @@ def _foreign_events(path: Path) -> None:
         (_without_config, "it has no config.yaml"),
         (_damaged_config, "config.yaml cannot be read"),
         (_foreign_config, "config.yaml is no configuration of a run"),
-        (_damaged_metrics, "metrics.jsonl cannot be read"),
-        (_foreign_metrics, "line 1 of metrics.jsonl is no JSON object"),
+        (_damaged_metrics, "metrics.jsonl holds lines that are no records"),
+        (_foreign_metrics, "metrics.jsonl holds lines that are no records"),
         (_foreign_events, "line 1 of metrics.jsonl has no step as a run writes it"),
     ],
 )

@@ -98,15 +98,15 @@ def carry_out(planned: PlannedRun, folder: Folder, console: Console, stop: StopR
     for file in (asked, log):
         file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(asked, dump_config(planned.config))
-    command = [sys.executable, "-m", "qaroma", "finetune", "--config", str(asked), "--output", str(run.path), "--json"]
+    # It ends with this process, however that ends: see qaroma.cli.attached.
+    command = [sys.executable, "-m", "qaroma.cli.attached"]
+    command += ["finetune", "--config", str(asked), "--output", str(run.path), "--json"]
     if run.exists():
         command.append("--resume")
     # A session of its own: the terminal's Ctrl-C reaches this process alone, which passes it on once.
     options: dict[str, Any] = {} if os.name == "nt" else {"start_new_session": True}
     with log.open("w", encoding="utf-8") as printed:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=printed, stderr=subprocess.STDOUT, **options
-        )
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=printed, stderr=subprocess.STDOUT, **options)
         code = _wait(process, run, planned.name, console, stop)
     if stop.requested and code != 0:
         raise KeyboardInterrupt
@@ -137,6 +137,8 @@ def _wait(process: subprocess.Popen[bytes], run: RunDirectory, name: str, consol
         if process.poll() is None:
             process.kill()
             process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
 
 
 def _flat(config: Config) -> dict[str, Any]:

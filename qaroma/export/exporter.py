@@ -26,7 +26,7 @@ from qaroma.export.selftest import SelfTest
 from qaroma.export.subject import Subject, open_subject, records_of, settings_of
 from qaroma.method.factors import Factors
 from qaroma.model.base import resolve_device
-from qaroma.runs.files import directory_written_aside, disk_full
+from qaroma.runs.files import directory_written_aside, disk_full, unused
 
 MARKER = "export.json"
 FAILED = ".failed"
@@ -213,12 +213,8 @@ def _facts(subject: Subject, update: Mapping[str, Factors], licence: str) -> car
 
 
 def _kept(aside: Path, folder: Path) -> str:
-    """Put the files of a failed export aside under a name that says so."""
-    import shutil
-
-    failed = folder.with_name(folder.name + FAILED)
-    shutil.rmtree(failed, ignore_errors=True)
-    aside.rename(failed)
+    """Put the files of a failed export aside under a name that says so, and that nothing has yet."""
+    failed = aside.rename(unused(folder.with_name(folder.name + FAILED)))
     return f"do not use what was written, it is kept in {failed} for a look"
 
 

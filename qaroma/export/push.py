@@ -23,7 +23,7 @@ from qaroma.export.rank_map import rank_map_svg
 from qaroma.export.subject import records_of, run_of, settings_of
 from qaroma.foreign.paths import local_path
 from qaroma.model.builtin import portable_name
-from qaroma.runs.adapter_info import AdapterInfo
+from qaroma.runs.adapter_info import AdapterInfo, require_undamaged, sealed
 from qaroma.runs.directory import CONFIG, GROWTH, WEIGHTS, RunDirectory, adapter_folder
 from qaroma.runs.peft_lora import read_config
 
@@ -245,6 +245,7 @@ def _licence(api: Any, base: str | None, say: Callable[[str], None]) -> str:
 
 def _files(folder: Path, info: AdapterInfo, repo_id: str, base: str | None, licence: str) -> dict[str, Path | bytes]:
     """Name in the repository -> what is sent: no path of this machine in any of it."""
+    require_undamaged(folder)
     held = info.base
     shown = base or (PureWindowsPath(held.name).name if held else card.UNKNOWN)
     public = replace(info, base=replace(held, name=shown)) if held else info
@@ -266,7 +267,7 @@ def _files(folder: Path, info: AdapterInfo, repo_id: str, base: str | None, lice
     return {
         WEIGHTS: folder / WEIGHTS,
         CONFIG: _json(config),
-        GROWTH: _json(public.to_json()),
+        GROWTH: _json(sealed(public.to_json(), config, folder / WEIGHTS)),
         card.RANK_MAP: rank_map_svg(facts.ranks).encode(),
         "README.md": card.model_card(facts, "peft").encode(),
     }

@@ -17,8 +17,8 @@ from qaroma.method.factors import Factors
 from qaroma.model.builtin import SMOLLM2_HUB_ID
 from qaroma.runs.adapter import read_adapter
 from qaroma.runs.adapter_info import CAUSAL, AdapterInfo
-from qaroma.runs.checkpoint import STATE, adapter_in
-from qaroma.runs.directory import GROWTH, RunDirectory
+from qaroma.runs.checkpoint import adapter_in
+from qaroma.runs.directory import GROWTH, STATE, RunDirectory
 from qaroma.runs.log import read_records
 from qaroma.runs.reading import read_settings
 

@@ -122,6 +122,10 @@ class Method:
         """A scalar to add to every step's loss; None adds nothing."""
         return None
 
+    def gradient_norm(self) -> float:
+        """The joint norm of what has accumulated; synchronises with the device."""
+        raise NotImplementedError
+
     def step(self, loss: float | None = None) -> list[GrowthEvent]:
         """Clip, update, zero the gradients and grow; returns what grew.
 
@@ -349,6 +353,9 @@ class AdapterMethod(Method):
             dropout=options.dropout,
             seed=options.seed,
         )
+
+    def gradient_norm(self) -> float:
+        return float(torch.linalg.vector_norm(self.trainer.optimiser.gradients))
 
     def zero_grad(self) -> None:
         self.trainer.optimiser.zero_grad()

@@ -148,6 +148,10 @@ class PeftMethod(Method):
     def build(cls, attached: Any, options: MethodOptions, head: Sequence[nn.Parameter] = ()) -> PeftMethod:
         return cls(attached, head=head, **options.optimisation(), **options.cosine())
 
+    def gradient_norm(self) -> float:
+        found = [p.grad for p in self._parameters.values() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(found))
+
     def step(self, loss: float | None = None) -> list[GrowthEvent]:
         """Clip, update, zero the gradients. Nothing grows."""
         factor = warm_cosine(self.steps_done, total=self.total_steps, warmup=self.warmup, min_ratio=self.min_lr_ratio)

@@ -19,7 +19,7 @@ from qaroma.method.attach import check_shapes, linear_shapes
 from qaroma.method.factors import Factors, Update
 from qaroma.method.head import TrainedHead
 from qaroma.model.base import fingerprint
-from qaroma.runs.adapter_info import AdapterInfo
+from qaroma.runs.adapter_info import AdapterInfo, require_undamaged
 from qaroma.runs.directory import GROWTH
 from qaroma.runs.files import directory_written_aside
 from qaroma.runs.peft_lora import lora_config, read_lora, write_lora
@@ -47,7 +47,7 @@ def save_adapter(
 
     Args:
         adapter: active components count as they stand.
-        folder: replaced where it exists.
+        folder: replaced where it holds an adapter.
         base: name of the base model, for PEFT's config.
         info: what it is to remember beside its components and their scale.
 
@@ -71,7 +71,7 @@ def write_adapter(
     """Write an adapter folder, which appears whole or not at all.
 
     Args:
-        folder: replaced where it exists.
+        folder: replaced where it holds an adapter.
         update: every target module.
         info: what ``growth.json`` says.
         base: name of the base model, for PEFT's config.
@@ -79,7 +79,13 @@ def write_adapter(
 
     Returns:
         The folder.
+
+    Raises:
+        QaromaError: numbers that are not finite, or a folder that holds something else.
     """
+    known = Path(folder) / GROWTH
+    if Path(folder).is_dir() and any(Path(folder).iterdir()) and not known.is_file():
+        raise QaromaError(f"{folder} holds other things and no adapter of qaroma; name a folder of its own")
     with directory_written_aside(Path(folder)) as aside:
         write_adapter_files(aside, update, info, base=base, head=head)
     return Path(folder)
@@ -116,6 +122,7 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
         QaromaError: none, one of a newer version, or a damaged one.
     """
     info = AdapterInfo.read(folder)
+    require_undamaged(Path(folder))
     found, head = read_lora(folder, whole=info.task.head)
     update = {}
     for name, parts in info.components.items():
@@ -178,6 +185,7 @@ def continue_from(adapter: Adapter, folder: str | Path) -> None:
     components: Mapping[str, list[int]] = {}
     if (Path(folder) / GROWTH).is_file():
         info = AdapterInfo.read(folder)
+        require_undamaged(Path(folder))
         components = info.components
         if info.base is not None and info.base.fingerprint != fingerprint(adapter.model):
             raise QaromaError(f"{folder} was trained on {info.base.name}, another model than this --model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from qaroma.errors import QaromaError
 from qaroma.foreign.json_text import parse_json
-from qaroma.runs.directory import GROWTH
+from qaroma.runs.directory import CONFIG, GROWTH, WEIGHTS
 
 VERSION = 2  # 1: qaroma 0.1.0, which did not say how the base attends and whether it needs code of its own
 CAUSAL = "causal-lm"
@@ -129,8 +130,9 @@ class AdapterInfo:
             raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
     def write(self, folder: Path) -> None:
-        """Write ``growth.json`` into an existing folder that nobody reads yet."""
-        (folder / GROWTH).write_text(json.dumps(self.to_json(), indent=2), encoding="utf-8")
+        """Write ``growth.json``, with a digest of the whole adapter, into a folder that holds its other files."""
+        values = sealed(self.to_json(), _said_in(folder / CONFIG), folder / WEIGHTS)
+        (folder / GROWTH).write_text(json.dumps(values, indent=2), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: str | Path) -> AdapterInfo:
@@ -160,6 +162,42 @@ class AdapterInfo:
 def _form() -> TypeAdapter[AdapterInfo]:
     """What reads the nested values of an adapter by the types above."""
     return TypeAdapter(AdapterInfo)
+
+
+def require_undamaged(folder: Path) -> None:
+    """See to it that an adapter folder holds what was written.
+
+    Raises:
+        QaromaError: its files do not match the digest in ``growth.json``. Adapters of 0.1.0 have none.
+    """
+    try:
+        values = _said_in(folder / GROWTH)
+        whole = "sha256" not in values or values == sealed(values, _said_in(folder / CONFIG), folder / WEIGHTS)
+        reason = f"its files are not those that were written, their digest differs from the one in {GROWTH}"
+    except (OSError, ValueError, TypeError) as error:
+        whole, reason = False, repr(error)
+    if not whole:
+        raise QaromaError(f"{folder} is damaged ({reason}); copy the adapter again, or resume the run that wrote it")
+
+
+def _said_in(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file. What cannot be read is an error: it must not count as empty."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def sealed(growth: Mapping[str, Any], config: Mapping[str, Any], weights: Path) -> dict[str, Any]:
+    """``growth.json`` with a digest of the whole adapter.
+
+    Args:
+        growth: what it says; a digest that it has counts for nothing.
+        config: what ``adapter_config.json`` says. Its name of the base does not count: other tools rewrite it.
+        weights: the file of the factors.
+    """
+    said = {key: value for key, value in growth.items() if key != "sha256"}
+    digest = hashlib.sha256(weights.read_bytes() if weights.is_file() else b"")
+    for values in ({**config, "base_model_name_or_path": None}, json.loads(json.dumps(said))):
+        digest.update(json.dumps(values, sort_keys=True, separators=(",", ":")).encode())
+    return {**said, "sha256": digest.hexdigest()}
 
 
 def info_if_any(folder: Path) -> AdapterInfo | None:

@@ -15,13 +15,23 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
 
 from qaroma.errors import QaromaError
 from qaroma.foreign.yaml_text import read_yaml
-from qaroma.runs.files import read_json, write_atomically
+from qaroma.runs.files import (
+    cut_in_two,
+    heal,
+    is_leftover,
+    make_directory,
+    read_json,
+    remove_leftovers,
+    write_atomically,
+)
+from qaroma.runs.lock import LOCK, locked
 
 # What an adapter folder holds (qaroma.runs.adapter writes it); named here for those who load no torch.
 WEIGHTS, CONFIG, GROWTH = "adapter_model.safetensors", "adapter_config.json", "growth.json"
@@ -84,14 +94,24 @@ class RunDirectory:
         return isinstance(end, int) and end >= last
 
     def require_unused(self) -> None:
-        """See to it that no run is overwritten.
+        """See to it that no run is overwritten, nor anything else.
 
         Raises:
-            QaromaError: there is one.
+            QaromaError: there is a run, or a folder that holds other things.
         """
         if self.exists():
             raise QaromaError(
                 f"{self.path} already holds a run; type --resume to go on with it, or choose another --output"
+            )
+        if self.path.exists() and not self.path.is_dir():
+            raise QaromaError(f"{self.path} is a file; choose another --output")
+        # A command that was killed before it wrote the configuration leaves these.
+        others = sorted(p.name for p in self.path.glob("*") if p.name != LOCK and not is_leftover(p.name))
+        if others:
+            shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+            raise QaromaError(
+                f"{self.path} holds other things ({shown}) and no run; expected a folder that is new or empty. "
+                "Choose another --output"
             )
 
     def create(self, config_yaml: str) -> None:
@@ -102,8 +122,10 @@ class RunDirectory:
         """
         self.require_unused()
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path)
+            remove_leftovers(self.path)
             write_atomically(self.config, config_yaml)
+            make_directory(self.checkpoints)
         except OSError as error:
             raise QaromaError(f"cannot write to {self.path} ({error.strerror}); choose another --output") from error
 
@@ -132,7 +154,12 @@ def adapter_folder(run: str | Path) -> Path:
 
 def find_adapter(run: str | Path) -> Path | None:
     """As :func:`adapter_folder`; None where there is none."""
-    return next((folder for folder in (Path(run), RunDirectory(run).adapter) if (folder / GROWTH).is_file()), None)
+    of_run = RunDirectory(run)
+    if cut_in_two(of_run.adapter) is not None:
+        # A run that is at work sees to it itself; one that cannot be written to stays as it is.
+        with suppress(OSError, QaromaError), locked(of_run.path):
+            heal(of_run.adapter)
+    return next((folder for folder in (Path(run), of_run.adapter) if (folder / GROWTH).is_file()), None)
 
 
 def run_around(path: str | Path) -> RunDirectory | None:

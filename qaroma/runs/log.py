@@ -10,7 +10,7 @@ from typing import Any
 from qaroma.errors import QaromaError
 from qaroma.foreign.json_text import parse_json
 from qaroma.runs.directory import RunDirectory
-from qaroma.runs.files import write_atomically
+from qaroma.runs.files import flush, write_atomically
 from qaroma.runs.record_forms import fault_of
 
 
@@ -28,34 +28,65 @@ class MetricsLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
+    def flush(self) -> None:
+        """See to it that what is written outlasts a power cut."""
+        if self.path.is_file():
+            flush(self.path)
+            flush(self.path.parent)
+
     def records(self) -> list[dict[str, Any]]:
-        """All whole lines; a line that a kill cut short is left out."""
-        if not self.path.is_file():
-            return []
-        found = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                found.append(parse_json(line))
-            except ValueError:
-                break
-        return found
+        """All whole lines; one that a kill cut short, or that was damaged since, is left out."""
+        return [record for _, record in self._lines() if record is not None]
+
+    def damaged(self) -> list[int]:
+        """Numbers of the lines that cannot be read, but for a last one that a kill cut short."""
+        lines = self._lines()
+        whole = lines[:-1] if lines and not self.path.read_bytes().endswith(b"\n") else lines
+        return [number for number, (_, record) in enumerate(whole, 1) if record is None]
 
     def cut_back(self, step: int) -> None:
-        """Forget what was logged after ``step``: a resumed run writes it again."""
-        kept = [r for r in self.records() if r.get("step", 0) <= step]
-        write_atomically(self.path, "".join(json.dumps(r) + "\n" for r in kept))
+        """Forget what was logged after ``step``: a resumed run writes it again. Damaged lines before that stay."""
+        lines = self._lines()
+        kept = [n for n, (_, record) in enumerate(lines) if record is not None and _step(record) <= step]
+        last = max(kept, default=-1)
+        stays = {*kept, *(n for n, (_, record) in enumerate(lines[:last]) if record is None)}
+        text = "".join(line + "\n" for n, (line, _) in enumerate(lines) if n in stays)
+        write_atomically(self.path, text)
+
+    def _lines(self) -> list[tuple[str, dict[str, Any] | None]]:
+        """Each line, and the object that it holds."""
+        if not self.path.is_file():
+            return []
+        lines = self.path.read_bytes().split(b"\n")
+        return [(line.decode("utf-8", errors="replace"), _record(line)) for line in lines if line.strip()]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        found = parse_json(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _step(record: Mapping[str, Any]) -> int:
+    step = record.get("step")
+    return step if isinstance(step, int) else 0
 
 
 def read_records(run: RunDirectory) -> list[dict[str, Any]]:
-    """The metrics log of a run that may be damaged.
+    """The metrics log of a run that may be damaged: all its lines that can be read.
 
     Raises:
         QaromaError: it cannot be read, or holds something else.
     """
+    log = MetricsLog(run.metrics)
     try:
-        records: list[Any] = MetricsLog(run.metrics).records()
-    except (OSError, UnicodeDecodeError) as error:
+        records, damaged = log.records(), log.damaged()
+    except OSError as error:
         raise QaromaError(f"{run.metrics.name} cannot be read") from error
+    if damaged and not records:
+        raise QaromaError(f"{run.metrics.name} holds lines that are no records")
     for number, record in enumerate(records, start=1):
         fault = fault_of(record)
         if fault is not None:

@@ -72,6 +72,11 @@ def read_lora(folder: str | Path, *, whole: Sequence[str] = ()) -> tuple[dict[st
     pairs: dict[str, dict[str, Tensor]] = {}
     others = {}
     for name, tensor in _read_tensors(Path(folder)).items():
+        if not bool(tensor.isfinite().all()):
+            raise QaromaError(
+                f"{folder} is of no use: {name} holds numbers that are not finite; copy the adapter again, or train it "
+                "again at a smaller rate"
+            )
         match = _NAME.fullmatch(name)
         if match is None and is_inside(name.removeprefix(_PREFIX), whole):
             others[name.removeprefix(_PREFIX)] = tensor
@@ -102,12 +107,18 @@ def write_lora(
         config: what ``adapter_config.json`` says.
         dtype: of the factors in the file.
         whole: full parameter name -> tensor of modules that are saved whole.
+
+    Raises:
+        QaromaError: numbers that are not finite.
     """
     weights = {f"{_PREFIX}{name}": tensor for name, tensor in (whole or {}).items()}
     for name, factors in update.items():
         A, B = factors.on_host()
         weights[f"{_PREFIX}{name}.lora_A.weight"] = A.to(dtype).contiguous()
         weights[f"{_PREFIX}{name}.lora_B.weight"] = B.T.to(dtype).contiguous()
+    ruined = next((name for name, tensor in weights.items() if not bool(tensor.isfinite().all())), None)
+    if ruined is not None:
+        raise QaromaError(f"{ruined} holds numbers that are not finite; the adapter is not saved")
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
 

@@ -141,14 +141,15 @@ class Run:
 
     @property
     def bytes(self) -> int:
-        """Of all its files."""
-        sizes = []
+        """Of all its files; one that lies in several places counts once."""
+        sizes = {}
         for file in self.path.rglob("*"):
             try:
-                sizes.append(file.lstat().st_size if file.is_file() else 0)
+                found = file.lstat()
+                sizes[found.st_dev, found.st_ino] = found.st_size if file.is_file() else 0
             except OSError:  # a checkpoint that a running run removes meanwhile
                 continue
-        return sum(sizes)
+        return sum(sizes.values())
 
     @cached_property
     def metric(self) -> str:

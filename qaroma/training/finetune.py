@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,19 @@ from qaroma.method.targets import unadaptable
 from qaroma.model.builtin import ResolvedModel
 from qaroma.report.keyfigures import ENDINGS
 from qaroma.report.summary import BeforeAfter, RunSummary, Score, print_summary
-from qaroma.runs.checkpoint import load_newest
+from qaroma.runs.checkpoint import list_checkpoints
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.figures import figures_of
 from qaroma.runs.files import write_atomically
+from qaroma.runs.lock import locked
 from qaroma.runs.reading import read_run
 from qaroma.runs.stop import StopRequest
-from qaroma.training.fit import Ending, FitState, fit, restore_state
+from qaroma.training.fit import Ending, FitState, fit, save_state
 from qaroma.training.interruptions import interruptions_told
 from qaroma.training.live_page import LivePage
 from qaroma.training.prepare import PreparedData, prepare_data
 from qaroma.training.progress import ProgressView
+from qaroma.training.restore import restored
 from qaroma.training.resume import resumed_config
 from qaroma.training.session import Session
 from qaroma.training.setup import build_session
@@ -60,19 +63,33 @@ def finetune(config: Config, *, resume: bool = False, console: Console | None = 
     _print_decisions(console, data.notes, data.decisions)
     run = _run_directory(data.config, resume)
     data.config = data.config.model_copy(update={"output": str(run.path)})
-    with interruptions_told(run):
-        return _train(data, run, console, resume=resume, start=start)
+    with interruptions_told(run), ExitStack() as held:
+        if resume:
+            held.enter_context(locked(run.path))
+        return _train(data, run, console, held, resume=resume, start=start)
 
 
-def _train(data: PreparedData, run: RunDirectory, console: Console, *, resume: bool, start: float) -> dict[str, Any]:
-    """From the first weight that is loaded to the summary; ``start`` is when the command began."""
+def _train(
+    data: PreparedData, run: RunDirectory, console: Console, held: ExitStack, *, resume: bool, start: float
+) -> dict[str, Any]:
+    """From the first weight that is loaded to the summary.
+
+    Args:
+        data, run, console: of the run.
+        held: keeps the run's lock to the end; a new run takes it here, once nothing else can fail.
+        resume: go on from the newest checkpoint.
+        start: when the command began.
+    """
     test = _answer_test(data)
     session = build_session(data, run)
     for note in (f"memory level {session.level}: {LEVELS[session.level].summary}", *unadaptable(session.model)):
         console.print(note, highlight=False, markup=False)
     if not resume:
+        held.enter_context(locked(run.path))
         run.create(dump_config(data.config))
-    state = _restored(session, console) if resume else FitState()
+    state = restored(session, console) if resume else FitState()
+    if not list_checkpoints(run.checkpoints):
+        save_state(session, state)  # there is one from the first moment on: what has none lost it
     before = test.run_once(session.model, session.log, "before", 0) if test else None
     start_trackers(session.accelerator, data.config.training.track, run.path, data.config.model_dump())
     page = LivePage(run.path, console, wanted=data.config.evaluation.report)
@@ -123,17 +140,6 @@ def _run_directory(config: ResolvedConfig, resume: bool) -> RunDirectory:
     model = Path(config.model.name).name
     data = Path(config.data.train[0].path.replace(":", "-")).name.split(".")[0]
     return RunDirectory.unused(f"{model}-{data}")
-
-
-def _restored(session: Session, console: Console) -> FitState:
-    """The state of the newest whole checkpoint; a fresh one where the run was killed before its first."""
-    checkpoint, warnings = load_newest(session.run.checkpoints, fingerprint=session.fingerprint)
-    for warning in warnings:
-        console.print(f"warning: {warning}", style="yellow", highlight=False)
-    state = restore_state(session, checkpoint) if checkpoint else FitState()
-    session.log.cut_back(state.step or -1)  # what is logged at step 0 is logged anew
-    console.print(f"resuming {session.run.path.as_posix()} at step {state.step}", highlight=False)
-    return state
 
 
 def _write_adapters(session: Session, state: FitState) -> None:

@@ -13,7 +13,8 @@ import torch
 from qaroma.config.metrics import metric_facts
 from qaroma.errors import QaromaError
 from qaroma.method.growth import GrowthEvent
-from qaroma.runs.checkpoint import Checkpoint, save_checkpoint
+from qaroma.runs.checkpoint import Checkpoint, keep_newest, list_checkpoints, save_checkpoint, set_aside, step_of
+from qaroma.runs.directory import quoted
 from qaroma.runs.stop import StopRequest
 from qaroma.tasks.base import Batch
 from qaroma.training.live_page import LivePage
@@ -23,6 +24,8 @@ from qaroma.training.session import Session
 from qaroma.training.trackers import track
 
 Ending = Literal["grown", "learnt", "budget", "patience", "interrupted"]
+
+LARGEST_RATE = 1e-2  # of those that the presets choose; from one beyond it, half as much helps nobody
 
 
 @dataclass
@@ -51,7 +54,7 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
         How the run ended. Growth is finished (``method.finish``) unless it was interrupted.
 
     Raises:
-        QaromaError: a loss that is not finite; the state before that step is saved.
+        QaromaError: a loss, a gradient or a state that is not finite; it is neither stepped with nor saved.
     """
     training, method = session.config.training, session.method
     ranks = method.ranks()
@@ -63,9 +66,12 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
         page.update()
         _probe(session, state, view)
     ending: Ending = "budget"
+    keep, saved = session.config.checkpoint.keep, False
     session.model.train()
     while state.step < training.max_steps and not method.finished:
         record = _train_step(session, state, view)
+        if saved:  # that checkpoint has gone on well, so that older ones are not needed to go back to
+            keep_newest(session.run.checkpoints, keep)
         events = method.step(record["loss"])
         _record_step(session, state, record, events, view)
         ranks = _log_ranks(session, state, ranks)
@@ -82,7 +88,8 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
             _sample(session, state)
         if validated or (sampled and session.sampler):
             page.update()
-        if state.step % session.config.checkpoint.every == 0 or last or stop.requested or ending == "patience":
+        saved = state.step % session.config.checkpoint.every == 0 or last or stop.requested or ending == "patience"
+        if saved:
             save_state(session, state)
         if stop.requested and not last:
             return "interrupted"
@@ -92,15 +99,14 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
         ending = method.ending
     _log_new(session, method.finish())
     _log_ranks(session, state, ranks)
+    keep_newest(session.run.checkpoints, keep)
     return ending
 
 
 def _train_step(session: Session, state: FitState, view: ProgressView) -> dict[str, Any]:
     """Forward and backward passes of one step; gradients are left for the method."""
     start = time.perf_counter()
-    loss, tokens = _gradients(session, state.step, view)
-    if not math.isfinite(loss):
-        _stop_on_bad_loss(session, state, loss, [i for indices in session.plan.step(state.step) for i in indices])
+    loss, tokens = _gradients(session, state, view)
     return {"loss": loss, "tokens": tokens, "start": start}
 
 
@@ -108,36 +114,69 @@ def _probe(session: Session, state: FitState, view: ProgressView) -> None:
     """Give the method the gradients from which its new components begin: those of the step to come."""
     start = time.perf_counter()
     while session.method.probing and state.step < session.config.training.max_steps:
-        _gradients(session, state.step, view)
+        _gradients(session, state, view)
         session.method.probe()
     state.seconds += time.perf_counter() - start
 
 
-def _gradients(session: Session, step: int, view: ProgressView) -> tuple[float, int]:
-    """Mean loss and tokens of one step's examples; saves memory and tries again where it does not suffice."""
+def _gradients(session: Session, state: FitState, view: ProgressView) -> tuple[float, int]:
+    """Mean loss and tokens of the next step's examples; saves memory and tries again where it does not suffice.
+
+    Raises:
+        QaromaError: the loss or the gradient is not finite.
+    """
     while True:
-        micro_batches = session.plan.step(step)
+        micro_batches = session.plan.step(state.step)
         batches = [session.task.collate([session.train[i] for i in indices]) for indices in micro_batches]
         try:
-            return accumulate(session, batches), sum(batch.tokens for batch in batches)
+            loss = accumulate(session, batches)
+            break
         except torch.OutOfMemoryError:
             # Outside the except clause the failed step's tensors are gone, and can be given back.
             pass
         session.method.zero_grad()
-        view.console.print(f"step {step + 1}: out of memory; {relieve(session)}", style="yellow")
+        view.console.print(f"step {state.step + 1}: out of memory; {relieve(session)}", style="yellow")
+    if not math.isfinite(loss):
+        _stop(session, state, f"the loss of step {state.step + 1} is {loss}")
+    if not math.isfinite(session.method.gradient_norm()):
+        _stop(session, state, f"the gradient of step {state.step + 1} is not finite")
+    return loss, sum(batch.tokens for batch in batches)
 
 
-def _stop_on_bad_loss(session: Session, state: FitState, loss: float, examples: list[int]) -> NoReturn:
-    """Save the state before the step and say which rows it had."""
+def _stop(session: Session, state: FitState, what: str) -> NoReturn:
+    """End a run before a step that would ruin it, and say where it can go on and how.
+
+    The state that the step began with is finite, and may yet be what ruins it (at too large a rate the loss
+    overflows one step after the update): it is not saved, and a checkpoint of it is set aside.
+    """
     session.method.zero_grad()
-    path = save_state(session, state)
+    examples = [i for indices in session.plan.step(state.step) for i in indices]
     where = ", ".join(session.train[i].origin for i in examples[:8])
-    rate = session.config.training.learning_rate
+    run, known = session.run, list_checkpoints(session.run.checkpoints)
+    before = [path for path in known if step_of(path) < state.step]
+    if not before:
+        raise QaromaError(
+            f"{what} (examples {where}, ...). That step was not made, and there is no earlier checkpoint to go back "
+            "to. Look at these rows, or begin anew with --set model.compute_dtype=fp32 or a smaller --learning-rate: "
+            f"qaroma finetune --config {quoted(run.config.as_posix())} --output OTHER"
+        )
+    for path in known:
+        if path not in before:
+            set_aside(path, "diverged")
     raise QaromaError(
-        f"the loss of step {state.step + 1} is {loss} (examples {where}, ...). "
-        f"The state before it is saved in {path}; look at these rows, or go on with a smaller rate: "
-        f"{session.run.resume_command} --learning-rate {rate / 2:.1e}"
+        f"{what} (examples {where}, ...). That step was not made. The run goes back to step {step_of(before[-1])}; "
+        f"look at these rows, or go on with a smaller rate: {run.resume_command} {_smaller_rates(session)}"
     )
+
+
+def _smaller_rates(session: Session) -> str:
+    """What to type for half the rate, of the head too where one is trained."""
+    training = session.config.training
+    typed = f"--learning-rate {min(training.learning_rate, LARGEST_RATE) / 2:.1e}"
+    if session.head is None:
+        return typed
+    rate = training.head_learning_rate or training.learning_rate
+    return f"{typed} --set training.head_learning_rate={min(rate, LARGEST_RATE) / 2:.1e}"
 
 
 def accumulate(session: Session, batches: Sequence[Batch]) -> float:
@@ -213,7 +252,7 @@ def _validate(session: Session, state: FitState, view: ProgressView) -> None:
     value = figures[session.task.metric]
     session.method.validated(figures["loss"], figures.get("loss_error", 0.0))
     better = state.best is None or metric_facts(session.task.metric).better(value, state.best)
-    gained = state.step > 0 and better
+    gained = state.step > 0 and better and math.isfinite(value)
     view.validation(state.step, figures, session.task.metric, best=gained)
     if gained:
         state.best, state.best_step, state.without_gain = value, state.step, 0
@@ -234,15 +273,27 @@ def validation_metrics(session: Session) -> dict[str, Any]:
 
 
 def save_state(session: Session, state: FitState) -> str:
-    """Write a checkpoint of this moment; returns its path."""
+    """Write a checkpoint of this moment, with the best adapter until now; returns its path.
+
+    Raises:
+        QaromaError: a state that is not finite.
+    """
     tensors = {"random.cpu": torch.get_rng_state()}
     if session.accelerator.device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state()
-    values = {"fit": asdict(state), "adapter": session.info(state.step).to_json()}
+    values = {
+        "fit": asdict(state),
+        "adapter": session.info(state.step).to_json(),
+        "data": session.data_fingerprint,
+    }
     method = session.method
     checkpoint = Checkpoint.of(state.step, method.name, method.state(), tensors=tensors, values=values)
-    keep = session.config.checkpoint.keep
-    return str(save_checkpoint(session.run.checkpoints, checkpoint, fingerprint=session.fingerprint, keep=keep))
+    ruined = checkpoint.not_finite()
+    if ruined is not None:
+        _stop(session, state, f"the state after step {state.step} is not finite ({ruined})")
+    session.log.flush()  # a power cut must not leave a checkpoint whose steps the log does not know
+    best = session.run.adapter if state.best is not None else None
+    return str(save_checkpoint(session.run.checkpoints, checkpoint, fingerprint=session.fingerprint, best=best))
 
 
 def restore_state(session: Session, checkpoint: Checkpoint) -> FitState:

@@ -11,9 +11,9 @@ import torch
 
 from qaroma.config.words import memory_size
 from qaroma.errors import QaromaError
-from qaroma.runs.checkpoint import list_checkpoints
+from qaroma.runs.checkpoint import list_checkpoints, step_of
 from qaroma.runs.directory import RunDirectory
-from qaroma.runs.files import disk_full
+from qaroma.runs.files import disk_full, system_error
 
 # A card that is full before torch has its context, or that one program holds alone, is no OutOfMemoryError.
 _CARD = re.compile(r"CUDA error: out of memory|CUDA out of memory|busy or unavailable|CUBLAS_STATUS_ALLOC_FAILED")
@@ -58,7 +58,8 @@ def explain_interruption(error: Exception, run: RunDirectory) -> QaromaError | N
         return QaromaError(
             f"the computer has no memory left ({what}). {_safe(run)} Close other programs, then {_on(run)}"
         )
-    if isinstance(error, OSError) and (error.errno in _REFUSED or str(error.filename).startswith(str(run.path))):
+    ours = isinstance(error, OSError) and str(error.filename).startswith(str(run.path))
+    if ours or system_error(error) in _REFUSED:
         return QaromaError(f"cannot write to {run.path} ({what}). {_safe(run)} Mend that, then {_on(run)}")
     return None
 
@@ -79,7 +80,7 @@ def _safe(run: RunDirectory) -> str:
     saved = list_checkpoints(run.checkpoints)
     if not saved:
         return "No checkpoint is saved yet; the run begins anew."
-    return f"The run is safe up to step {int(saved[-1].name.removeprefix('step-'))}."
+    return f"The run is safe up to step {step_of(saved[-1])}."
 
 
 def _on(run: RunDirectory) -> str:

@@ -12,8 +12,9 @@ from qaroma.errors import QaromaError
 from qaroma.runs.directory import RunDirectory
 
 # Settings that may differ when a run goes on; all others would make it another run.
-RESUMABLE = ("training.max_steps", "training.learning_rate", "training.evaluate_every", "training.patience",
-             "training.device", "training.memory", "training.track", "checkpoint", "evaluation", "output")  # fmt: skip
+RESUMABLE = ("training.max_steps", "training.learning_rate", "training.head_learning_rate", "training.evaluate_every",
+             "training.patience", "training.device", "training.memory", "training.track", "checkpoint", "evaluation",
+             "output")  # fmt: skip
 FIXED = ("evaluation.metric",)  # of those: the best adapter so far was chosen by it
 
 

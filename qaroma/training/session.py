@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from qaroma.runs.directory import RunDirectory
 from qaroma.runs.log import MetricsLog
 from qaroma.tasks.base import Batch, Task
 from qaroma.training.batches import BatchPlan
+from qaroma.training.data_fingerprint import data_fingerprint
 from qaroma.training.samples import Sampler
 
 
@@ -61,6 +63,11 @@ class Session:
     sampler: Sampler | None = None
     level: int = 0
     _validation_batches: list[Batch] = field(default_factory=list)
+
+    @cached_property
+    def data_fingerprint(self) -> dict[str, Any]:
+        """Of the encoded examples; see :func:`qaroma.training.data_fingerprint.data_fingerprint`."""
+        return data_fingerprint(self.train, self.validation)
 
     def validation_batches(self) -> Iterator[Batch]:
         """The validation rows, similar lengths together, in micro-batches; always the same."""
