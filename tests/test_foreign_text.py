@@ -196,7 +196,7 @@ def test_one_broken_run_hides_no_other(tmp_path: Path, capsys: pytest.CaptureFix
     damages: dict[str, dict[str, bytes]] = {
         "yaml": {"config.yaml": b"model: &a {name: *a}"},
         "date": {"config.yaml": b"model: {name: a}\noutput: !!timestamp x"},
-        "latin": {"metrics.jsonl": b"\xff\xfe"},
+        "latin": {"metrics.jsonl": b"\xff\xfe\n"},
         "list": {"metrics.jsonl": b"[1]\n"},
         "deep": {"metrics.jsonl": b'{"step": 1, "loss": 1}\n' + deep.encode()},
         "large": {"metrics.jsonl": b'{"step": 1, "loss": 1' + b"0" * 400 + b"}\n"},

@@ -49,6 +49,9 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
     names = head_names(model, model.new_parameters) if data.template is None else []
     if names:
         model.config.pad_token_id = data.tokenizer.pad_token_id  # decoders look for the last token before it
+    told = told_of_peft(model.config, find_targets(model, config.growth.target_modules))
+    if told is not None:
+        logger.warning(told)
     method, head = build_method(config, model, names)
     enter_level(model, level, config)
     require_known_head(model)
@@ -130,9 +133,6 @@ def build_method(config: ResolvedConfig, model: Any, head: Sequence[str] = ()) -
     kind: type[Method] = METHODS[config.method].load()
     options = _method_options(config)
     targets = find_targets(model, config.growth.target_modules)
-    told = told_of_peft(model.config, targets)
-    if told is not None:
-        logger.warning(told)
     attached = kind.attach(model, [name for name in targets if not is_inside(name, head)], options)
     if config.model.adapter is not None:
         continue_from(attached, config.model.adapter)
