@@ -227,9 +227,9 @@ def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
 
 
 CHILD = """
-import sys, threading, time
-from qaroma.cli.attached import stop_at_the_end_of_input
-threading.Thread(target=stop_at_the_end_of_input, daemon=True).start()
+import sys, time
+from qaroma.cli.attached import attach
+attach()
 print("up", flush=True)
 try:
     time.sleep(60)
@@ -309,13 +309,25 @@ def test_a_gradient_that_is_not_finite_is_no_update(
 
 
 def test_a_rate_far_too_large_is_mended_by_what_is_printed(
-    tiny_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run, file = tmp_path / "run", tmp_path / "c.yaml"
-    changes = {**CHANGES, "training__learning_rate": 1e30, "checkpoint__every": 1, "checkpoint__keep": 1}
+    changes = {
+        **CHANGES,
+        "training__learning_rate": 1e9,
+        "growth__alpha": 1e9,
+        "checkpoint__every": 1,
+        "checkpoint__keep": 1,
+    }
     file.write_text(dump_config(make_config(tiny_folder, data_file, run, **changes)))
+    poison_gradient(monkeypatch, 4)
     said = refused(["finetune", "--config", str(file)], capsys)
     require_sound(run)
+    assert "--learning-rate 5.0e-03" in said
     assert main(printed_command(said)) == 0
     require_sound(run)
     assert [s["step"] for s in records(run)] == list(range(1, 7))

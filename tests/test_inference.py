@@ -29,7 +29,7 @@ def test_evaluate_gives_the_runs_own_validation_loss(
 ) -> None:
     assert main(["evaluate", str(run), "--data", str(data_file), "--json", "--device", "cpu"]) == 0
     figures = json.loads(capsys.readouterr().out)
-    assert set(figures) == {"rows", "loss", "perplexity", "tokens", "exact_match"}
+    assert set(figures) == {"rows", "loss", "loss_error", "perplexity", "tokens", "exact_match"}
     assert figures["rows"] == 60
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     validation = min(r["loss"] for r in records if r.get("event") == "validation")

@@ -14,8 +14,14 @@ import threading
 from qaroma.cli import main
 
 
-def stop_at_the_end_of_input() -> None:
-    """Wait for the end of the standard input, then ask this process to stop, as Ctrl-C does."""
+def attach() -> None:
+    """From now on this process stops at the end of its standard input, as at Ctrl-C."""
+    # A shell that starts a comparison in the background has it, and what it starts, ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=_stop_at_the_end_of_input, daemon=True).start()
+
+
+def _stop_at_the_end_of_input() -> None:
     while os.read(0, 1):  # sys.stdin has a lock, which a thread that waits must not hold when the process ends
         pass
     # The run saves its state first.
@@ -26,5 +32,5 @@ def stop_at_the_end_of_input() -> None:
 
 
 if __name__ == "__main__":
-    threading.Thread(target=stop_at_the_end_of_input, daemon=True).start()
+    attach()
     sys.exit(main())

@@ -182,7 +182,7 @@ def require_undamaged(folder: Path) -> None:
 
 def _said_in(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no such file. What cannot be read is an error: it must not count as empty."""
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return dict(parse_json(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def sealed(growth: Mapping[str, Any], config: Mapping[str, Any], weights: Path) -> dict[str, Any]:
