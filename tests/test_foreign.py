@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from qaroma.cli import main
-from qaroma.config.foreign import read_foreign
 from qaroma.errors import QaromaError
+from qaroma.plan.other_tools import read_foreign
 
 AXOLOTL = {
     "base_model": "NousResearch/Llama-3.2-1B",

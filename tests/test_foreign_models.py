@@ -20,7 +20,6 @@ from qaroma.export.exporter import Options, export
 from qaroma.export.gguf_model import context_length
 from qaroma.export.hub_failures import explained
 from qaroma.export.weights import original_tensors
-from qaroma.foreign.patterns import Patterns
 from qaroma.method.attach import linear_shapes
 from qaroma.method.factors import Factors
 from qaroma.model.base import load_base, load_tokenizer
@@ -30,6 +29,7 @@ from qaroma.runs.adapter import read_adapter, write_adapter
 from qaroma.runs.adapter_info import AdapterInfo
 from qaroma.runs.peft_limits import lost_in_peft, told_of_peft
 from qaroma.runs.peft_lora import read_lora
+from qaroma.text.patterns import Patterns
 
 
 @pytest.fixture

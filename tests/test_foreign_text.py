@@ -19,10 +19,10 @@ from qaroma.data.fields import BadRow, parsed_cell
 from qaroma.data.labelled import _class_names
 from qaroma.data.split import repeated
 from qaroma.errors import QaromaError
-from qaroma.foreign.json_text import parse_json
-from qaroma.foreign.paths import inside, local_path
-from qaroma.foreign.patterns import Patterns
-from qaroma.foreign.yaml_text import read_yaml
+from qaroma.text.json_text import parse_json
+from qaroma.text.paths import inside, local_path
+from qaroma.text.patterns import Patterns
+from qaroma.text.yaml_text import read_yaml
 
 LISTS = "a0: &a0 [1,1,1,1,1,1,1,1,1]\n" + "".join(
     f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 20)

@@ -16,7 +16,7 @@ ORDER = (
     {"tasks", "engine"},
     {"model", "data", "runs", "config"},
     {"method"},
-    {"foreign"},
+    {"text"},
     {"errors"},
 )
 

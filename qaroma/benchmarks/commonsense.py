@@ -15,7 +15,7 @@ from datasets import Dataset
 from qaroma.data.forms import BadRow, to_conversation
 from qaroma.data.sources import Row, read_rows
 from qaroma.errors import QaromaError
-from qaroma.foreign.paths import local_path
+from qaroma.text.paths import local_path
 
 _FILES = ("test.json", "test.json.gz")
 _FORMAT = re.compile(r"Answer format:\s*(\S+)")

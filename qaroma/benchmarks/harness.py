@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 from qaroma.benchmarks.model import HarnessModel
 from qaroma.benchmarks.results import summarise
 from qaroma.errors import QaromaError
-from qaroma.foreign.paths import local_path
 from qaroma.inference.open import TunedModel, open_base, open_run
 from qaroma.model.base import fingerprint
 from qaroma.runs.directory import WEIGHTS, adapter_folder
 from qaroma.runs.files import write_atomically
+from qaroma.text.paths import local_path
 
 OURS = Path(__file__).parent / "tasks"
 VERSION = 2  # of how a request becomes an answer: answers of two versions are never mixed

@@ -16,8 +16,8 @@ import click
 from qaroma import __version__
 from qaroma.cli.lazy import LazyGroup
 from qaroma.errors import QaromaError
-from qaroma.foreign.characters import is_unicode
 from qaroma.runs.files import disk_full
+from qaroma.text.characters import is_unicode
 
 COMMANDS = {
     "init": "Write a configuration for your data and your card.",

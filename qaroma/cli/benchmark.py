@@ -11,9 +11,9 @@ from qaroma.cli.options import config_option, count
 from qaroma.cli.output import JSON_OPTION, figures_only
 from qaroma.cli.run_arguments import TRUST_OPTION
 from qaroma.errors import QaromaError
-from qaroma.foreign.paths import local_path
 from qaroma.model.builtin import require_model
 from qaroma.runs.directory import adapter_folder
+from qaroma.text.paths import local_path
 
 _EPILOG = """\b
 Examples:

@@ -11,7 +11,6 @@ import click
 
 from qaroma.cli.config_file import write_config
 from qaroma.cli.options import config_option
-from qaroma.config.foreign import Foreign, read_foreign
 from qaroma.config.load import parse_source, read_settings
 from qaroma.config.schema import Config
 from qaroma.config.words import memory_size
@@ -19,6 +18,7 @@ from qaroma.data.sources import read_rows
 from qaroma.errors import QaromaError
 from qaroma.model.builtin import require_model
 from qaroma.plan.card import parse_memory
+from qaroma.plan.other_tools import Foreign, read_foreign
 from qaroma.runs.directory import quoted
 from qaroma.training.checks import check_sources
 

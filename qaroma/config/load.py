@@ -19,8 +19,8 @@ from pydantic.fields import FieldInfo
 
 from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
-from qaroma.foreign.paths import local_path
-from qaroma.foreign.yaml_text import read_yaml
+from qaroma.text.paths import local_path
+from qaroma.text.yaml_text import read_yaml
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _YAML_SUFFIXES = (".yaml", ".yml")

@@ -25,7 +25,7 @@ from pydantic_core import PydanticCustomError
 from qaroma.config.levels import LEVEL_CHOICES, LEVELS
 from qaroma.config.methods import DEFAULT_METHOD, FIXED_RANK, METHODS, MethodName
 from qaroma.config.metrics import LabelMetric
-from qaroma.foreign.characters import is_unicode
+from qaroma.text.characters import is_unicode
 
 if TYPE_CHECKING:
     MemoryLevel: TypeAlias = str

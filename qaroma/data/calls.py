@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from qaroma.data.fields import BadRow, kind_of
-from qaroma.foreign.json_text import parse_json
+from qaroma.text.json_text import parse_json
 
 Tool: TypeAlias = dict[str, Any]  # {"type": "function", "function": {"name": ..., "parameters": {...}}}
 Call: TypeAlias = dict[str, Any]  # {"type": "function", "function": {"name": ..., "arguments": {...}}}

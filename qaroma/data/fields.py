@@ -6,7 +6,7 @@ import ast
 from collections.abc import Mapping
 from typing import Any
 
-from qaroma.foreign.json_text import parse_json
+from qaroma.text.json_text import parse_json
 
 
 class BadRow(Exception):

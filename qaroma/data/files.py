@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias, cast
 
 from qaroma.errors import QaromaError
-from qaroma.foreign.json_text import parse_json
+from qaroma.text.json_text import parse_json
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qaroma.data.files import SUFFIXES, data_suffix
 from qaroma.errors import QaromaError
-from qaroma.foreign.json_text import parse_json
+from qaroma.text.json_text import parse_json
 
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from qaroma.data.files import Remarks, data_suffix, known_suffix, read_file
 from qaroma.data.folders import files_of_folder, is_saved_table
 from qaroma.errors import QaromaError
-from qaroma.foreign.paths import local_path
+from qaroma.text.paths import local_path
 
 # A data set of the hub, its configuration and its split, as openai/gsm8k:main@train.
 _HUB_ID = re.compile(

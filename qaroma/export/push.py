@@ -21,11 +21,11 @@ from qaroma.export import card
 from qaroma.export.hub_failures import TOKENS_PAGE, explained
 from qaroma.export.rank_map import rank_map_svg
 from qaroma.export.subject import records_of, run_of, settings_of
-from qaroma.foreign.paths import local_path
 from qaroma.model.builtin import portable_name
 from qaroma.runs.adapter_info import AdapterInfo, require_undamaged, sealed
 from qaroma.runs.directory import CONFIG, GROWTH, WEIGHTS, RunDirectory, adapter_folder
 from qaroma.runs.peft_lora import read_config
+from qaroma.text.paths import local_path
 
 GGUF = "adapter.gguf"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from qaroma.errors import QaromaError
-from qaroma.foreign.patterns import Patterns
 from qaroma.method.head import head_names
+from qaroma.text.patterns import Patterns
 
 _ALL = "--set growth.target_modules=all-linear"
 

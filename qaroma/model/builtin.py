@@ -10,9 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from qaroma.errors import QaromaError
-from qaroma.foreign.paths import local_path
 from qaroma.model.waiting import Answer
 from qaroma.model.wheel import SMOLLM2_WHEEL, converted_folder, fetch_converted
+from qaroma.text.paths import local_path
 
 HUB_TIMEOUT_SECONDS = 3.0
 SMOLLM2_NAME = "smollm2-135m"

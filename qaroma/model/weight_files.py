@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from qaroma.errors import QaromaError
-from qaroma.foreign.json_text import parse_json
-from qaroma.foreign.paths import inside
+from qaroma.text.json_text import parse_json
+from qaroma.text.paths import inside
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt")

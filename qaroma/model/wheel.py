@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qaroma.errors import QaromaError
-from qaroma.foreign.json_text import parse_json
-from qaroma.foreign.paths import local_path
+from qaroma.text.json_text import parse_json
+from qaroma.text.paths import local_path
 
 _STALE_SECONDS = 24 * 3600
 _MANIFEST = "files.json"

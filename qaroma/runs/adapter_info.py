@@ -13,8 +13,8 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from qaroma.errors import QaromaError
-from qaroma.foreign.json_text import parse_json
 from qaroma.runs.directory import CONFIG, GROWTH, WEIGHTS
+from qaroma.text.json_text import parse_json
 
 VERSION = 2  # 1: qaroma 0.1.0, which did not say how the base attends and whether it needs code of its own
 CAUSAL = "causal-lm"

@@ -21,13 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qaroma.errors import QaromaError
-from qaroma.foreign.json_text import parse_json
 from qaroma.method import base, peft_lora
 from qaroma.method.base import MethodState
 from qaroma.method.factors import Factors
 from qaroma.runs.adapter_info import AdapterInfo
 from qaroma.runs.directory import STATE
 from qaroma.runs.files import copy_files, directory_written_aside, remove_directory, unused
+from qaroma.text.json_text import parse_json
 
 VERSION = 2  # 1: qaroma 0.1.0, with the optimiser's flat buffers in the place of named factors
 TENSORS, BEST = "state.safetensors", "best"

@@ -21,7 +21,6 @@ from pathlib import Path
 import yaml
 
 from qaroma.errors import QaromaError
-from qaroma.foreign.yaml_text import read_yaml
 from qaroma.runs.files import (
     cut_in_two,
     heal,
@@ -32,6 +31,7 @@ from qaroma.runs.files import (
     write_atomically,
 )
 from qaroma.runs.lock import LOCK, locked
+from qaroma.text.yaml_text import read_yaml
 
 # What an adapter folder holds (qaroma.runs.adapter writes it); named here for those who load no torch.
 WEIGHTS, CONFIG, GROWTH = "adapter_model.safetensors", "adapter_config.json", "growth.json"

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from qaroma.errors import QaromaError
-from qaroma.foreign.json_text import parse_json
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.files import flush, write_atomically
 from qaroma.runs.record_forms import fault_of
+from qaroma.text.json_text import parse_json
 
 
 class MetricsLog:

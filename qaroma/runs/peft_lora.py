@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qaroma.errors import QaromaError
-from qaroma.foreign.json_text import parse_json
-from qaroma.foreign.patterns import Patterns
 from qaroma.method.factors import Factors, Update
 from qaroma.method.head import is_inside
 from qaroma.runs.directory import CONFIG, WEIGHTS
+from qaroma.text.json_text import parse_json
+from qaroma.text.patterns import Patterns
 
 _PREFIX = "base_model.model."
 _PLAIN = re.compile(r"[\w-]+(\.[\w-]+)*")

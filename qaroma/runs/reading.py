@@ -21,11 +21,11 @@ import yaml
 from qaroma.config.methods import DEFAULT_METHOD, METHODS
 from qaroma.config.metrics import metrics_of
 from qaroma.errors import QaromaError
-from qaroma.foreign.yaml_text import read_yaml
 from qaroma.runs.adapter_info import AdapterInfo, info_if_any
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.files import read_json
 from qaroma.runs.log import read_records
+from qaroma.text.yaml_text import read_yaml
 
 # A run that wrote a line so recently is taken to be at work: nothing else tells it from a killed one.
 FRESH_SECONDS = 120.0

@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 
 from qaroma.errors import QaromaError
-from qaroma.foreign.json_text import parse_json
-from qaroma.foreign.paths import local_path
-from qaroma.foreign.yaml_text import read_yaml
+from qaroma.text.json_text import parse_json
+from qaroma.text.paths import local_path
+from qaroma.text.yaml_text import read_yaml
 
 _AXOLOTL = {
     "base_model": "model.name",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from qaroma.errors import QaromaError
-from qaroma.foreign.characters import is_unicode
+from qaroma.text.characters import is_unicode
 
 _LONGEST_NAME = 255  # bytes, on every file system in common use
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError
 
-from qaroma.foreign.characters import is_unicode
+from qaroma.text.characters import is_unicode
 
 _MOST_CHARACTERS = 1 << 17
 _MOST_NODES = 100_000  # with every alias counted as what it stands for
