@@ -318,8 +318,7 @@ def test_a_rate_far_too_large_is_mended_by_what_is_printed(
     run, file = tmp_path / "run", tmp_path / "c.yaml"
     changes = {
         **CHANGES,
-        "training__learning_rate": 1e9,
-        "growth__alpha": 1e9,
+        "training__learning_rate": 4.0,
         "checkpoint__every": 1,
         "checkpoint__keep": 1,
     }

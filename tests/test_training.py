@@ -38,7 +38,7 @@ def make_config(model: Path, data: Path, output: Path | None, **changes) -> Conf
         if name:
             values[section][name] = value
         else:
-            values[section] = value
+            values[section] = dict(value) if isinstance(value, dict) else value
     return Config.model_validate(values)
 
 
