@@ -87,7 +87,7 @@ class BudgetState:
         """The step at which the run is over, by the budget or because everything is learnt."""
         if self.learnt is None:
             return self.total_steps
-        return min(self.total_steps, self.learnt + max(SHORTEST_CHECK, self.learnt // 10))
+        return min(self.total_steps, self.learnt + max(SHORTEST_CHECK, self.learnt // 2))
 
     @property
     def finished(self) -> bool:
