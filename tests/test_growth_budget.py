@@ -78,7 +78,7 @@ def test_a_run_that_has_learnt_everything_lets_the_rate_fall_and_ends() -> None:
         growth.observe(0.009)
         factors.append(growth.rate_factor())
     assert (growth.learnt, growth.step) == (40, 60)
-    assert factors == pytest.approx([k / 8 for k in range(8, -1, -1)])
+    assert factors == pytest.approx([k / 20 for k in range(20, -1, -1)])
     assert growth.rank == 8  # of 30 steps without progress
 
 
