@@ -9,6 +9,7 @@ from qaroma.config.presets import (
     BITS_A_TOKEN,
     BLOCK,
     LARGE_BUDGET,
+    PATIENCE,
     SMALL_BUDGET,
     DataFacts,
     ModelFacts,
@@ -146,3 +147,11 @@ def test_a_run_that_never_leaves_its_warm_up_says_so() -> None:
     ]
     assert warm_up_notes(decided(1000, growth={"preset": "paper"}, training={"max_steps": 100})[0]) == []
     assert all(warm_up_notes(decided(rows)[0]) == [] for rows in ROWS)
+
+
+def test_tasks_with_labels_neither_measure_their_rate_nor_end_by_patience() -> None:
+    facts = DataFacts(1000, [100], 512, validation_rows=200)
+    config, _ = resolve(Config.model_validate({"model": {"name": "m"}, "task": "classification"}), facts)
+    assert (config.growth.measured_rate, config.training.patience) == (False, 0)
+    config, _ = resolve(Config.model_validate({"model": {"name": "m"}}), facts)
+    assert (config.growth.measured_rate, config.training.patience) == (True, PATIENCE)

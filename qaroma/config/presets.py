@@ -252,7 +252,10 @@ def _decide_budget(config: Config, steps: int, facts: DataFacts, decide: Decide)
     largest = decide("growth.max_rank", largest, "twice the block, or four times it where the data fills the block")
     why = f"{told}; at least a block of {BLOCK}, which a run never does worse with, and at most half the budget"
     start = decide("growth.start_rank", max(1, min(max(BLOCK, round(needed)), largest // 2)), why)
-    decide("growth.measured_rate", True, "the rate below is where the measuring begins")
+    if config.task == "causal-lm":
+        decide("growth.measured_rate", True, "the rate below is where the measuring begins")
+    else:  # MiniLM on SST-2: one run of three went to chance with a measured rate
+        decide("growth.measured_rate", False, "gradients of a new head are too noisy to measure by")
     decide("growth.warmup", max(1, min(100, steps // 40)), "a fortieth of the run, at most 100: of every component")
     rate, why = 1e-3, "the base was not looked at"
     if facts.model is not None:
@@ -279,6 +282,8 @@ def _needed_rank(config: Config, steps: int, facts: DataFacts) -> tuple[float, s
 def _decide_patience(config: Config, facts: DataFacts, decide: Decide) -> None:
     if config.growth.preset == "paper" or not METHODS[config.method].grows:
         decide("training.patience", 0, "the run has a length of its own")
+    elif config.task != "causal-lm":
+        decide("training.patience", 0, "scores of labels rise and fall from one validation to the next")
     elif facts.validation_rows < FEWEST_VALIDATION_ROWS:
         decide("training.patience", 0, f"{facts.validation_rows} validation rows are too few to end a run by")
     else:
