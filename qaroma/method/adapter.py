@@ -144,6 +144,10 @@ class AdaptedLinear(nn.Module):
             active.B.zero_()
         self.place_active()
 
+    def freezing(self, window: int | None) -> int:
+        """How many of the oldest active components freeze as the next one begins; a window of None freezes none."""
+        return 0 if window is None else max(0, len(self.active_components) + 1 - window)
+
     def extended(self, active: Sequence[nn.Parameter], rows: int, *, frozen: int) -> None:
         """Take the fp32 factors to which the optimiser has added a component, and from which it took the oldest.
 

@@ -240,9 +240,8 @@ class GrowthController(AdapterMethod):
 
     def _freezing_gain(self, name: str) -> Tensor | float:
         """What the components that freeze as the next one begins add to a module's ``||W||^2``."""
-        layer, window = self.adapter.layers[name], self.settings.window
-        count = 0 if window is None else max(0, len(layer.active_components) + 1 - window)
-        rows = sum(layer.active_components[:count])
+        layer = self.adapter.layers[name]
+        rows = sum(layer.active_components[: layer.freezing(self.settings.window)])
         A, B = (factor[:rows] for factor in layer.active_factors())
         return self._norm_sq_gain(name, A, B) if rows else 0.0
 

@@ -250,10 +250,7 @@ class FactorTrainer:
                 layer.restart_component(fresh[name])
             self.optimiser.reset(list(ranks), reset, self.adapter.generator)
             return
-        gone = {
-            name: 0 if window is None else max(0, len(layer.active_components) + 1 - window)
-            for name, layer in layers.items()
-        }
+        gone = {name: layer.freezing(window) for name, layer in layers.items()}
         rows = {name: (A, torch.zeros(len(A), layers[name].out_features)) for name, A in fresh.items()}
         self.optimiser.grow(rows, gone=gone)
         for name, layer in layers.items():

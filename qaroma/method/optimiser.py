@@ -79,6 +79,8 @@ class FlatAdamW:
         device = self.values.device
         self._sizes = torch.tensor(sizes, dtype=torch.long, device=device)
         self._owners = torch.tensor(owners, dtype=torch.long, device=device)
+        groups = [part.stop - part.start for part in self.slices.values()]
+        self._group_sizes = torch.tensor(groups, dtype=torch.long, device=device)
 
     def zero_grad(self) -> None:
         self.gradients.zero_()
@@ -215,9 +217,7 @@ class FlatAdamW:
         The sum of gradient times what was subtracted: what each group took off the loss, to first order.
         """
         assert self.last_update is not None
-        sizes = [part.stop - part.start for part in self.slices.values()]
-        lengths = torch.tensor(sizes, dtype=torch.long, device=self.values.device)
-        return torch.segment_reduce(self.gradients * self.last_update, "sum", lengths=lengths)
+        return torch.segment_reduce(self.gradients * self.last_update, "sum", lengths=self._group_sizes)
 
     def _kept_buffers(self) -> list[str]:
         return [name for name in _BUFFERS if getattr(self, name) is not None]

@@ -250,7 +250,7 @@ def _validate(session: Session, state: FitState, view: ProgressView) -> None:
     session.log.write(record)
     track(session.accelerator, record, "validation/")
     value = figures[session.task.metric]
-    session.method.validated(figures["loss"], figures.get("loss_error", 0.0))
+    session.method.validated(figures["loss"], figures["loss_error"])
     better = state.best is None or metric_facts(session.task.metric).better(value, state.best)
     gained = state.step > 0 and better and math.isfinite(value)
     view.validation(state.step, figures, session.task.metric, best=gained)

@@ -101,7 +101,6 @@ class Session:
     def info(self, step: int) -> AdapterInfo:
         """What the adapter of this moment is to remember."""
         model, growth = self.config.model, self.config.growth
-        assert growth.alpha is not None
         return AdapterInfo(
             components=self.method.components(),
             inner_rank=self.config.component_rank,
