@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qaroma.method.optimiser import FlatAdamW
-from qaroma.method.rate import FASTEST, LARGEST_FACTOR, NOISE_SIZE, MeasuredRate, noise_size, rate_for
+from qaroma.method.rate import FASTEST, LARGEST_FACTOR, NOISE_SIZE, SMALL_START, MeasuredRate, noise_size, rate_for
 
 
 @pytest.mark.parametrize("rank", [1, 8, 32])
@@ -71,8 +71,15 @@ def test_the_factor_rises_while_updates_are_too_short_and_falls_where_they_are_t
     assert falling[:-1] == sorted(falling[:-1], reverse=True)
     steps = [math.log(a / b) for a, b in itertools.pairwise(falling)]
     assert steps == sorted(steps, reverse=True)  # ever more slowly, once it was enough
-    assert observed(MeasuredRate(200), 1.0)[50] == LARGEST_FACTOR
+    assert observed(MeasuredRate(200), 1.0)[120] == LARGEST_FACTOR
     assert observed(MeasuredRate(2000), -1.0)[1500] == 1 / LARGEST_FACTOR
+
+
+def test_the_factor_climbs_with_the_share_of_the_run_that_is_done() -> None:
+    """What a run learns first stands any rate: a long run that climbed within a few steps would end far too high."""
+    shorter, longer = observed(MeasuredRate(50), 1.0), observed(MeasuredRate(200), 1.0)
+    assert longer[39] == pytest.approx(shorter[9], rel=0.3)
+    assert observed(MeasuredRate(2000), 1.0)[20] < 1.2 * SMALL_START
 
 
 def test_a_risen_loss_moves_the_factor_down_whatever_the_cosine_says() -> None:

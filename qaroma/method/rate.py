@@ -8,9 +8,11 @@ from dataclasses import dataclass
 # Of a weight's norm, times the square root of the rank: what noise alone makes of an update at a rate that works.
 # Fits the best rates known for SmolLM2-135M, MiniLM-L6 and LLaMA-3-8B within a third.
 NOISE_SIZE = 0.025
-# Of the measured rate, all found on a byte-level model: its first factor; the most that a step changes its logarithm,
-# first and last; the cosine at which the best rates stand; what counts as a large difference from it; the bound.
-SMALL_START, FASTEST, SLOWEST, AIM, WIDTH, LARGEST_FACTOR = 0.5, 0.4, 0.07, -0.02, 0.05, 64.0
+# Of the measured rate, all found on a byte-level model: its first factor; the cosine at which the best rates stand;
+# what counts as a large difference from it; the bound. The most that a step changes the factor's logarithm: first, with
+# CLIMB over all measured steps, and last. A faster climb ends above the best rate: what a run learns first stands any.
+SMALL_START, AIM, WIDTH, LARGEST_FACTOR = 0.5, -0.02, 0.05, 64.0
+CLIMB, FASTEST, SLOWEST = 10.0, 0.4, 0.07
 RISEN = 1.2  # of the first loss: above it, the rate was too large
 _COSINE = 0.404  # mean square of a cosine that ends at a tenth
 
@@ -87,12 +89,12 @@ class MeasuredRate:
         """
         recent = cosine if self.cosine is None else (cosine + self.cosine) / 2
         self.cosine = cosine
-        gain = FASTEST
+        fastest = gain = min(FASTEST, CLIMB / self.steps)
         if self.enough is not None:
-            gain = max(SLOWEST, FASTEST / (1 + (step - self.enough) / 3))
+            gain = max(min(SLOWEST, fastest), fastest / (1 + (step - self.enough) / 3))
         elif recent < AIM:
             self.enough = step
-        change = -FASTEST if risen else gain * math.tanh((recent - AIM) / WIDTH)
+        change = -fastest if risen else gain * math.tanh((recent - AIM) / WIDTH)
         self.factor = min(max(self.factor * math.exp(change), 1 / LARGEST_FACTOR), LARGEST_FACTOR)
         if step >= self.steps // 2:
             self.log_sum += math.log(self.factor)
