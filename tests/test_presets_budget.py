@@ -80,6 +80,15 @@ def test_data_that_fills_a_block_begins_with_more() -> None:
     assert (bounded.growth.start_rank, bounded.growth.max_rank) == (6, 12)
 
 
+def test_a_long_run_has_room_for_all_that_its_data_tells() -> None:
+    """A number keeps two bits, however many steps there are to learn them."""
+    config, reasons = decided(100_000, tokens=60, training={"epochs": 3})
+    assert (config.growth.start_rank, config.growth.max_rank) == (LARGE_BUDGET // 2, LARGE_BUDGET)
+    assert reasons["growth.start_rank"].startswith("rank 28 takes in 18,000,000 bits in 18750 steps")
+    again, _ = decided(100_000, tokens=60, training={"epochs": 12})
+    assert again.growth.start_rank == config.growth.start_rank
+
+
 def test_where_nobody_counted_a_run_begins_with_a_block() -> None:
     config, _ = resolve(Config.model_validate({"model": {"name": "m"}}), DataFacts(1000, [100], 4096))
     assert (config.growth.start_rank, config.growth.max_rank) == (BLOCK, SMALL_BUDGET)

@@ -32,8 +32,10 @@ COMPONENTS = 4  # inner loops that the step budget holds
 MAX_LENGTH = 2048
 
 # Growth within a budget. A trained number takes in about two thirds of a thousandth of a bit a step (measured: random
-# pairs memorised by a byte-level model), and a token that is trained on tells about three bits.
+# pairs memorised by a byte-level model) and keeps two (Allen-Zhu & Li, 2024, "Physics of Language Models: Part 3.3"); a
+# token that is trained on tells about three bits.
 STEPS_FOR_A_BIT = 1500.0
+BITS_A_NUMBER = 2.0
 BITS_A_TOKEN = 3.0
 BLOCK = 8  # the rank to begin with
 SMALL_BUDGET, LARGE_BUDGET = 16, 32  # of rank: for data that a block takes in, and for more
@@ -275,7 +277,7 @@ def _needed_rank(config: Config, steps: int, facts: DataFacts) -> tuple[float, s
         return float(BLOCK), f"a block of {BLOCK}"
     examples = steps * config.training.micro_batch * config.training.grad_accum
     bits = facts.trained_bits * min(1.0, examples / max(facts.rows, 1))
-    needed = bits * STEPS_FOR_A_BIT / (facts.model.component_parameters * steps)
+    needed = bits * max(STEPS_FOR_A_BIT / steps, 1 / BITS_A_NUMBER) / facts.model.component_parameters
     return needed, f"rank {needed:.2g} takes in {bits:,.0f} bits in {steps} steps"
 
 
