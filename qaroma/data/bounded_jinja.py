@@ -16,7 +16,8 @@ from typing import Any
 
 from jinja2 import TemplateError, nodes, pass_context
 
-from qaroma.data.jinja_sizes import LARGEST, of_filter, of_method, of_percent, weight
+from qaroma.data.jinja_sizes import LARGEST, of_filter, of_method, of_percent
+from qaroma.text.characters import weight
 
 _SECONDS = 5.0
 _MOST = 1 << 29  # characters of all that one rendering makes, each item of a list counted as:

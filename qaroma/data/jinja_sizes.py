@@ -11,25 +11,10 @@ from collections.abc import Callable, Sized
 from string import Formatter
 from typing import Any
 
+from qaroma.text.characters import weight
+
 LARGEST = 1 << 24  # characters of a text or bits of a number, beyond any conversation
-_A_NUMBER = 20  # characters of what is neither text nor a list
 _PERCENT = re.compile(r"%(?:\(.*?\))?[-+ #0]*(\d+)?(?:\.(\d+))?[a-zA-Z%]")
-
-
-def weight(value: Any, known: dict[int, int] | None = None) -> int:
-    """Characters of a value as text, those of lists in lists included; what stands in it twice counts twice."""
-    if isinstance(value, (str, bytes)):
-        return len(value)
-    if isinstance(value, int):
-        return value.bit_length() // 3 + 5
-    if not isinstance(value, (list, tuple, dict)):
-        return _A_NUMBER
-    known = {} if known is None else known
-    found = known.get(id(value))
-    if found is None:
-        parts = [*value, *value.values()] if isinstance(value, dict) else value
-        found = known[id(value)] = 2 + sum(4 + weight(part, known) for part in parts)
-    return found
 
 
 def of_filter(name: str, *values: Any, **options: Any) -> int:
