@@ -25,7 +25,6 @@ from qaroma.compare.suite.suite import run_suite, wanted, write_tables
 from qaroma.compare.suite.trial import carry_out
 from qaroma.compare.suite.view import View
 from qaroma.errors import QaromaError
-from qaroma.errors import QaromaError
 
 
 def bed(name: str = "planted") -> Bed:
