@@ -132,6 +132,12 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink()
 
 
+def written_aside(target: Path) -> list[Path]:
+    """Directories that were written aside to take the place of ``target``: left by a kill, or being written now."""
+    found = target.parent.glob(f"{glob.escape(target.name)}.{_PART}-{_RANDOM}")
+    return sorted(path for path in found if path.is_dir() and not path.is_symlink())
+
+
 def is_leftover(name: str) -> bool:
     """Whether a file or directory of that name was written aside here, and left by a kill."""
     return _LEFT_OVER.fullmatch(name) is not None

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from qaroma.errors import QaromaError
 from qaroma.runs.files import make_directory, read_json
 
@@ -50,6 +52,32 @@ def locked(folder: Path) -> Iterator[None]:
         if os.name == "nt":
             with suppress(OSError):
                 path.unlink()
+
+
+def owner_is_gone(folder: Path) -> bool | None:
+    """Whether the process that had the lock of a folder ended without giving it back.
+
+    Args:
+        folder: which may be another process's.
+
+    Returns:
+        True where the lock's file names a process of this machine that runs no more, and nobody has the lock; False
+        where it is in use; None where there is no such file, or it names another machine's process.
+    """
+    path = folder / LOCK
+    said = read_json(path)
+    if said.get("host") != socket.gethostname() or not isinstance(said.get("pid"), int):
+        return None
+    if psutil.pid_exists(said["pid"]):  # on a file system without locks, this alone tells
+        return False
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        return _lock(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _open(path: Path) -> int:
