@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ from qaroma.runs.adapter import read_adapter, write_adapter
 from qaroma.runs.adapter_info import AdapterInfo
 from qaroma.runs.checkpoint import list_checkpoints, load_newest
 from qaroma.runs.directory import RunDirectory, find_adapter
-from qaroma.runs.files import directory_written_aside, remove_leftovers
+from qaroma.runs.files import directory_written_aside, remove_leftovers, write_atomically
 from qaroma.runs.lock import LOCK, locked
 from qaroma.runs.log import MetricsLog
 from qaroma.training import fit as fit_module
@@ -259,6 +260,32 @@ def test_the_run_of_a_comparison_ends_with_it(number: int, tmp_path: Path) -> No
     while not ended.exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+# Only what is of their kind is replaced by files and folders that are put in place.
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name are POSIX's")
+def test_a_device_is_never_replaced_and_a_link_stays(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"  # stands for /dev/null
+    os.mkfifo(pipe)
+    with pytest.raises(QaromaError, match="is there and is no folder"), directory_written_aside(pipe):
+        pass
+    with pytest.raises(QaromaError, match="is there and is no file"):
+        write_atomically(pipe, "x")
+    with pytest.raises(QaromaError, match="is no earlier export"):
+        exporter._check_free(pipe)
+    assert stat.S_ISFIFO(pipe.lstat().st_mode)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with directory_written_aside(tmp_path / "link") as aside:
+        (aside / "new").write_text("x")
+    (tmp_path / "to_file").symlink_to("real/new")
+    write_atomically(tmp_path / "to_file", "y")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "to_file").is_symlink()
+    assert (tmp_path / "real" / "new").read_text() == "y"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "pipe", "real", "to_file"]
 
 
 # 5. Numbers that are not finite

@@ -173,7 +173,8 @@ def _near(path: Path) -> bool:
 
 def _check_free(folder: Path) -> None:
     """Refuse to replace anything but an earlier export."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file()):
+    taken = any(folder.iterdir()) and not (folder / MARKER).is_file() if folder.is_dir() else folder.exists()
+    if taken:
         raise QaromaError(f"{folder} exists and is no earlier export; choose another --output")
 
 

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qaroma.errors import QaromaError
 from qaroma.text.json_text import parse_json
 
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -58,7 +59,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file aside, flush it to the disk, and put it in place in one move."""
+    """Write a file aside, flush it to the disk, and put it in place in one move.
+
+    Raises:
+        QaromaError: a folder or a device is there.
+    """
+    path = _replaceable(path, directory=False)
     aside = _beside(path, _PART)
     try:
         with aside.open("x", encoding="utf-8") as file:
@@ -79,7 +85,11 @@ def directory_written_aside(target: Path) -> Iterator[Path]:
     Yields an empty directory beside ``target``; when the block ends, its files are flushed and it
     takes the target's place, which is never empty in between where the system can exchange two
     directories. When the block raises, it is removed and the target is as it was.
+
+    Raises:
+        QaromaError: something else than a directory is there.
     """
+    target = _replaceable(target, directory=True)
     heal(target)
     make_directory(target.parent)
     aside = _beside(target, _PART)
@@ -134,6 +144,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def written_aside(target: Path) -> list[Path]:
     """Directories that were written aside to take the place of ``target``: left by a kill, or being written now."""
+    target = target.resolve() if target.is_symlink() else target
     found = target.parent.glob(f"{glob.escape(target.name)}.{_PART}-{_RANDOM}")
     return sorted(path for path in found if path.is_dir() and not path.is_symlink())
 
@@ -196,6 +207,15 @@ def flush(path: Path) -> None:
 
 def _beside(target: Path, kind: str) -> Path:
     return target.with_name(f"{target.name}.{kind}-{secrets.token_hex(4)}")
+
+
+def _replaceable(path: Path, *, directory: bool) -> Path:
+    """The path that is put in the place of: what a link leads to, so that the link stays."""
+    if path.is_symlink():
+        path = path.resolve()
+    if path.exists() and not (path.is_dir() if directory else path.is_file()):
+        raise QaromaError(f"{path} is there and is no {'folder' if directory else 'file'}; choose another name")
+    return path
 
 
 def _take_place(aside: Path, target: Path) -> Path | None:
