@@ -266,7 +266,7 @@ def test_the_run_of_a_comparison_ends_with_it(number: int, tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name are POSIX's")
-def test_a_device_is_never_replaced_and_a_link_stays(tmp_path: Path) -> None:
+def test_a_device_is_never_replaced(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"  # stands for /dev/null
     os.mkfifo(pipe)
     with pytest.raises(QaromaError, match="is there and is no folder"), directory_written_aside(pipe):
@@ -276,16 +276,28 @@ def test_a_device_is_never_replaced_and_a_link_stays(tmp_path: Path) -> None:
     with pytest.raises(QaromaError, match="is no earlier export"):
         exporter._check_free(pipe)
     assert stat.S_ISFIFO(pipe.lstat().st_mode)
-    (tmp_path / "real").mkdir()
-    (tmp_path / "link").symlink_to("real")
-    with directory_written_aside(tmp_path / "link") as aside:
-        (aside / "new").write_text("x")
-    (tmp_path / "to_file").symlink_to("real/new")
-    write_atomically(tmp_path / "to_file", "y")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "to_file").is_symlink()
-    assert (tmp_path / "real" / "new").read_text() == "y"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "pipe", "real", "to_file"]
+
+
+@pytest.mark.parametrize("target", ["mine", "nowhere", "link"])
+def test_a_link_in_a_run_from_elsewhere_is_replaced_and_never_followed(target: str, tmp_path: Path) -> None:
+    for kind in ("folder", "file", "lock"):
+        (tmp_path / kind).mkdir()
+    (tmp_path / "folder" / "mine").mkdir()
+    (tmp_path / "folder" / "mine" / "precious").write_text("x")
+    (tmp_path / "folder" / "link").symlink_to(target)
+    with directory_written_aside(tmp_path / "folder" / "link") as aside:
+        (aside / "new").write_text("y")
+    assert (tmp_path / "folder" / "link" / "new").read_text() == "y"
+    assert (tmp_path / "folder" / "mine" / "precious").read_text() == "x"
+    assert {p.name for p in (tmp_path / "folder").iterdir()} == {"mine", "link"}
+    for kind, name in (("file", "link"), ("lock", LOCK)):
+        (tmp_path / kind / "mine").write_text("x")
+        (tmp_path / kind / name).symlink_to(name if target == "link" else target)
+    write_atomically(tmp_path / "file" / "link", "y")
+    assert (tmp_path / "file" / "link").read_text() == "y"
+    with pytest.raises(QaromaError, match="is a link; expected none in a run"), locked(tmp_path / "lock"):
+        pass
+    assert [(tmp_path / kind / "mine").read_text() for kind in ("file", "lock")] == ["x", "x"]
 
 
 # 5. Numbers that are not finite

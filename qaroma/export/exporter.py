@@ -164,7 +164,8 @@ def _folder(subject: Subject, name: str, output: str | Path | None, several: boo
     if output is None:
         parent = subject.run.path if subject.run else subject.folder
         return Path(os.path.relpath(parent)) / "export" / name if _near(parent) else parent / "export" / name
-    return Path(output) / name if several else Path(output)
+    folder = Path(output) / name if several else Path(output)
+    return Path(os.path.realpath(folder)) if folder.is_symlink() else folder  # the user's link stays
 
 
 def _near(path: Path) -> bool:

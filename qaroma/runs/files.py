@@ -64,7 +64,7 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         QaromaError: a folder or a device is there.
     """
-    path = _replaceable(path, directory=False)
+    _require_kind(path, directory=False)
     aside = _beside(path, _PART)
     try:
         with aside.open("x", encoding="utf-8") as file:
@@ -89,7 +89,7 @@ def directory_written_aside(target: Path) -> Iterator[Path]:
     Raises:
         QaromaError: something else than a directory is there.
     """
-    target = _replaceable(target, directory=True)
+    _require_kind(target, directory=True)
     heal(target)
     make_directory(target.parent)
     aside = _beside(target, _PART)
@@ -108,7 +108,7 @@ def directory_written_aside(target: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(replaced)
 
 
 def cut_in_two(target: Path) -> Path | None:
@@ -144,7 +144,6 @@ def remove_leftovers(folder: Path) -> None:
 
 def written_aside(target: Path) -> list[Path]:
     """Directories that were written aside to take the place of ``target``: left by a kill, or being written now."""
-    target = target.resolve() if target.is_symlink() else target
     found = target.parent.glob(f"{glob.escape(target.name)}.{_PART}-{_RANDOM}")
     return sorted(path for path in found if path.is_dir() and not path.is_symlink())
 
@@ -209,18 +208,23 @@ def _beside(target: Path, kind: str) -> Path:
     return target.with_name(f"{target.name}.{kind}-{secrets.token_hex(4)}")
 
 
-def _replaceable(path: Path, *, directory: bool) -> Path:
-    """The path that is put in the place of: what a link leads to, so that the link stays."""
-    if path.is_symlink():
-        path = path.resolve()
-    if path.exists() and not (path.is_dir() if directory else path.is_file()):
+def _require_kind(path: Path, *, directory: bool) -> None:
+    """See to it that what a path is put in the place of is of its kind; a link is replaced, never what it leads to."""
+    if path.exists() and not path.is_symlink() and not (path.is_dir() if directory else path.is_file()):
         raise QaromaError(f"{path} is there and is no {'folder' if directory else 'file'}; choose another name")
-    return path
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory, or a link to one."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _take_place(aside: Path, target: Path) -> Path | None:
     """Move a directory to ``target``; returns where what was there before is now, to be removed."""
-    if not target.exists():
+    if not os.path.lexists(target):
         aside.rename(target)
         return None
     if exchange(aside, target):

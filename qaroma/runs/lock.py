@@ -19,6 +19,7 @@ from qaroma.runs.files import make_directory, read_json
 LOCK = "run.lock"
 _TAKEN = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # some network file systems
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _BYTE = 1 << 30  # the byte that is locked on Windows, far from the text, which others are to read
 
 
@@ -71,7 +72,7 @@ def owner_is_gone(folder: Path) -> bool | None:
     if psutil.pid_exists(said["pid"]):  # on a file system without locks, this alone tells
         return False
     try:
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = os.open(path, os.O_RDWR | _NO_LINK)
     except OSError:
         return None
     try:
@@ -83,7 +84,9 @@ def owner_is_gone(folder: Path) -> bool | None:
 def _open(path: Path) -> int:
     """The lock's file, opened and locked."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if path.is_symlink():  # of a run from elsewhere; what it leads to would be written over
+            raise QaromaError(f"{path} is a link; expected none in a run. Remove it, then type the same command again")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
         try:
             if not _lock(descriptor):
                 raise QaromaError(
