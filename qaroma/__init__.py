@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from qaroma.method.adapter import Adapter
     from qaroma.method.aroma import GrowthController
     from qaroma.method.attach import attach
+    from qaroma.method.budget import BudgetSettings
     from qaroma.method.growth import GrowthEvent, GrowthSettings
+    from qaroma.method.joint import JointController
     from qaroma.method.lora import PlainLora
     from qaroma.model.base import load_base, load_tokenizer
     from qaroma.runs.adapter import load_adapter, save_adapter
@@ -26,9 +28,11 @@ __version__ = "0.2.0"
 
 _HOMES = {
     "Adapter": "qaroma.method.adapter",
+    "BudgetSettings": "qaroma.method.budget",
     "GrowthController": "qaroma.method.aroma",
     "GrowthEvent": "qaroma.method.growth",
     "GrowthSettings": "qaroma.method.growth",
+    "JointController": "qaroma.method.joint",
     "PlainLora": "qaroma.method.lora",
     "QaromaError": "qaroma.errors",
     "attach": "qaroma.method.attach",
@@ -40,9 +44,11 @@ _HOMES = {
 
 __all__ = [
     "Adapter",
+    "BudgetSettings",
     "GrowthController",
     "GrowthEvent",
     "GrowthSettings",
+    "JointController",
     "PlainLora",
     "QaromaError",
     "__version__",

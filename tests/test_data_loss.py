@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ from qaroma.runs.adapter import read_adapter, write_adapter
 from qaroma.runs.adapter_info import AdapterInfo
 from qaroma.runs.checkpoint import list_checkpoints, load_newest
 from qaroma.runs.directory import RunDirectory, find_adapter
-from qaroma.runs.files import directory_written_aside, remove_leftovers
+from qaroma.runs.files import directory_written_aside, remove_leftovers, write_atomically
 from qaroma.runs.lock import LOCK, locked
 from qaroma.runs.log import MetricsLog
 from qaroma.training import fit as fit_module
@@ -259,6 +260,44 @@ def test_the_run_of_a_comparison_ends_with_it(number: int, tmp_path: Path) -> No
     while not ended.exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+# Only what is of their kind is replaced by files and folders that are put in place.
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name are POSIX's")
+def test_a_device_is_never_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"  # stands for /dev/null
+    os.mkfifo(pipe)
+    with pytest.raises(QaromaError, match="is there and is no folder"), directory_written_aside(pipe):
+        pass
+    with pytest.raises(QaromaError, match="is there and is no file"):
+        write_atomically(pipe, "x")
+    with pytest.raises(QaromaError, match="is no earlier export"):
+        exporter._check_free(pipe)
+    assert stat.S_ISFIFO(pipe.lstat().st_mode)
+
+
+@pytest.mark.parametrize("target", ["mine", "nowhere", "link"])
+def test_a_link_in_a_run_from_elsewhere_is_replaced_and_never_followed(target: str, tmp_path: Path) -> None:
+    for kind in ("folder", "file", "lock"):
+        (tmp_path / kind).mkdir()
+    (tmp_path / "folder" / "mine").mkdir()
+    (tmp_path / "folder" / "mine" / "precious").write_text("x")
+    (tmp_path / "folder" / "link").symlink_to(target)
+    with directory_written_aside(tmp_path / "folder" / "link") as aside:
+        (aside / "new").write_text("y")
+    assert (tmp_path / "folder" / "link" / "new").read_text() == "y"
+    assert (tmp_path / "folder" / "mine" / "precious").read_text() == "x"
+    assert {p.name for p in (tmp_path / "folder").iterdir()} == {"mine", "link"}
+    for kind, name in (("file", "link"), ("lock", LOCK)):
+        (tmp_path / kind / "mine").write_text("x")
+        (tmp_path / kind / name).symlink_to(name if target == "link" else target)
+    write_atomically(tmp_path / "file" / "link", "y")
+    assert (tmp_path / "file" / "link").read_text() == "y"
+    with pytest.raises(QaromaError, match="is a link; expected none in a run"), locked(tmp_path / "lock"):
+        pass
+    assert [(tmp_path / kind / "mine").read_text() for kind in ("file", "lock")] == ["x", "x"]
 
 
 # 5. Numbers that are not finite

@@ -6,11 +6,13 @@ import csv
 import gzip
 import io
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from qaroma.data import unpacked
 from qaroma.data.folders import role_of
 from qaroma.data.sources import read_rows
 from qaroma.errors import QaromaError
@@ -123,6 +125,62 @@ def test_bad_lines_are_collected_with_their_places(tmp_path: Path) -> None:
 def test_damaged_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     with pytest.raises(QaromaError, match=message):
         read_rows([(_write(tmp_path / name, content), 1.0)])
+
+
+def bomb(path: Path) -> None:
+    """A small file that comes to 100 MB."""
+    import pyarrow
+    from pyarrow import parquet
+
+    letters = b'{"text": "' + b"a" * (1 << 20) + b'"}'
+    if path.suffix == ".gz":
+        ends = {".jsonl": (b"", b"\n"), ".json": (b"[", b",")}.get(path.with_suffix("").suffix, (b"", b""))
+        with gzip.open(path, "wb") as file:
+            file.write(ends[0])
+            for _ in range(100):
+                file.write(letters + ends[1])
+    elif path.stem == "one":  # a text stands once for all rows
+        column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1000, pyarrow.int32()), ["a" * 100_000])
+        parquet.write_table(pyarrow.table({"text": column}), path)
+    elif path.stem == "nothing":
+        parquet.write_table(pyarrow.table({"text": pyarrow.nulls(1_000_000, pyarrow.string())}), path)
+    else:
+        parquet.write_table(
+            pyarrow.table({"text": ["a" * (1 << 20)] * 100}), path, compression="zstd", use_dictionary=False
+        )
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl.gz", "a.json.gz", "a.txt.gz", "a.csv.gz", "a.parquet", "one.parquet", "nothing.parquet"]
+)
+def test_compressed_data_comes_to_a_hundred_times_its_size_at_most(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unpacked, "_ALWAYS", 1 << 24)
+    bomb(tmp_path / name)
+    with pytest.raises(QaromaError, match=r"comes to more than \d+ MiB when it is unpacked, .* is not compressed"):
+        read_rows([(str(tmp_path / name), 1.0)])
+
+
+def test_a_library_that_takes_too_much_memory_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unpacked, "_ALWAYS", 0)
+    monkeypatch.setattr(unpacked, "_BUFFERS", 0)
+    bomb(tmp_path / "a.parquet")
+    with pytest.raises(QaromaError, match=r"cannot be unpacked \(it takes more than \d+ MiB of memory"):
+        read_rows([(str(tmp_path / "a.parquet"), 1.0)])
+
+
+def test_many_objects_over_several_lines_and_many_keys_are_read_soon(tmp_path: Path) -> None:
+    began = time.process_time()
+    pretty = "\n".join(json.dumps({"text": "a" * 300}, indent=2) for _ in range(20_000))
+    (tmp_path / "a.jsonl").write_text(pretty)
+    assert len(read_rows([(str(tmp_path / "a.jsonl"), 1.0)]).rows) == 20_000
+    keys = ",".join(f'"{n}":0' for n in range(50_000))
+    (tmp_path / "b.jsonl").write_text("{" + keys + ',"49999":0}\n')
+    assert "'49999' stands twice" in read_rows([(str(tmp_path / "b.jsonl"), 1.0)]).bad[0]
+    assert time.process_time() - began < 5
 
 
 def test_damaged_gzip(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
+import socket
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -26,6 +28,7 @@ from qaroma.export.subject import open_subject
 from qaroma.inference.open import generate_from_run
 from qaroma.runs.adapter import save_adapter
 from qaroma.runs.adapter_info import AdapterInfo
+from qaroma.runs.lock import LOCK
 from qaroma.training.finetune import finetune
 
 EXACT = Options(dtype="fp32", outtype="f32")
@@ -50,6 +53,33 @@ def run(tiny_folder: Path, data_file: Path, tmp_path_factory: pytest.TempPathFac
     )  # fmt: skip
     finetune(config, console=Console(quiet=True))
     return folder
+
+
+def test_what_a_killed_export_left_is_removed_and_nothing_else(adapter: Path, tmp_path: Path) -> None:
+    host, dead = socket.gethostname(), 2**22 + 1  # beyond the numbers that Linux gives to processes
+    owners = {
+        "dead": {"pid": dead, "host": host},
+        "alive": {"pid": os.getpid(), "host": host},
+        "far": {"pid": dead, "host": "another"},
+        "nameless": None,
+    }
+    left = {}
+    for number, (name, owner) in enumerate(owners.items()):
+        left[name] = tmp_path / f"mine.part-0123abc{number}"
+        left[name].mkdir()
+        if owner is not None:
+            (left[name] / LOCK).write_text(json.dumps(owner))
+    (tmp_path / "mine.part-notes").mkdir()
+    said: list[str] = []
+    export(adapter, ["peft"], output=tmp_path / "mine", options=Options(self_test=False), say=said.append)
+    assert said[0] == f"{left['dead']}: removed, an export that was killed had left it"
+    assert [line.split(":")[0] for line in said if "seems to be left" in line] == [
+        str(left["far"]), str(left["nameless"])
+    ]  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "mine", "mine.part-notes", *(left[name].name for name in ("alive", "far", "nameless"))
+    }  # fmt: skip
+    assert not (tmp_path / "mine" / LOCK).exists()
 
 
 def test_all_formats_pass_and_hold_what_they_should(run: Path, tmp_path: Path) -> None:

@@ -146,13 +146,48 @@ LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% en
         "{{ 'a' * 10 ** 10 }}",
         "{{ [1] * 10 ** 10 }}",
         "{{ 9 ** (9 ** 9) }}",
+        "{{ 'a'.ljust(10 ** 10) }}",
+        "{{ 'a'.center(width) }}",
+        "{{ 'a' | center(10 ** 10) }}",
+        "{{ ['a'] | map('center', 10 ** 10) | list }}",
+        "{{ ('a' | attr('zfill'))(10 ** 10) }}",
+        "{{ ('\\t' * 10 ** 6).expandtabs(10 ** 6) }}",
+        "{{ ('a' * 10 ** 6).replace('a', 'b' * 10 ** 6) }}",
+        "{{ ('b' * 10 ** 6).join(['a'] * 10 ** 5) }}",
+        "{{ range(99999) | map('string') | join('b' * 10 ** 6) }}",
+        "{{ ['a' * 10 ** 6] * 10 ** 5 }}",
+        "{{ (['a' * 10 ** 6] * 10 ** 5) | tojson }}",
+        "{{ (['a' * 10 ** 6] * 10 ** 5) | string | length }}",
+        "{{ (['a' * 10 ** 6] * 10 ** 5) | map('upper') | list | length }}",
+        "{{ '%s' % (['a' * 10 ** 6] * 10 ** 5,) }}",
+        "{{ '%9999999999d' % 1 }}",
+        "{{ '%*d' % (10 ** 10, 1) }}",
+        "{{ '{:>9999999999}'.format(1) }}",
+        "{{ '{:>{}}'.format(1, 10 ** 10) }}",
+        "{{ ('{0}' * 10 ** 5).format('a' * 10 ** 6) }}",
+        "{{ '{a:9999999999}'.format_map({'a': 1}) }}",
+        "{{ ('%s' * 3) | format('a' * 10 ** 7, 'a' * 10 ** 7, 1) }}",
+        "{{ ('a\n' * 10 ** 6) | indent('b' * 10 ** 6) }}",
+        "{{ ('a\n' * 10 ** 6) | indent(10 ** 6) }}",
+        "{{ ('a' * 10 ** 7) | list | length }}",
+        "{{ ('a' * 10 ** 7).rfind('b' + 'a' * 10 ** 6) }}",
+        "{{ ('a' * 10 ** 7).strip('b' * 10 ** 6 + 'a') }}",
+        "{{ (1).to_bytes(10 ** 10, 'big') | length }}",
+        "{{ 1 | round(10 ** 10, 'ceil') }}",
+        "{{ ([[1] * 1000] * 10 ** 5) | sum(start=[]) | length }}",
+        "{{ strftime_now('%c' * 10 ** 6) }}",
+        "{% set s = 'a' * 10 ** 7 %}{{ [" + "s[1:]," * 99 + "] | length }}",
+        "{% set n = namespace(s='aa') %}{% for i in range(60) %}{% set n.s = n.s.replace('a', 'aa') %}{% endfor %}",
+        "{% set n = namespace(s=[1]) %}{% for i in range(60) %}{% set n.s = [n.s, n.s] %}{% endfor %}{{ n.s }}",
+        "{% for i in range(99999) %}" + "words " * 9999 + "{% endfor %}",
+        "{% macro m() %}" + "words " * 9999 + "{% endmacro %}{% for i in range(99999) %}{{ m() }}{% endfor %}",
     ],
 )
 def test_a_template_has_an_end(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qaroma.data.bounded_jinja._SECONDS", 0.3)
     began = time.monotonic()
     with pytest.raises(Exception, match=r"it takes more than|it makes a text or a number"):
-        render_bounded(text, messages=TURNS)
+        render_bounded(text, messages=TURNS, width=10**10)
     assert time.monotonic() - began < 5
 
 
@@ -167,6 +202,15 @@ def test_a_template_has_an_end(text: str, monkeypatch: pytest.MonkeyPatch) -> No
         "{{ messages|tojson }}",
         "{% for i in range(5) if i * 2 > 4 %}{{ i }}{% if i == 3 %}{% continue %}{% endif %},{% else %}none{% endfor %}"
         "{{ [1, 2] + [3] }}{{ 'ab' * 2 }}{{ ('x' if tools else 'y') + 'z' }}",
+        "{{ messages[0].content.strip().upper().replace('H', '-').split('-') | map('trim') | join(',') }}"
+        "{{ '%-5s|%3d%%' % ('a', 7) }}{{ '{:>5}{a}'.format(1, a=2) }}{{ messages[1:] | tojson(indent=2) }}"
+        "{{ 'a\nb' | indent(2) }}{{ 'x' | center(5) }}{{ {'a': [1, 2.5, none, true]} }}{{ 2.345 | round(2) }}"
+        "{{ [[1], [2]] | sum(start=[]) }}{{ messages | selectattr('role', 'in', ['user']) | list | length }}"
+        "{{ messages | map(attribute='role') | join }}{{ nothing }}{{ 'q' if nothing is defined else 'r' }}",
+        "{% macro m(x) %}({{ x }}{{ caller() }}){% endmacro %}{% call m('a') %}b{{ messages | length }}{% endcall %}"
+        "{% set t %}{{ 'in' | upper }} a block{% endset %}{{ t[1:3] }}{% filter replace('a', 'b') %}a a{% endfilter %}"
+        "{% for x in [[1, [2]], [3]] recursive %}{% if x is iterable %}{{ loop(x) }}{% else %}{{ x }}{% endif %}"
+        "{% endfor %}",
     ],
 )
 @pytest.mark.parametrize("prompt", [True, False])

@@ -15,7 +15,8 @@ import yaml
 
 from qaroma.cli import main
 from qaroma.config.load import read_settings
-from qaroma.config.schema import Config
+from qaroma.config.presets import DataFacts, Decision, resolve
+from qaroma.config.schema import Config, ResolvedConfig
 from qaroma.errors import QaromaError
 from qaroma.plan.configure import Room, Start, fit_step, letters, make_start, room_for, start_yaml
 from qaroma.plan.search import Estimate, Planner
@@ -144,6 +145,30 @@ def test_long_rows_are_counted_and_the_models_limit_holds(tiny_folder: Path, tmp
     assert many.config.data.max_length == 512
     assert many.data.p95 > 512
     assert many.left_out == 31
+
+
+def test_it_decides_by_the_facts_that_training_decides_by(
+    tiny_folder: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts: list[DataFacts] = []
+
+    def noted(config: Config, of_data: DataFacts) -> tuple[ResolvedConfig, list[Decision]]:
+        facts.append(of_data)
+        return resolve(config, of_data)
+
+    monkeypatch.setattr("qaroma.plan.configure.resolve", noted)
+    monkeypatch.setattr("qaroma.training.prepare.resolve", noted)
+    asked = {
+        "model": {"name": str(tiny_folder)},
+        "data": {"train": [{"path": str(data_file)}], "train_on": "all"},
+        "growth": {"target_modules": ["q_proj"]},
+    }
+    make_start(Config.model_validate(asked), Room(2**30, None, "x"))
+    prepare_data(Config.model_validate(asked))
+    assert facts[0].model is not None
+    assert facts[0].model.component_parameters == 2 * (64 + 64)  # the q_proj of two layers
+    assert facts[0].model == facts[1].model
+    assert facts[0].trained_bits == facts[1].trained_bits
 
 
 def test_init_then_finetune(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from qaroma.errors import QaromaError
+from qaroma.model.builtin import ResolvedModel
 from qaroma.model.facts import facts_of_base, facts_of_module
 from qaroma.model.found import find_model
 from qaroma.tasks.evaluation import standard_error
@@ -35,6 +38,28 @@ def test_a_checkpoint_that_cannot_be_read_leaves_the_initial_size(tiny_folder: P
         file.write_bytes(b"not one")
     facts = facts_of_base(find_model(folder), "all-linear", task="causal-lm")
     assert (facts.width, facts.weight_std) == (64, 0.02)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_model_of_the_hub_is_looked_at_by_its_index(
+    shards: int, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    for parameter in model.parameters():
+        parameter.data.mul_(3)  # not what initializer_range says
+    model.save_pretrained(tmp_path, max_shard_size=sum(p.nbytes for p in model.parameters()) // shards + 100_000)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shards > 1)
+    fetched = []
+
+    def hub(_: str, name: str, *, local_files_only: bool, **__: object) -> str | None:
+        assert not local_files_only
+        fetched.append(name)
+        return str(tmp_path / name) if (tmp_path / name).exists() else None
+
+    monkeypatch.setattr("transformers.utils.cached_file", hub)
+    base = replace(find_model(tiny_folder), place=ResolvedModel("somebody/something"))
+    assert facts_of_base(base, "all-linear", task="causal-lm").weight_std == pytest.approx(0.06, rel=0.05)
+    assert len(fetched) == 2  # the index, and one file
 
 
 def test_facts_of_a_model_in_memory() -> None:

@@ -8,6 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import qaroma
+from qaroma import BudgetSettings, JointController, attach, load_base, load_tokenizer
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "own_loop.py"
 
 
@@ -19,6 +22,26 @@ def test_the_example_runs_grows_and_writes_an_adapter(tiny_folder: Path, tmp_pat
     assert "14 modules decided" in done.stdout
     growth = json.loads((tmp_path / "own_loop_adapter" / "growth.json").read_text())
     assert sum(map(sum, growth["components"].values())) > 14
+
+
+def test_growth_within_a_budget_in_a_loop(tiny_folder: Path) -> None:
+    model = load_base(tiny_folder, quantization="none", device="cpu")
+    adapter = attach(model, targets=["q_proj", "v_proj"], inner_rank=1, alpha=2.0)
+    growth = JointController(adapter, BudgetSettings(start_rank=2, max_rank=4), learning_rate=1e-2, total_steps=12)
+    batch = load_tokenizer(tiny_folder)(["growth grows"], return_tensors="pt").input_ids
+    losses = []
+    for _ in range(12):
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        growth.step(loss.item())
+        losses.append(loss.item())
+    growth.finish()
+    assert losses[-1] < losses[0]
+    assert min(adapter.ranks().values()) >= 2
+
+
+def test_every_name_of_the_library_is_there() -> None:
+    assert all(getattr(qaroma, name) is not None for name in qaroma.__all__)
 
 
 def test_the_loop_is_about_thirty_lines() -> None:

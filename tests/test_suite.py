@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from qaroma.compare.suite.figures import Deficit, deficit, interval, overall, sp
 from qaroma.compare.suite.ladder import smallest
 from qaroma.compare.suite.planted import learnt_ranks, planted_ranks
 from qaroma.compare.suite.pool import Pool
-from qaroma.compare.suite.suite import wanted, write_tables
+from qaroma.compare.suite.suite import run_suite, wanted, write_tables
 from qaroma.compare.suite.trial import carry_out
 from qaroma.compare.suite.view import View
 from qaroma.errors import QaromaError
@@ -195,6 +197,23 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     written = write_tables(again, chosen, [], "qaroma compare --suite growth")
     assert "| 0 | 1.00 | 0.33 | 1.00 |" in written["table"]
     assert (tmp_path / "table.md").is_file()
+
+
+def test_a_suite_wants_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text("{}")
+    for data in ("data.jsonl", "missing"):
+        with pytest.raises(QaromaError, match="there is no folder"):
+            run_suite(folder=str(tmp_path / "out"), data=str(tmp_path / data), command="qaroma compare")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_ends_with_its_input_in_the_midst_of_a_cell(tmp_path: Path) -> None:
+    cell = json.dumps(Cell("planted", "aroma", 0).to_json()) + "\n"
+    command = [sys.executable, "-m", "qaroma.compare.suite.worker", str(tmp_path), str(tmp_path)]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    said, _ = worker.communicate(cell, timeout=60)
+    assert (said, worker.returncode) == ("", 0)
+    assert Results(tmp_path).get(Cell("planted", "aroma", 0)) is None
 
 
 def test_the_oracle_table_pairs_fresh_seeds(tmp_path: Path) -> None:

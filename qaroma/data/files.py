@@ -7,18 +7,23 @@ import gzip
 import io
 import itertools
 import json
+import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeAlias, cast
+from typing import IO, Any, TypeAlias
 
+from qaroma.data.unpacked import Room, Unpacked
 from qaroma.errors import QaromaError
 from qaroma.text.json_text import parse_json
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 _LARGEST_CSV_FIELD = 1 << 30
+_ROWS_AT_ONCE, _ROWS_IN_PYTHON = 10_000, 16
+_NOT_BLANK = re.compile(r"\S")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 Record: TypeAlias = tuple[int, dict[str, Any]]
@@ -83,7 +88,8 @@ def read_file(path: Path, remarks: Remarks) -> Iterator[tuple[int, dict[str, Any
     suffix = known_suffix(path)
     try:
         with path.open("rb") as raw:
-            stream = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if path.name.lower().endswith(".gz") else raw
+            packed = path.name.lower().endswith(".gz")
+            stream = io.BufferedReader(Unpacked(gzip.GzipFile(fileobj=raw), path)) if packed else raw
             yield from readers[suffix](stream, str(path), remarks)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise QaromaError(f"'{path}' is not a whole gzip file ({error}); fetch or compress it again.") from error
@@ -136,15 +142,13 @@ def _spread(raw: bytes, start: int) -> list[Record]:
     try:
         text = raw.decode("utf-8")
         position, line = 0, start
-        while text[position:].strip():
-            blank = len(text) - position - len(text[position:].lstrip())
-            line += text.count("\n", position, position + blank)
-            value, end = decoder.raw_decode(text, position + blank)
+        while (found := _NOT_BLANK.search(text, position)) is not None:
+            line += text.count("\n", position, found.start())
+            value, position = decoder.raw_decode(text, found.start())
             if not isinstance(value, dict):
                 return []
             records.append((line, value))
-            line += text.count("\n", position + blank, end)
-            position = end
+            line += text.count("\n", found.start(), position)
     except (ValueError, RecursionError):
         return []
     return records
@@ -208,8 +212,8 @@ def _loads(text: str) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _TwiceError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands twice in an object")
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise _TwiceError(f"the key {name!r} stands twice in an object")
     return found
 
 
@@ -266,13 +270,16 @@ def _parquet(stream: IO[bytes], file: str, remarks: Remarks) -> Iterator[Record]
         import pyarrow.parquet  # type: ignore[import-untyped]
     except ImportError as error:
         raise QaromaError(f"reading '{file}' needs pyarrow; type: pip install pyarrow") from error
+    room, number = Room(Path(file)), 0
     try:
         table = pyarrow.parquet.ParquetFile(io.BytesIO(stream.read()) if file.endswith(".gz") else stream)
-        number = 0
-        for batch in table.iter_batches():
-            for value in batch.to_pylist():
-                number += 1
-                yield number, value
+        batches = table.iter_batches(batch_size=_ROWS_AT_ONCE)
+        while (batch := room.bounded(lambda: next(batches, None))) is not None:
+            for start in range(0, batch.num_rows, _ROWS_IN_PYTHON):  # few: a dictionary holds a text for all of them
+                for value in batch.slice(start, _ROWS_IN_PYTHON).to_pylist():
+                    room.take_row(value)
+                    number += 1
+                    yield number, value
     except pyarrow.ArrowException as error:
         raise QaromaError(f"'{file}' is not a whole parquet file ({str(error).splitlines()[0]}).") from error
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from qaroma.data.forms import BadRow, report_bad_rows
 from qaroma.data.sources import Row, RowSet
 from qaroma.data.split import held_out_keys, repeated
+from qaroma.data.tokens import encode
 from qaroma.errors import QaromaError
 
 Kind = Literal["classification", "regression"]
@@ -237,7 +238,7 @@ def _tokenise(
         part = rows[start : start + _BATCH]
         columns = [list(column) for column in zip(*(texts for _, texts, _ in part), strict=True)]
         limited: Any = {"truncation": "longest_first" if len(columns) == 2 else True, "max_length": max_length}
-        encoded = tokenizer(*columns, **(limited if max_length is not None else {"verbose": False}))
+        encoded = encode(tokenizer, *columns, **(limited if max_length is not None else {"verbose": False}))
         kinds = (encoded.get("token_type_ids") if token_types else None) or [None] * len(part)
         for (row, _, label), ids, types in zip(part, encoded["input_ids"], kinds, strict=True):
             examples.append(LabelledExample(ids, types, label, row.place, row.weight))

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from qaroma.data.files import Remarks, data_suffix, known_suffix, read_file
 from qaroma.data.folders import files_of_folder, is_saved_table
+from qaroma.data.unpacked import Room
 from qaroma.errors import QaromaError
 from qaroma.text.paths import local_path
 
@@ -208,14 +209,18 @@ def _saved_rows(folder: Path, found: RowSet) -> Iterator[tuple[str, int, dict[st
         import datasets
     except ImportError as error:
         raise QaromaError(f"'{folder}' was saved by datasets; to read it, type: pip install datasets") from error
+    room = Room(folder)
     try:
-        table = datasets.load_from_disk(str(folder))
+        table = room.bounded(lambda: datasets.load_from_disk(str(folder)))
+    except QaromaError:
+        raise
     except Exception as error:  # whatever Arrow and the library raise on damaged files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise QaromaError(f"'{folder}' was saved by datasets and cannot be read ({reason.rstrip('.')}).") from error
     if isinstance(table, dict):
         table = _training_split(table, found, f"'{folder}'", lambda other: str(folder / other))
     for number, value in enumerate(table, start=1):
+        room.take_row(value)
         yield str(folder), number, dict(value)
 
 

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from qaroma.errors import QaromaError
+from qaroma.text.bounded_calls import BeyondBounds, bounded_call
+
+# Tokenizers take a microsecond and some 300 bytes for a character.
+_SECONDS, _SECONDS_A_CHARACTER = 20.0, 4e-5
+_BYTES, _BYTES_A_CHARACTER = 1 << 30, 1000
+_AT_ONCE = 1 << 20
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -52,13 +61,52 @@ def added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
     if tokenizer.bos_token_id is None:
         return None
     bos = int(tokenizer.bos_token_id)
-    adds = tokenizer("a").input_ids[:1] == [bos] and token_ids(tokenizer, ["a"])[0][:1] != [bos]
+    adds = encode(tokenizer, ["a"]).input_ids[0][:1] == [bos] and token_ids(tokenizer, ["a"])[0][:1] != [bos]
     return bos if adds else None
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts as they stand, without any token that the tokenizer adds by itself."""
+    options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
     # verbose=False: a text longer than the model's context is dealt with later, not warned of.
-    batch = tokenizer(
-        list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )
-    return [list(row) for row in batch["input_ids"]]
+    parts = (encode(tokenizer, part, verbose=False, **options)["input_ids"] for part in _parts(texts))
+    return [list(row) for part in parts for row in part]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, *columns: list[str], **options: Any) -> BatchEncoding:
+    """As calling the tokenizer, which is a program of somebody's: a pattern of its may take for ever.
+
+    Args:
+        tokenizer: of a base.
+        columns: the texts; of pairs, the first and the second ones.
+        options: of the tokenizer's own call.
+
+    Raises:
+        QaromaError: it takes too long or too much memory, or breaks down.
+    """
+    characters = sum(len(text) for column in columns for text in column)
+    try:
+        return bounded_call(
+            lambda: tokenizer(*columns, **options),
+            seconds=_SECONDS + _SECONDS_A_CHARACTER * characters,
+            memory=_BYTES + _BYTES_A_CHARACTER * characters,
+        )
+    except BeyondBounds as error:
+        raise QaromaError(
+            f"the base's tokenizer cannot encode a text of {characters:,} characters ({error}); "
+            "do not use that model, or copy its tokenizer files anew from where it was published"
+        ) from error
+
+
+def _parts(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts in parts of a length at which an end is told within a minute."""
+    part: list[str] = []
+    length = 0
+    for text in texts:
+        if part and length + len(text) > _AT_ONCE:
+            yield part
+            part, length = [], 0
+        part.append(text)
+        length += len(text)
+    if part:
+        yield part

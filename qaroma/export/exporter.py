@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +27,8 @@ from qaroma.export.selftest import SelfTest
 from qaroma.export.subject import Subject, open_subject, records_of, settings_of
 from qaroma.method.factors import Factors
 from qaroma.model.base import resolve_device
-from qaroma.runs.files import directory_written_aside, disk_full, unused
+from qaroma.runs.files import directory_written_aside, disk_full, unused, written_aside
+from qaroma.runs.lock import LOCK, locked, owner_is_gone
 
 MARKER = "export.json"
 FAILED = ".failed"
@@ -119,6 +121,7 @@ def export(
     folders = {one.name: _folder(subject, one.name, output, len(chosen) > 1 or "all" in formats) for one in chosen}
     for folder in folders.values():
         _check_free(folder)
+        _remove_abandoned(folder, say)
     tuned = LiveModel(subject, update, resolve_device(device), options.merge_into, validation)
     tuned.model()  # the wrong base is told before anything is written
     licence = card.licence_of(subject.base.name, subject.base.revision)
@@ -161,7 +164,8 @@ def _folder(subject: Subject, name: str, output: str | Path | None, several: boo
     if output is None:
         parent = subject.run.path if subject.run else subject.folder
         return Path(os.path.relpath(parent)) / "export" / name if _near(parent) else parent / "export" / name
-    return Path(output) / name if several else Path(output)
+    folder = Path(output) / name if several else Path(output)
+    return Path(os.path.realpath(folder)) if folder.is_symlink() else folder  # the user's link stays
 
 
 def _near(path: Path) -> bool:
@@ -170,8 +174,20 @@ def _near(path: Path) -> bool:
 
 def _check_free(folder: Path) -> None:
     """Refuse to replace anything but an earlier export."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file()):
+    taken = any(folder.iterdir()) and not (folder / MARKER).is_file() if folder.is_dir() else folder.exists()
+    if taken:
         raise QaromaError(f"{folder} exists and is no earlier export; choose another --output")
+
+
+def _remove_abandoned(folder: Path, say: Callable[[str], None]) -> None:
+    """Remove what exports to a folder left that were killed; what may be another's is told."""
+    for path in written_aside(folder):
+        gone = owner_is_gone(path)
+        if gone:
+            shutil.rmtree(path, ignore_errors=True)
+            say(f"{path}: removed, an export that was killed had left it")
+        elif gone is None:
+            say(f"{path}: seems to be left by a command that was killed; remove it where none is at work there")
 
 
 def _export_one(
@@ -180,20 +196,21 @@ def _export_one(
     subject = tuned.subject
     dtype = DTYPES[options.dtype] if options.dtype else one.dtype
     with _explained(folder), directory_written_aside(folder) as aside:
-        written = one.write(tuned, aside, dtype, options.outtype)
-        subject.tokenizer.save_pretrained(aside)
-        (aside / "chat_template.jinja").write_text(complete_jinja(subject.template), encoding="utf-8")
-        (aside / "template.json").write_text(json.dumps(subject.template.to_json(), indent=2), encoding="utf-8")
-        test = one.test(tuned, aside, dtype, options.outtype) if options.self_test else None
-        losses = tuned.losses() if one.merges else {}
-        facts = _facts(subject, tuned.update, licence)
-        (aside / card.RANK_MAP).write_text(rank_map_svg(facts.ranks), encoding="utf-8")
-        text = card.model_card(facts, one.name, card.Outcome(test, written, compression, losses))
-        (aside / "README.md").write_text(text, encoding="utf-8")
-        size = sum(file.stat().st_size for file in aside.iterdir())
-        exported = Exported(one.name, folder, size, test, written, losses)
-        marker = {"qaroma": __version__, **exported.to_json()}
-        (aside / MARKER).write_text(json.dumps(marker, indent=2, allow_nan=True), encoding="utf-8")
+        with locked(aside):  # whoever finds it knows by this whether it is still being written
+            written = one.write(tuned, aside, dtype, options.outtype)
+            subject.tokenizer.save_pretrained(aside)
+            (aside / "chat_template.jinja").write_text(complete_jinja(subject.template), encoding="utf-8")
+            (aside / "template.json").write_text(json.dumps(subject.template.to_json(), indent=2), encoding="utf-8")
+            test = one.test(tuned, aside, dtype, options.outtype) if options.self_test else None
+            losses = tuned.losses() if one.merges else {}
+            facts = _facts(subject, tuned.update, licence)
+            (aside / card.RANK_MAP).write_text(rank_map_svg(facts.ranks), encoding="utf-8")
+            text = card.model_card(facts, one.name, card.Outcome(test, written, compression, losses))
+            (aside / "README.md").write_text(text, encoding="utf-8")
+            size = sum(file.stat().st_size for file in aside.iterdir() if file.name != LOCK)
+            exported = Exported(one.name, folder, size, test, written, losses)
+            marker = {"qaroma": __version__, **exported.to_json()}
+            (aside / MARKER).write_text(json.dumps(marker, indent=2, allow_nan=True), encoding="utf-8")
         if test is not None and not test.passed:
             raise QaromaError(f"{one.name}: self-test {test.sentence()}; {_kept(aside, folder)}")
     return exported

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from qaroma.data.forms import BadRow, Message, parse_rows, report_bad_rows
 from qaroma.data.sources import read_rows
 from qaroma.data.templates import Template
+from qaroma.data.tokens import encode
 from qaroma.errors import QaromaError
 from qaroma.inference.generate import exact_match, expected_answer, generate
 from qaroma.runs.log import MetricsLog
@@ -74,7 +75,7 @@ class AnswerTest:
     ) -> None:
         self.conversations = [_with_whole_answer(c, template) for c in conversations]
         conversations, self.tokenizer, self.template = self.conversations, tokenizer, template
-        longest = max(len(tokenizer(expected_answer(c)).input_ids) for c in conversations)
+        longest = max(map(len, encode(tokenizer, [expected_answer(c) for c in conversations]).input_ids))
         self.max_new_tokens = max_new_tokens or longest + SPARE_TOKENS
         prompts = [len(template.encode_prompt(tokenizer, c)) for c in conversations]
         self.batch_size = max(1, BATCH_TOKENS // (max(prompts) + self.max_new_tokens))

@@ -27,6 +27,7 @@ from qaroma.model.failures import explained, readable
 from qaroma.model.found import FoundModel, find_model, loader_keywords, stored_quantization
 from qaroma.model.gguf import load_gguf, load_gguf_tokenizer
 from qaroma.model.hostmemory import FreedMemoryGoesBack
+from qaroma.model.tokenizer_file import require_bounded
 from qaroma.model.weight_files import require_safetensors
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ def load_tokenizer(
             tokenizer = load_gguf_tokenizer(place.folder_or_id, place.gguf_file)
         else:
             _require_tokenizer(name, place)
+            require_bounded(lambda file: place.file(file, revision=where.get("revision")))
             tokenizer = AutoTokenizer.from_pretrained(place.folder_or_id, **where)
     if tokenizer.model_max_length > _NO_LIMIT:
         if not isinstance(model, FoundModel):

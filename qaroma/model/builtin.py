@@ -35,6 +35,26 @@ class ResolvedModel:
     gguf_file: str | None = None
     offline: bool = False
 
+    def file(self, name: str, *, revision: str | None = None, fetch: bool = True) -> Path | None:
+        """A file of the model, from its folder or the hub's cache; None where there is none, or none can be had.
+
+        Args:
+            name: of the file.
+            revision: branch, tag or commit on the hub.
+            fetch: ask the hub for one that is not in its cache.
+        """
+        from transformers.utils import cached_file
+
+        found: str | None = cached_file(
+            self.folder_or_id,
+            name,
+            revision=revision,
+            local_files_only=self.offline or not fetch,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return None if found is None else Path(found)
+
 
 def resolve_model(name: str | Path) -> ResolvedModel:
     """Find a model by the name that the user gave.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qaroma.config.presets import ModelFacts
 from qaroma.method.targets import find_targets
 from qaroma.model.found import FoundModel
+from qaroma.model.weight_files import INDEX, SINGLE, names_in
 
 SAMPLED_WEIGHTS, SAMPLED_ROWS = 8, 256  # layers, and rows of each, whose elements are looked at
 
@@ -79,25 +80,11 @@ def _stored_std(base: FoundModel) -> float | None:
 
 def _files(base: FoundModel) -> list[Path]:
     """The first safetensors file of a base: of a folder, or of the hub, where it will be needed in any case."""
-    from transformers.utils import cached_file
-
     if base.place.gguf_file is not None:
         return []
-    folder = Path(base.place.folder_or_id)
-    if folder.is_dir():
-        return sorted(folder.glob("*.safetensors"))[:1]
-    for name in ("model.safetensors", "model-00001-of-00002.safetensors", "model-00001-of-00004.safetensors"):
-        found = cached_file(
-            str(base.place.folder_or_id),
-            name,
-            revision=base.revision,
-            local_files_only=True,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        if found is not None:
-            return [Path(found)]
-    return []
+    index = base.place.file(INDEX, revision=base.revision)
+    first = base.place.file(names_in(index)[0] if index else SINGLE, revision=base.revision)
+    return [first] if first else []
 
 
 def _is_linear(name: str, tensor: Any) -> bool:

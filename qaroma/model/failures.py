@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qaroma.errors import QaromaError
+from qaroma.text.bounded_calls import panicked
 
 # Tried in this order on the whole chain of an exception, by the name of its class: transformers wraps the hub's
 # errors in OSError, and their classes come from different modules in different versions.
@@ -252,7 +253,9 @@ def readable(model: str, what: str, *, gguf: bool = False) -> Iterator[None]:
             yield
     except QaromaError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not panicked(error):
+            raise
         raise QaromaError(
             f"the {what} of '{model}' cannot be read ({type(error).__name__}: {_first_sentence(error)}). "
             "Download or copy the model again"

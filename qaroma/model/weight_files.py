@@ -8,7 +8,7 @@ from qaroma.errors import QaromaError
 from qaroma.text.json_text import parse_json
 from qaroma.text.paths import inside
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt")
 
 
@@ -24,13 +24,23 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         QaromaError: an index that cannot be read, or that names a file outside the folder.
     """
-    index = folder / _INDEX
+    index = folder / INDEX
     if not index.is_file():
-        single = folder / _SINGLE
+        single = folder / SINGLE
         return [single] if single.is_file() else []
+    return [folder / name for name in names_in(index)]
+
+
+def names_in(index: Path) -> list[str]:
+    """The files that the index of a checkpoint names, in their order.
+
+    Raises:
+        QaromaError: an index that cannot be read, or that names a file outside its folder.
+    """
     try:
-        names = parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()
-        unique = sorted(set(names))
+        unique = sorted(set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not unique:
+            raise ValueError("it names no weights")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise QaromaError(f"{index} cannot be read ({error}); copy the model again") from error
     outside = [name for name in unique if not inside(name)]
@@ -39,7 +49,7 @@ def weight_files(folder: Path) -> list[Path]:
             f"{index} names the weights '{str(outside[0])[:120]}', which lie outside its folder; "
             "expected files beside it. Do not use that model"
         )
-    return [folder / name for name in unique]
+    return unique
 
 
 def require_safetensors(model: str, folder: Path) -> None:

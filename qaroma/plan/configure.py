@@ -20,18 +20,18 @@ import yaml
 
 from qaroma.config.levels import LEVELS
 from qaroma.config.load import config_fields, require_model_and_data
-from qaroma.config.presets import BITS_A_TOKEN, LARGE_BUDGET, DataFacts, Decision, resolve
+from qaroma.config.presets import LARGE_BUDGET, Decision, resolve
 from qaroma.config.schema import Config, DataSource, ResolvedConfig
 from qaroma.config.words import memory_size
-from qaroma.data.encode import Encoded, encode_rows, limit_length
+from qaroma.data.encode import Encoded, limit_length
 from qaroma.data.sources import read_rows
 from qaroma.data.split import split_validation
 from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_tokenizer, resolve_device, resolve_dtype
-from qaroma.model.facts import facts_of_base
 from qaroma.model.found import find_model
 from qaroma.plan.card import RESERVE, parse_memory
+from qaroma.plan.facts import conversation_facts, encoded_as_asked
 from qaroma.plan.search import Estimate, Planner
 from qaroma.plan.shapes import plannable
 from qaroma.plan.trace import StepSettings
@@ -156,19 +156,9 @@ def make_start(config: Config, room: Room, *, tell: Callable[[str], None] = lamb
     name = require_model_and_data(config)
     base = find_model(name, revision=model.revision, trust_remote_code=model.trust_remote_code)
     tokenizer = load_tokenizer(base)
-    data = config.data
-    template = Template.choose(tokenizer, data.template, data.tools)
+    template = Template.choose(tokenizer, config.data.template, config.data.tools)
     rows = read_rows([(source.path, source.weight) for source in config.data.train], seed=config.training.seed)
-    encoded = encode_rows(
-        rows,
-        tokenizer,
-        template,
-        form=data.format,
-        columns=data.columns,
-        feedback=data.feedback,
-        skip_bad=data.skip_bad_rows,
-        vocabulary=base.vocabulary,
-    )
+    encoded = encoded_as_asked(config, rows, base, tokenizer, template, max_length=None)
     look = _look(encoded)
     longest = base.longest_input
     wanted = max(GRAIN, math.ceil(look.p95 / GRAIN) * GRAIN)
@@ -184,13 +174,8 @@ def make_start(config: Config, room: Room, *, tell: Callable[[str], None] = lamb
     train, validation = split_validation(
         within, share=config.data.validation_share, at_most=config.data.validation_max, seed=config.training.seed
     )
-    facts = DataFacts(
-        len(train.examples),
-        within.lengths,
-        longest,
-        validation_rows=len(validation.examples),
-        trained_bits=BITS_A_TOKEN * train.distinct_trained_tokens,
-        model=facts_of_base(base, "all-linear", task=config.task),
+    facts = conversation_facts(
+        config, base, lengths=within.lengths, train=train, validation_rows=len(validation.examples)
     )
     resolved, decisions = resolve(chosen, facts)
     given = [

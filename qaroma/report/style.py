@@ -99,6 +99,8 @@ def styled() -> Iterator[None]:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as ``.png`` or ``.svg``; the same figure gives the same bytes."""
+    if path.is_symlink():
+        path.unlink()  # a run from elsewhere may bring one, which is not written through
     with styled():
         if path.suffix == ".svg":
             path.write_text(_svg(figure), encoding="utf-8")

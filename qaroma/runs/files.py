@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qaroma.errors import QaromaError
 from qaroma.text.json_text import parse_json
 
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -58,7 +59,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file aside, flush it to the disk, and put it in place in one move."""
+    """Write a file aside, flush it to the disk, and put it in place in one move.
+
+    Raises:
+        QaromaError: a folder or a device is there.
+    """
+    _require_kind(path, directory=False)
     aside = _beside(path, _PART)
     try:
         with aside.open("x", encoding="utf-8") as file:
@@ -79,7 +85,11 @@ def directory_written_aside(target: Path) -> Iterator[Path]:
     Yields an empty directory beside ``target``; when the block ends, its files are flushed and it
     takes the target's place, which is never empty in between where the system can exchange two
     directories. When the block raises, it is removed and the target is as it was.
+
+    Raises:
+        QaromaError: something else than a directory is there.
     """
+    _require_kind(target, directory=True)
     heal(target)
     make_directory(target.parent)
     aside = _beside(target, _PART)
@@ -98,7 +108,7 @@ def directory_written_aside(target: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(replaced)
 
 
 def cut_in_two(target: Path) -> Path | None:
@@ -130,6 +140,12 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def written_aside(target: Path) -> list[Path]:
+    """Directories that were written aside to take the place of ``target``: left by a kill, or being written now."""
+    found = target.parent.glob(f"{glob.escape(target.name)}.{_PART}-{_RANDOM}")
+    return sorted(path for path in found if path.is_dir() and not path.is_symlink())
 
 
 def is_leftover(name: str) -> bool:
@@ -192,9 +208,23 @@ def _beside(target: Path, kind: str) -> Path:
     return target.with_name(f"{target.name}.{kind}-{secrets.token_hex(4)}")
 
 
+def _require_kind(path: Path, *, directory: bool) -> None:
+    """See to it that what a path is put in the place of is of its kind; a link is replaced, never what it leads to."""
+    if path.exists() and not path.is_symlink() and not (path.is_dir() if directory else path.is_file()):
+        raise QaromaError(f"{path} is there and is no {'folder' if directory else 'file'}; choose another name")
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory, or a link to one."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _take_place(aside: Path, target: Path) -> Path | None:
     """Move a directory to ``target``; returns where what was there before is now, to be removed."""
-    if not target.exists():
+    if not os.path.lexists(target):
         aside.rename(target)
         return None
     if exchange(aside, target):

@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from qaroma.errors import QaromaError
 from qaroma.runs.files import make_directory, read_json
 
 LOCK = "run.lock"
 _TAKEN = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # some network file systems
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _BYTE = 1 << 30  # the byte that is locked on Windows, far from the text, which others are to read
 
 
@@ -52,10 +55,38 @@ def locked(folder: Path) -> Iterator[None]:
                 path.unlink()
 
 
+def owner_is_gone(folder: Path) -> bool | None:
+    """Whether the process that had the lock of a folder ended without giving it back.
+
+    Args:
+        folder: which may be another process's.
+
+    Returns:
+        True where the lock's file names a process of this machine that runs no more, and nobody has the lock; False
+        where it is in use; None where there is no such file, or it names another machine's process.
+    """
+    path = folder / LOCK
+    said = read_json(path)
+    if said.get("host") != socket.gethostname() or not isinstance(said.get("pid"), int):
+        return None
+    if psutil.pid_exists(said["pid"]):  # on a file system without locks, this alone tells
+        return False
+    try:
+        descriptor = os.open(path, os.O_RDWR | _NO_LINK)
+    except OSError:
+        return None
+    try:
+        return _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _open(path: Path) -> int:
     """The lock's file, opened and locked."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if path.is_symlink():  # of a run from elsewhere; what it leads to would be written over
+            raise QaromaError(f"{path} is a link; expected none in a run. Remove it, then type the same command again")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
         try:
             if not _lock(descriptor):
                 raise QaromaError(

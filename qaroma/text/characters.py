@@ -1,6 +1,10 @@
-"""Text that can be written to a file."""
+"""Characters: which texts can be written to a file, and how many a value has."""
 
 from __future__ import annotations
+
+from typing import Any
+
+_A_NUMBER = 20  # characters of what is neither text nor a list
 
 
 def is_unicode(text: str) -> bool:
@@ -10,3 +14,19 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def weight(value: Any, known: dict[int, int] | None = None) -> int:
+    """Characters of a value as text, those of lists in lists included; what stands in it twice counts twice."""
+    if isinstance(value, (str, bytes)):
+        return len(value)
+    if isinstance(value, int):
+        return value.bit_length() // 3 + 5
+    if not isinstance(value, (list, tuple, dict)):
+        return _A_NUMBER
+    known = {} if known is None else known
+    found = known.get(id(value))
+    if found is None:
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        found = known[id(value)] = 2 + sum(4 + weight(part, known) for part in parts)
+    return found

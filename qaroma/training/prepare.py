@@ -10,11 +10,10 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase
 
 from qaroma.config.load import require_model_and_data
-from qaroma.config.methods import METHODS
 from qaroma.config.metrics import metrics_of
-from qaroma.config.presets import BITS_A_TOKEN, DataFacts, Decision, ModelFacts, resolve, warm_up_notes
+from qaroma.config.presets import BITS_A_TOKEN, DataFacts, Decision, resolve, warm_up_notes
 from qaroma.config.schema import Config, ResolvedConfig
-from qaroma.data.encode import Encoded, Example, encode_rows, limit_length
+from qaroma.data.encode import Encoded, Example, limit_length
 from qaroma.data.glue import dev_file, glue_task, read_glue, read_train
 from qaroma.data.labelled import Kind, LabelledSet, encode_labelled, split_labelled, takes_token_types
 from qaroma.data.packing import pack
@@ -23,8 +22,8 @@ from qaroma.data.split import split_validation
 from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_tokenizer
-from qaroma.model.facts import facts_of_base
 from qaroma.model.found import FoundModel, find_model
+from qaroma.plan.facts import conversation_facts, encoded_as_asked, model_facts
 from qaroma.runs.adapter_info import TaskInfo
 from qaroma.tasks.base import Task
 from qaroma.tasks.causal_lm import CausalLM
@@ -84,22 +83,19 @@ def _prepare_conversations(config: Config, base: FoundModel, tokenizer: PreTrain
         raise QaromaError("evaluation.metric is for --task classification and regression; leave it out")
     template = Template.choose(tokenizer, config.data.template, config.data.tools)
     rows = read_rows([(s.path, s.weight) for s in config.data.train], seed=config.training.seed)
-    encoded = _encode(config, rows, base, tokenizer, template)
+    encoded = encoded_as_asked(config, rows, base, tokenizer, template, max_length=config.data.max_length)
     validation = None
     beside = rows.validation if config.data.validation_share else []
     held_out_sources = beside if config.data.validation is None else [config.data.validation]
     if held_out_sources:
         rows = read_rows([(source, 1.0) for source in held_out_sources], seed=config.training.seed)
-        validation = _encode(config, rows, base, tokenizer, encoded.template)
+        validation = encoded_as_asked(
+            config, rows, base, tokenizer, encoded.template, max_length=config.data.max_length
+        )
     share = 0.0 if validation is not None else config.data.validation_share
     train, held_out = _split(config, encoded, share)
-    facts = DataFacts(
-        len(train.examples),
-        encoded.lengths,
-        base.longest_input,
-        validation_rows=len((validation or held_out).examples),
-        trained_bits=BITS_A_TOKEN * train.distinct_trained_tokens,
-        model=_model_facts(config, base),
+    facts = conversation_facts(
+        config, base, lengths=encoded.lengths, train=train, validation_rows=len((validation or held_out).examples)
     )
     resolved, decisions = resolve(config, facts)
     notes = [f"data: {encoded.form}, {len(encoded.examples)} examples"]
@@ -149,7 +145,7 @@ def _prepare_labelled(config: Config, base: FoundModel, tokenizer: PreTrainedTok
         longest,
         validation_rows=len(held_out.examples),
         trained_bits=len(train.examples) * (math.log2(len(whole.labels)) if whole.labels else BITS_A_TOKEN),
-        model=_model_facts(config, base),
+        model=model_facts(config, base),
     )
     resolved, decisions = resolve(config, facts)
     counts = f"{len(train.examples)} examples to train on, {len(held_out.examples)} to validate on"
@@ -170,13 +166,6 @@ def _prepare_labelled(config: Config, base: FoundModel, tokenizer: PreTrainedTok
     return PreparedData(
         resolved, base, decisions, notes, tokenizer, task, train.examples, held_out.examples, remember=remember
     )
-
-
-def _model_facts(config: Config, base: FoundModel) -> ModelFacts | None:
-    """What growth within a budget wants to know of the base; None where nothing grows."""
-    if not METHODS[config.method].grows or config.growth.preset != "auto":
-        return None
-    return facts_of_base(base, config.growth.target_modules or "all-linear", task=config.task)
 
 
 def _labelled_rows(config: Config) -> tuple[RowSet, RowSet | None]:
@@ -238,22 +227,3 @@ def _left_out(encoded: Encoded) -> list[str]:
         "examples cut at data.max_length": encoded.truncated,
     }
     return [f"{count} {what}" for what, count in counts.items() if count]
-
-
-def _encode(
-    config: Config, rows: RowSet, base: FoundModel, tokenizer: PreTrainedTokenizerBase, template: Template
-) -> Encoded:
-    data = config.data
-    return encode_rows(
-        rows,
-        tokenizer,
-        template,
-        form=data.format,
-        columns=data.columns,
-        feedback=data.feedback,
-        train_on=data.train_on,
-        max_length=data.max_length,
-        on_too_long=data.on_too_long,
-        skip_bad=data.skip_bad_rows,
-        vocabulary=base.vocabulary,
-    )

@@ -23,6 +23,7 @@ from qaroma.config.load import read_settings
 from qaroma.errors import QaromaError
 from qaroma.report.style import has_matplotlib
 from qaroma.runs.files import write_atomically
+from qaroma.text.paths import local_path
 
 
 def run_suite(
@@ -56,11 +57,15 @@ def run_suite(
         What ``results.json`` holds.
 
     Raises:
-        QaromaError: an unknown name, or cells that failed, at the end.
+        QaromaError: an unknown name, no such folder, or cells that failed, at the end.
         KeyboardInterrupt: stopped by the user; the same command goes on.
     """
     console = console or Console(file=sys.stderr)
     chosen = _tables(tables)
+    if not local_path(data).is_dir():
+        raise QaromaError(
+            f"--data: there is no folder '{data}'; a suite wants the folder that its beds' files lie below"
+        )
     read_settings(None, {"model.name": "bed", "data.train": ["bed"]}, parse_spec(ours, 8).sets)
     there, lacking = choose_beds(beds, Path(data))
     for sentence in lacking:

@@ -1,15 +1,19 @@
 """A process that carries out cells: ``python -m qaroma.compare.suite.worker DATA FOLDER``.
 
 It reads one cell as JSON from each line of its input and answers each with a line: empty when the cell
-is written, else what went wrong. It ends with its input, so none outlives the command that began it.
+is written, else what went wrong. It ends with its input, in the midst of a cell too, so none outlives the command that
+began it: however that ends, the system closes its end.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 import traceback
 from pathlib import Path
+from queue import Queue
 
 from qaroma.compare.suite.beds import Bed, Place, all_beds
 from qaroma.compare.suite.cells import Cell, Figures, Results
@@ -22,7 +26,10 @@ def main() -> None:
     beds = {bed.name: bed for bed in all_beds()}
     answers = sys.stdout
     sys.stdout = sys.stderr  # what libraries print is no answer
-    for line in sys.stdin:
+    lines: Queue[str] = Queue()
+    threading.Thread(target=_take_in, args=(lines,), daemon=True).start()
+    while True:
+        line = lines.get()
         cell = Cell(**json.loads(line))
         problem = ""
         try:
@@ -32,6 +39,12 @@ def main() -> None:
             problem = f"{type(error).__name__}: {error}".replace("\n", " ")
         answers.write(f"{problem}\n")
         answers.flush()
+
+
+def _take_in(lines: Queue[str]) -> None:
+    for line in sys.stdin:
+        lines.put(line)
+    os._exit(0)  # a cell is written whole or not at all
 
 
 def _figures(cell: Cell, bed: Bed, place: Place) -> Figures:
