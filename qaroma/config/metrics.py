@@ -45,10 +45,11 @@ class Metric:
 
 
 _ROWS = (
-    Metric("loss", higher_is_better=False, judges=("causal-lm",)),
+    Metric("loss", higher_is_better=False, judges=("causal-lm", "preference")),
     Metric("perplexity", higher_is_better=False),
     # The first metric of a task is the one that it is judged by where nobody asks for another.
-    Metric("accuracy", judges=("classification",)),
+    Metric("accuracy", judges=("classification", "preference")),
+    Metric("margin", judges=("preference",)),
     Metric("f1", judges=("classification",)),
     Metric("matthews", judges=("classification",)),
     Metric("pearson", judges=("regression",)),

@@ -20,11 +20,13 @@ import yaml
 
 from qaroma.config.levels import LEVELS
 from qaroma.config.load import config_fields, require_model_and_data
-from qaroma.config.presets import BITS_A_TOKEN, LARGE_BUDGET, DataFacts, Decision, resolve
+from qaroma.config.presets import LARGE_BUDGET, DataFacts, Decision, resolve, told_bits
 from qaroma.config.schema import Config, DataSource, ResolvedConfig
+from qaroma.config.tasks import PREFERENCE
 from qaroma.config.words import memory_size
 from qaroma.data.encode import Encoded, encode_rows, limit_length
-from qaroma.data.sources import read_rows
+from qaroma.data.forms import holds_pairs
+from qaroma.data.sources import RowSet, read_rows
 from qaroma.data.split import split_validation
 from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
@@ -159,6 +161,8 @@ def make_start(config: Config, room: Room, *, tell: Callable[[str], None] = lamb
     data = config.data
     template = Template.choose(tokenizer, data.template, data.tools)
     rows = read_rows([(source.path, source.weight) for source in config.data.train], seed=config.training.seed)
+    found = _task_found(config, rows)
+    config = config.model_copy(update={"task": found.value}) if found else config
     encoded = encode_rows(
         rows,
         tokenizer,
@@ -166,6 +170,7 @@ def make_start(config: Config, room: Room, *, tell: Callable[[str], None] = lamb
         form=data.format,
         columns=data.columns,
         feedback=data.feedback,
+        pairs=config.task == PREFERENCE,
         skip_bad=data.skip_bad_rows,
         vocabulary=base.vocabulary,
     )
@@ -174,7 +179,14 @@ def make_start(config: Config, room: Room, *, tell: Callable[[str], None] = lamb
     wanted = max(GRAIN, math.ceil(look.p95 / GRAIN) * GRAIN)
     planner = Planner(plannable(base))
     # Which rank the data needs is known when its length is: the step is planned for the largest that may train.
-    wished = StepSettings(0, min(wanted, longest or wanted), inner_rank=LARGE_BUDGET, frozen_rank=0, dtype=room.dtype)
+    wished = StepSettings(
+        0,
+        min(wanted, longest or wanted),
+        sequences=config.sequences,
+        inner_rank=LARGE_BUDGET,
+        frozen_rank=0,
+        dtype=room.dtype,
+    )
     step = fit_step(planner, wished, room, tell=tell)
     chosen, settings = config.model_copy(deep=True), step.settings
     chosen.data.max_length = settings.seq_len
@@ -189,7 +201,7 @@ def make_start(config: Config, room: Room, *, tell: Callable[[str], None] = lamb
         within.lengths,
         longest,
         validation_rows=len(validation.examples),
-        trained_bits=BITS_A_TOKEN * train.distinct_trained_tokens,
+        trained_bits=told_bits(config.task, train.distinct),
         model=facts_of_base(base, "all-linear", task=config.task),
     )
     resolved, decisions = resolve(chosen, facts)
@@ -199,13 +211,23 @@ def make_start(config: Config, room: Room, *, tell: Callable[[str], None] = lamb
         ("training", config.training, set[str]()),
     ]
     choices = [
+        *([found] if found else []),
         *(Decision(f"{name}.{key}", getattr(section, key), "as asked for")
           for name, section, always in given for key in type(section).model_fields
           if key in always or (key in section.model_fields_set and key not in _PLANNED)),
         *_of_the_plan(wanted, longest, look, within, step, room),
         *decisions,
     ]  # fmt: skip
-    return Start(resolved, tuple(choices), look, step, room, within.dropped_too_long, tuple(encoded.notes))
+    notes = (*([f"task {found.value}: {found.reason}"] if found else []), *encoded.notes)
+    return Start(resolved, tuple(choices), look, step, room, within.dropped_too_long, notes)
+
+
+def _task_found(config: Config, rows: RowSet) -> Decision | None:
+    """The task that the rows ask for, where nothing was said of it."""
+    said = config.data.feedback != "refuse" or config.data.format != "auto" or "task" in config.model_fields_set
+    if said or not holds_pairs(rows.rows, config.data.columns):
+        return None
+    return Decision("task", PREFERENCE, "the rows have a chosen and a rejected answer each")
 
 
 def fit_step(
@@ -257,7 +279,7 @@ def _longest_held(planner: Planner, settings: StepSettings, room: Room) -> int:
     return fits * GRAIN
 
 
-def _look(encoded: Encoded) -> DataLook:
+def _look(encoded: Encoded[Any]) -> DataLook:
     ordered = sorted(encoded.lengths)
 
     def quantile(share: float) -> int:
@@ -281,7 +303,7 @@ def letters(text: str) -> str:
 
 
 def _of_the_plan(
-    wanted: int, longest: int | None, look: DataLook, within: Encoded, step: Estimate, room: Room
+    wanted: int, longest: int | None, look: DataLook, within: Encoded[Any], step: Estimate, room: Room
 ) -> list[Decision]:
     """The choices that the lengths and the card decide."""
     settings = step.settings
@@ -340,13 +362,16 @@ def start_yaml(start: Start, file: str) -> str:
     lines = [f"# {line}".rstrip() for line in lines]
     fields = config_fields()
     for section in Config.model_fields:
-        chosen = [choice for choice in start.choices if choice.key.startswith(f"{section}.")]
-        if chosen:
-            lines += ["", f"{section}:"]
+        chosen = [choice for choice in start.choices if choice.key.partition(".")[0] == section]
+        lines += [""] if chosen else []
+        indent = ""
+        if chosen and chosen[0].key != section:
+            lines.append(f"{section}:")
+            indent = "  "
         for choice in chosen:
             about = f"{fields[choice.key].description} Here: {choice.reason}."
-            lines += textwrap.wrap(about, _WIDTH, initial_indent="  # ", subsequent_indent="  # ")
-            lines.append(f"  {choice.key.partition('.')[2]}: {_value(choice.value)}")
+            lines += textwrap.wrap(about, _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+            lines.append(f"{indent}{choice.key.rpartition('.')[2]}: {_value(choice.value)}")
     return "\n".join(lines) + "\n"
 
 

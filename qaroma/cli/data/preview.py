@@ -8,6 +8,7 @@ import click
 
 from qaroma.cli.options import CONFIG_OPTION, SET_OPTION, config_options, count, read_config
 from qaroma.config.load import require_model_and_data
+from qaroma.config.tasks import PREFERENCE
 from qaroma.model.builtin import require_model
 from qaroma.training.checks import check_sources
 
@@ -28,6 +29,7 @@ Examples:
 @config_options(
     "model.name",
     "data.train",
+    "task",
     "data.format",
     "data.columns",
     "data.feedback",
@@ -76,6 +78,7 @@ def command(config: str | None, examples: int, rows: int, sets: tuple[str, ...],
         form=data.format,
         columns=data.columns,
         feedback=data.feedback,
+        pairs=settings.task == PREFERENCE,
         train_on=data.train_on,
         max_length=data.max_length,
         on_too_long=data.on_too_long,
@@ -85,16 +88,18 @@ def command(config: str | None, examples: int, rows: int, sets: tuple[str, ...],
     console = Console()
     for example in encoded.examples[:examples]:
         # Soft wrapping: the line breaks shown are the example's own.
-        console.print(preview(example, tokenizer), soft_wrap=True)
-        console.print()
+        for name, sequence in example.sequences.items():
+            console.print(preview(sequence, tokenizer, name), soft_wrap=True)
+            console.print()
     _print_counts(console, encoded, min(rows, len(found.rows)), len(found.rows))
 
 
-def _print_counts(console: Console, encoded: Encoded, looked_at: int, rows: int) -> None:
+def _print_counts(console: Console, encoded: Encoded[Any], looked_at: int, rows: int) -> None:
     lengths = sorted(encoded.lengths)
+    kind = "pairs" if len(lengths) > len(encoded.examples) else "examples"
     lines = [
         f"{looked_at:,} of {rows:,} rows, form {encoded.form}, template {encoded.template.kind}",
-        f"{len(lengths):,} examples of {lengths[0]:,} to {lengths[-1]:,} tokens, half of them up to "
+        f"{len(encoded.examples):,} {kind} of {lengths[0]:,} to {lengths[-1]:,} tokens, half of them up to "
         f"{lengths[len(lengths) // 2]:,}; {encoded.trained_tokens:,} of {sum(lengths):,} tokens trained",
     ]
     if encoded.dropped_too_long or encoded.truncated:
