@@ -125,7 +125,7 @@ def test_a_run_prefers_the_chosen_answers_and_says_so(
     assert (validations[-1]["accuracy"], validations[-1]["examples"]) == (1.0, 2)
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "Best validation accuracy" in page
-    assert 'id="panel-margin"' in page or "panel-margin" in page
+    assert "panel-margin" in page
 
 
 def test_growth_ends_by_itself_when_the_pairs_are_told_apart(
@@ -167,7 +167,7 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(
         with pytest.raises(KeyboardInterrupt):
             finetune(preference_config(tiny_folder, pairs_file, run), console=QUIET)
     with monkeypatch.context() as patch:
-        patch.setattr(Preference, "log_probabilities", Preference.log_probabilities)
+        patch.setattr(reference_module, "_write", lambda *_: pytest.fail("the reference was computed again"))
         finetune(Config.model_validate({"output": str(run)}), resume=True, console=QUIET)
     for name in ("reference.json", "adapter_last/adapter_model.safetensors", "adapter/adapter_model.safetensors"):
         assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -285,8 +285,8 @@ def test_init_writes_the_task_and_preview_shows_both_answers(
     assert "40 pairs of " in said
 
 
-def test_a_plan_counts_two_sequences_a_pair(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["plan", "--model", "smollm2-135m", "--seq-len", "256", "--memory", "1", "--json"]
+def test_a_plan_counts_two_sequences_a_pair(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["plan", "--model", str(tiny_folder), "--seq-len", "64", "--memory", "1", "--json"]
     found = []
     for more in (["--task", "preference"], ["--micro-batch", "2"]):
         assert main([*asked, *more]) == 0
@@ -303,7 +303,7 @@ def test_length_and_rate_of_preferences() -> None:
     found = {task: resolve(Config.model_validate({**values, "task": task}), facts)[0] for task in
              ("causal-lm", "preference")}  # fmt: skip
     answers, pairs = found["causal-lm"].training, found["preference"].training
-    assert pairs.learning_rate == pytest.approx(answers.learning_rate / 10)
+    assert pairs.learning_rate == pytest.approx(answers.learning_rate / 40, rel=0.02)
     assert (answers.max_steps, pairs.max_steps) == (60, 60)
     assert pairs.patience == answers.patience == 3
     assert not found["preference"].growth.measured_rate

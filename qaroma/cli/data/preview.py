@@ -8,7 +8,8 @@ import click
 
 from qaroma.cli.options import CONFIG_OPTION, SET_OPTION, config_options, count, read_config
 from qaroma.config.load import require_model_and_data
-from qaroma.config.tasks import PREFERENCE
+from qaroma.config.tasks import PREFERENCE, WRITING
+from qaroma.errors import QaromaError
 from qaroma.model.builtin import require_model
 from qaroma.training.checks import check_sources
 
@@ -53,6 +54,10 @@ def command(config: str | None, examples: int, rows: int, sets: tuple[str, ...],
     Takes the settings of finetune, so that --config shows what that run will train on.
     """
     settings = read_config(config, parameters, sets)
+    if not settings.writes_text:
+        raise QaromaError(
+            f"got task {settings.task}, whose texts are trained as they are; expected {' or '.join(WRITING)}"
+        )
     name = require_model_and_data(settings)
     require_model(name)
     check_sources(settings)
