@@ -147,7 +147,7 @@ def test_the_card_is_taken_at_the_first_step_and_in_the_middle(
 ) -> None:
     real, calls = fit_module.accumulate, []
 
-    def taken_from_the_fifth(*arguments: object, **named: object) -> float:
+    def taken_from_the_fifth(*arguments: object, **named: object) -> dict[str, float]:
         calls.append(1)
         if len(calls) > 4:
             raise torch.OutOfMemoryError(TAKEN)

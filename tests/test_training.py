@@ -98,7 +98,7 @@ def test_one_by_eight_equals_eight_by_one(tiny_folder: Path, data_file: Path, tm
         full = next(step for step in map(session.plan.step, range(99)) if sum(map(len, step)) == 8)
         batches = [session.task.collate([session.train[i] for i in indices]) for indices in full]
         assert len(batches) == accum
-        losses.append(fit_module.accumulate(session, batches))
+        losses.append(fit_module.accumulate(session, batches)["loss"])
         gradients.append(session.method.trainer.optimiser.gradients.clone())
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert gradients[0].norm() > 0
@@ -156,8 +156,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_goes_back_to_the_last_good_
 
     def poisoned(session, batches):
         calls.append(1)
-        loss = original(session, batches)
-        return float("nan") if len(calls) == 8 else loss
+        figures = original(session, batches)
+        return {"loss": float("nan")} if len(calls) == 8 else figures
 
     monkeypatch.setattr(fit_module, "accumulate", poisoned)
     with pytest.raises(QaromaError, match=r"loss of step 8 is nan .*rows\.jsonl:\d+.*--resume --output"):
@@ -296,7 +296,7 @@ def test_a_run_that_stopped_at_its_first_step_logs_the_beginning_once(
     tiny_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    monkeypatch.setattr(fit_module, "accumulate", lambda session, batches: float("nan"))
+    monkeypatch.setattr(fit_module, "accumulate", lambda session, batches: {"loss": float("nan")})
     with pytest.raises(QaromaError, match="loss of step 1 is nan"):
         finetune(make_config(tiny_folder, data_file, run, training__max_steps=2), console=QUIET)
     monkeypatch.undo()

@@ -6,6 +6,9 @@ import click
 
 from qaroma.cli.options import config_option, count
 from qaroma.cli.output import JSON_OPTION, figures_only
+from qaroma.config.load import read_settings
+from qaroma.config.tasks import WRITING
+from qaroma.errors import QaromaError
 from qaroma.plan.card import parse_memory, this_card
 from qaroma.plan.shapes import require_shape
 
@@ -23,7 +26,9 @@ Examples:
 @click.option("--seq-len", type=count(2), default=2048, show_default=True, metavar="INTEGER",
               help="Tokens of a sequence.")  # fmt: skip
 @click.option("--micro-batch", type=count(1), default=1, show_default=True, metavar="INTEGER",
-              help="Sequences in one forward pass.")  # fmt: skip
+              help="Examples in one forward pass.")  # fmt: skip
+@config_option("task", text="preference counts two sequences an example; classification and regression are not "
+               "counted.")  # fmt: skip
 @config_option("training.memory")
 @click.option("--rank-frozen", type=count(0), default=16, show_default=True, metavar="INTEGER",
               help="Rank of the frozen components of every layer.")  # fmt: skip
@@ -34,6 +39,7 @@ def command(
     vram: str | None,
     seq_len: int,
     micro_batch: int,
+    task: str | None,
     training__memory: str | None,
     rank_frozen: int,
     model__trust_remote_code: bool | None,
@@ -44,6 +50,9 @@ def command(
     The step is run on tensors that have a shape and no contents, and every byte that is alive is
     counted: nothing is estimated from a formula.
     """
+    asked = read_settings(None, {"task": task}, [])
+    if not asked.writes_text:
+        raise QaromaError(f"got --task {task}; expected {' or '.join(WRITING)}: a step of another kind is not counted")
     require_shape(model)
     size = parse_memory(vram) if vram else None
 
@@ -56,7 +65,7 @@ def command(
         with Console(stderr=True).status("reading the model's shapes") as status:
             plan = make_plan(
                 model,
-                StepSettings(0, seq_len, micro_batch, frozen_rank=rank_frozen),
+                StepSettings(0, seq_len, micro_batch, asked.sequences, frozen_rank=rank_frozen),
                 memory=training__memory or "auto",
                 vram=this_card() if size is None else size,
                 trust_remote_code=bool(model__trust_remote_code),

@@ -16,7 +16,7 @@ from qaroma.method.attach import check_shapes, linear_shapes
 from qaroma.method.factors import Factors
 from qaroma.model.builtin import SMOLLM2_HUB_ID
 from qaroma.runs.adapter import read_adapter
-from qaroma.runs.adapter_info import CAUSAL, AdapterInfo
+from qaroma.runs.adapter_info import AdapterInfo
 from qaroma.runs.checkpoint import adapter_in
 from qaroma.runs.directory import GROWTH, STATE, RunDirectory
 from qaroma.runs.log import read_records
@@ -70,7 +70,7 @@ def open_subject(path: str | Path, *, base: str | None = None, trust_remote_code
         QaromaError: nothing of these, or an adapter that is not the base's.
     """
     folder, info, update = _adapter_at(Path(path))
-    if info.task.kind != CAUSAL:
+    if info.task.outputs is not None:
         raise QaromaError(
             f"{path} is a {info.task.kind} run, which these forms cannot hold; its adapter folder loads in PEFT"
         )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qaroma.config.metrics import metrics_of
 from qaroma.data.encode import encode_rows
-from qaroma.data.forms import Message
+from qaroma.data.forms import Message, holds_pairs
 from qaroma.data.labelled import Kind, encode_labelled, takes_token_types
 from qaroma.data.sources import RowSet, read_rows
 from qaroma.data.templates import Template
@@ -20,14 +21,17 @@ from qaroma.engine.placement import quantise_head
 from qaroma.errors import QaromaError
 from qaroma.inference.answer_test import AnswerTest, read_conversations
 from qaroma.inference.generate import generate
+from qaroma.method.attach import attach_update, detach
+from qaroma.method.factors import Factors
 from qaroma.model.base import fingerprint, load_base, load_model_config, load_tokenizer, resolve_device, resolve_dtype
 from qaroma.model.generation import generation_settings
-from qaroma.runs.adapter import load_adapter
-from qaroma.runs.adapter_info import CAUSAL, AdapterInfo, BaseInfo, TaskInfo
+from qaroma.runs.adapter import load_adapter, read_adapter
+from qaroma.runs.adapter_info import AdapterInfo, BaseInfo, TaskInfo
 from qaroma.runs.directory import adapter_folder
 from qaroma.tasks.base import Task
 from qaroma.tasks.causal_lm import CausalLM
 from qaroma.tasks.labelled import labelled_task
+from qaroma.tasks.preference import Preference, answer_log_probabilities
 
 MICRO_BATCH = 8
 
@@ -157,7 +161,7 @@ def open_run(
     """
     folder = adapter_folder(run)
     info = AdapterInfo.read(folder)
-    if info.task.kind != CAUSAL:
+    if info.task.outputs is not None:
         raise QaromaError(
             f"{run} was trained for {info.task.kind} and writes no text; score it with: "
             f"qaroma evaluate {Path(run).as_posix()} --data FILE"
@@ -239,7 +243,7 @@ def evaluate_run(
 
     Returns:
         ``rows, tokens, loss, perplexity`` and, unless the data is plain text, ``exact_match``; of a run with
-        labels ``rows`` and what its task evaluates.
+        labels, and of one of preferences on such rows, ``rows`` and what its task evaluates.
     """
     folder = adapter_folder(run)
     info = AdapterInfo.read(folder)
@@ -247,10 +251,12 @@ def evaluate_run(
     read = read_rows(data)
     if rows is not None:
         read = read.head(rows)
-    if info.task.kind != CAUSAL:
+    if info.task.outputs is not None:
         return _evaluate_labelled(remembered, read, device, skip_bad)
-    tuned = open_run(folder, base=base, device=device, trust_remote_code=trust_remote_code)
     reading: dict[str, Any] = {"form": data_format, "columns": columns, "feedback": feedback, "skip_bad": skip_bad}
+    if info.task.beta is not None and feedback == "refuse" and holds_pairs(read.rows, columns):
+        return _evaluate_pairs(remembered, read, device, info.task.beta, reading)
+    tuned = open_run(folder, base=base, device=device, trust_remote_code=trust_remote_code)
     encoded = encode_rows(read, tuned.tokenizer, tuned.template, **reading)
     task = CausalLM(tuned.tokenizer.pad_token_id or 0)
     figures: dict[str, Any] = {"rows": len(encoded.examples)}
@@ -260,6 +266,29 @@ def evaluate_run(
         answers = AnswerTest(conversations, tuned.tokenizer, tuned.template, max_new_tokens).run(tuned.model)
         figures["exact_match"] = answers.exact_match
     return figures
+
+
+def _evaluate_pairs(
+    remembered: RememberedBase, rows: RowSet, device: str, beta: float, reading: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The figures of preferences, beside the model that the run started from."""
+    tokenizer, model = remembered.tokenizer(), remembered.model(resolve_device(device)).eval()
+    encoded = encode_rows(rows, tokenizer, template_of(remembered.task, tokenizer), pairs=True, **reading)
+    task = Preference(beta, tokenizer.pad_token_id or 0)
+    saved = read_adapter(remembered.adapter)
+    start = {
+        name: Factors(*(factor[: remembered.task.start[name]] for factor in factors))
+        for name, factors in saved.update.items()
+        if name in remembered.task.start
+    }
+    adapter = attach_update(model, start)
+    ordered = sorted(encoded.examples, key=lambda pair: pair.tokens)
+    known = answer_log_probabilities(task, model, ordered, model.device, batch=MICRO_BATCH)
+    pairs = [replace(pair, reference=value) for pair, value in zip(ordered, chain.from_iterable(known), strict=True)]
+    detach(adapter)
+    load_adapter(model, remembered.adapter)
+    figures = task.evaluate(model.eval(), _batches(task, pairs), model.device)
+    return {"rows": len(pairs), **figures}
 
 
 def _evaluate_labelled(remembered: RememberedBase, rows: RowSet, device: str, skip_bad: bool) -> dict[str, Any]:
@@ -285,5 +314,5 @@ def _evaluate_labelled(remembered: RememberedBase, rows: RowSet, device: str, sk
 
 def _batches(task: Task, examples: Sequence[Any]) -> Iterator[Any]:
     """Micro-batches of examples of similar lengths."""
-    ordered = sorted(examples, key=lambda e: len(e.input_ids))
+    ordered = sorted(examples, key=lambda e: e.tokens)
     return (task.collate(ordered[i : i + MICRO_BATCH]) for i in range(0, len(ordered), MICRO_BATCH))

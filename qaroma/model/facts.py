@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qaroma.config.presets import ModelFacts
+from qaroma.config.tasks import WRITING
 from qaroma.method.targets import find_targets
 from qaroma.model.found import FoundModel
 from qaroma.model.weight_files import INDEX, SINGLE, names_in
@@ -58,7 +59,7 @@ def facts_of_module(model: nn.Module, names: list[str], *, weight_std: float | N
 def _automatic(task: str) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    return AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
+    return AutoModelForCausalLM if task in WRITING else AutoModelForSequenceClassification
 
 
 def _stored_std(base: FoundModel) -> float | None:

@@ -72,6 +72,7 @@ class Plan:
             "model": self.model,
             "seq_len": settings.seq_len,
             "micro_batch": settings.micro_batch,
+            "sequences": settings.micro_batch * settings.sequences,
             "memory_level": settings.level,
             "peak_bytes": shown.peak,
             "resident_bytes": shown.resident,
@@ -154,8 +155,9 @@ def print_plan(plan: Plan, console: Console) -> None:
     """Write a plan for people."""
     say = partial(console.print, highlight=False, soft_wrap=True)
     settings = plan.shown.settings
+    pairs = " pairs of 2" if settings.sequences == 2 else ""
     say(
-        f"{plan.model}: {plan.parameters:,} parameters; {settings.micro_batch} x {settings.seq_len:,} tokens, "
+        f"{plan.model}: {plan.parameters:,} parameters; {settings.micro_batch}{pairs} x {settings.seq_len:,} tokens, "
         f"{settings.frozen_rank} frozen ranks and {settings.inner_rank} in training in every layer\n"
     )
     console.print(_levels_table(plan))

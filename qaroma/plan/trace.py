@@ -28,7 +28,8 @@ class StepSettings:
 
     Attributes:
         level: memory level, index into :data:`qaroma.config.levels.LEVELS`.
-        seq_len, micro_batch: tokens of a sequence, all of them trained, and sequences.
+        seq_len, micro_batch: tokens of a sequence, all of them trained, and examples.
+        sequences: of one example; a preference has two.
         inner_rank, frozen_rank: of the component that trains, and of the frozen ones, in every layer.
         targets: layers that have an adapter.
         quantized, double_quantization: whether linear layers lie in 4 bits, and their constants in 8.
@@ -38,6 +39,7 @@ class StepSettings:
     level: int
     seq_len: int
     micro_batch: int = 1
+    sequences: int = 1
     inner_rank: int = 1
     frozen_rank: int = 16
     targets: str | tuple[str, ...] = "all-linear"
@@ -135,7 +137,7 @@ def _set_up(model: Any, settings: StepSettings, counter: LiveStorages) -> Growth
 def _step(model: Any, method: GrowthController, settings: StepSettings, counter: LiveStorages) -> None:
     """Forward, loss, backward, update: what the loop does between two checks of growth."""
     counter.phase("forward", "checkpoints")
-    shape = (settings.micro_batch, settings.seq_len)
+    shape = (settings.micro_batch * settings.sequences, settings.seq_len)
     tokens = torch.zeros(shape, dtype=torch.int64)
     positions = torch.arange(settings.seq_len).expand(shape)
     batch = TokenBatch(tokens, tokens, positions, ((shape[1],),) * shape[0], torch.arange(1, tokens.numel()))

@@ -5,6 +5,7 @@
     runs/<name>/config.yaml       what was run, every value resolved
     runs/<name>/metrics.jsonl     one JSON object a line: steps, growth events, evaluations
     runs/<name>/summary.json      the figures of the whole run, written when it ends
+    runs/<name>/reference.json    of preferences: what the starting model makes of the answers
     runs/<name>/checkpoints/      step-00000040/ ...
     runs/<name>/adapter/          the best adapter by validation (the last where there is none)
     runs/<name>/adapter_last/     the last one
@@ -54,6 +55,7 @@ class RunDirectory:
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.summary = self.path / "summary.json"
+        self.reference = self.path / "reference.json"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.adapter_last = self.path / "adapter_last"

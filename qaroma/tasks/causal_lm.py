@@ -104,10 +104,12 @@ class CausalLM:
 
     def loss(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, int]:
         """Runs the model to its hidden states; only those that predict a trained token reach the head."""
-        hidden_BLD = hidden_states(model, batch)
-        hidden_TD = hidden_BLD.flatten(0, 1).index_select(0, batch.trained - 1)
-        targets_T = batch.labels.flatten().index_select(0, batch.trained)
+        hidden_TD, targets_T = trained_states(model, batch)
         return linear_cross_entropy(hidden_TD, LMHead(model), targets_T, batch.weights), batch.counted
+
+    def step(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss; nothing is told beside it."""
+        return self.loss(model, batch)[0], {}
 
     def evaluate(self, model: nn.Module, batches: Iterable[TokenBatch], device: torch.device) -> dict[str, Any]:
         """Loss per token, perplexity, and the number of tokens."""
@@ -138,6 +140,12 @@ def hidden_states(model: nn.Module, batch: TokenBatch) -> Tensor:
     decoder: Any = model.base_model
     output = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
     return output.last_hidden_state  # type: ignore[no-any-return]
+
+
+def trained_states(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """The hidden states that predict a trained token, (T, D), and these tokens, (T,)."""
+    hidden_TD = hidden_states(model, batch).flatten(0, 1).index_select(0, batch.trained - 1)
+    return hidden_TD, batch.labels.flatten().index_select(0, batch.trained)
 
 
 @torch.no_grad()

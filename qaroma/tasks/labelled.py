@@ -83,6 +83,10 @@ class _Labelled:
     def loss(self, model: nn.Module, batch: LabelledBatch) -> tuple[Tensor, int]:
         return self.losses(self.logits(model, batch), batch.labels).sum(), batch.counted
 
+    def step(self, model: nn.Module, batch: LabelledBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss; nothing is told beside it."""
+        return self.loss(model, batch)[0], {}
+
     def losses(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
         """The loss of each example, (B,)."""
         raise NotImplementedError

@@ -14,8 +14,10 @@ from rich.console import Console
 
 from qaroma.config.levels import LEVELS
 from qaroma.config.load import dump_config
+from qaroma.config.metrics import metrics_of
 from qaroma.config.presets import Decision
 from qaroma.config.schema import Config, ResolvedConfig
+from qaroma.config.tasks import PREFERENCE
 from qaroma.inference.answer_test import Answers, AnswerTest, read_conversations
 from qaroma.method.targets import unadaptable
 from qaroma.model.builtin import ResolvedModel
@@ -33,6 +35,7 @@ from qaroma.training.interruptions import interruptions_told
 from qaroma.training.live_page import LivePage
 from qaroma.training.prepare import PreparedData, prepare_data
 from qaroma.training.progress import ProgressView
+from qaroma.training.reference import add_reference
 from qaroma.training.restore import restored
 from qaroma.training.resume import resumed_config
 from qaroma.training.session import Session
@@ -87,6 +90,7 @@ def _train(
     if not resume:
         held.enter_context(locked(run.path))
         run.create(dump_config(data.config))
+        add_reference(session, console)
     state = restored(session, console) if resume else FitState()
     if not list_checkpoints(run.checkpoints):
         save_state(session, state)  # there is one from the first moment on: what has none lost it
@@ -124,7 +128,7 @@ def _answer_test(data: PreparedData) -> AnswerTest | None:
     conversations = read_conversations(
         [(chosen.data, 1.0)],
         columns=reading.columns,
-        feedback=reading.feedback,
+        feedback="good" if data.config.task == PREFERENCE else reading.feedback,
         rows=chosen.rows,
         skip_bad=reading.skip_bad_rows,
     )
@@ -201,6 +205,9 @@ def _summary(
             scores.append(
                 Score(session.task.metric, figures["metric_before"], figures["metric_best"], session.task.metric)
             )
+        for name in metrics_of(PREFERENCE)[1:] if session.task.name == PREFERENCE else ():
+            values = dict(run.validation(name).points)
+            scores.append(Score(name, values.get(0), values.get(figures["best_step"]), name))
     if after:
         scores.append(Score("exact match", before.exact_match if before else None, after.exact_match, "exact_match"))
     shown = session.config.evaluation.show

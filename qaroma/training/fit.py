@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, NoReturn
 
 import torch
+from torch import Tensor
 
 from qaroma.config.metrics import metric_facts
 from qaroma.errors import QaromaError
@@ -72,7 +73,7 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
         record = _train_step(session, state, view)
         if saved:  # that checkpoint has gone on well, so that older ones are not needed to go back to
             keep_newest(session.run.checkpoints, keep)
-        events = method.step(record["loss"])
+        events = method.step(record["figures"]["loss"])
         _record_step(session, state, record, events, view)
         ranks = _log_ranks(session, state, ranks)
         _probe(session, state, view)
@@ -106,8 +107,8 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
 def _train_step(session: Session, state: FitState, view: ProgressView) -> dict[str, Any]:
     """Forward and backward passes of one step; gradients are left for the method."""
     start = time.perf_counter()
-    loss, tokens = _gradients(session, state, view)
-    return {"loss": loss, "tokens": tokens, "start": start}
+    figures, tokens = _gradients(session, state, view)
+    return {"figures": figures, "tokens": tokens, "start": start}
 
 
 def _probe(session: Session, state: FitState, view: ProgressView) -> None:
@@ -119,8 +120,8 @@ def _probe(session: Session, state: FitState, view: ProgressView) -> None:
     state.seconds += time.perf_counter() - start
 
 
-def _gradients(session: Session, state: FitState, view: ProgressView) -> tuple[float, int]:
-    """Mean loss and tokens of the next step's examples; saves memory and tries again where it does not suffice.
+def _gradients(session: Session, state: FitState, view: ProgressView) -> tuple[dict[str, float], int]:
+    """Figures and tokens of the next step's examples; saves memory and tries again where it does not suffice.
 
     Raises:
         QaromaError: the loss or the gradient is not finite.
@@ -129,18 +130,18 @@ def _gradients(session: Session, state: FitState, view: ProgressView) -> tuple[f
         micro_batches = session.plan.step(state.step)
         batches = [session.task.collate([session.train[i] for i in indices]) for indices in micro_batches]
         try:
-            loss = accumulate(session, batches)
+            figures = accumulate(session, batches)
             break
         except torch.OutOfMemoryError:
             # Outside the except clause the failed step's tensors are gone, and can be given back.
             pass
         session.method.zero_grad()
         view.console.print(f"step {state.step + 1}: out of memory; {relieve(session)}", style="yellow")
-    if not math.isfinite(loss):
-        _stop(session, state, f"the loss of step {state.step + 1} is {loss}")
+    if not math.isfinite(figures["loss"]):
+        _stop(session, state, f"the loss of step {state.step + 1} is {figures['loss']}")
     if not math.isfinite(session.method.gradient_norm()):
         _stop(session, state, f"the gradient of step {state.step + 1} is not finite")
-    return loss, sum(batch.tokens for batch in batches)
+    return figures, sum(batch.tokens for batch in batches)
 
 
 def _stop(session: Session, state: FitState, what: str) -> NoReturn:
@@ -179,22 +180,23 @@ def _smaller_rates(session: Session) -> str:
     return f"{typed} --set training.head_learning_rate={min(rate, LARGEST_RATE) / 2:.1e}"
 
 
-def accumulate(session: Session, batches: Sequence[Batch]) -> float:
-    """Gradients of the mean loss over all trained tokens of these micro-batches, however they are cut.
+def accumulate(session: Session, batches: Sequence[Batch]) -> dict[str, float]:
+    """Gradients of the mean loss over all that these micro-batches count, however they are cut.
 
     Returns:
-        That mean loss; one synchronisation with the device.
+        That mean loss first, and the means of what else the task tells of a step; one synchronisation with the device.
     """
     count = sum(batch.counted for batch in batches)
-    total = torch.zeros((), device=session.accelerator.device)
+    totals: dict[str, Tensor] = {}
     for batch in batches:
-        loss_sum, _ = session.task.loss(session.model, batch.to(session.accelerator.device))
+        loss_sum, told = session.task.step(session.model, batch.to(session.accelerator.device))
         session.accelerator.backward(loss_sum / count)
-        total += loss_sum.detach()
+        for name, value in {"loss": loss_sum.detach(), **told}.items():
+            totals[name] = totals[name] + value if name in totals else value
     penalty = session.method.penalty()
     if penalty is not None:
         session.accelerator.backward(penalty)
-    return total.item() / count
+    return dict(zip(totals, (torch.stack(list(totals.values())) / count).tolist(), strict=True))
 
 
 def _record_step(
@@ -209,7 +211,7 @@ def _record_step(
     ranks = method.ranks().values()
     line = {
         "step": state.step,
-        "loss": record["loss"],
+        **record["figures"],
         "learning_rate": method.learning_rate,
         "mean_rank": sum(ranks) / len(ranks),
         "active_modules": method.active_modules(),

@@ -9,6 +9,7 @@ import torch
 
 from qaroma.config.levels import LEVELS
 from qaroma.config.schema import ResolvedConfig
+from qaroma.config.tasks import PREFERENCE
 from qaroma.config.words import memory_size
 from qaroma.engine.levels import apply_level
 from qaroma.errors import QaromaError
@@ -63,6 +64,12 @@ def relieve(session: Session) -> str:
     if (last or not LEVELS[session.level + 1].exact) and session.plan.micro_batch > 1:
         session.plan.micro_batch //= 2
         return f"going on with micro-batches of {session.plan.micro_batch}, the same effective batch"
+    if not last and session.config.task == PREFERENCE and not LEVELS[session.level + 1].exact:
+        raise QaromaError(
+            f"out of memory at memory level {session.level} with one pair at a time; the next level has another head "
+            f"than the one that the reference was computed with. Go on with a new one: {session.run.resume_command} "
+            f"--memory {session.level + 1}"
+        )
     if not last:
         session.level += 1
         enter_level(session.model, session.level, session.config)
@@ -97,17 +104,18 @@ def choose_level(config: ResolvedConfig, base: FoundModel, device: torch.device)
     if asked != "auto":
         return int(asked)
     free = free_bytes(device)
-    tokens = config.training.micro_batch * config.data.max_length
+    tokens = config.training.micro_batch * config.sequences * config.data.max_length
     bound = generous_bound(base.config.get_text_config(), tokens)
     if bound < SMALL_SHARE * free:
         return 0
-    if config.task != "causal-lm":  # the planner traces language models
+    if not config.writes_text:  # the planner traces language models
         return 0 if bound < free else 1
     targets = config.growth.target_modules
     settings = StepSettings(
         level=0,
         seq_len=config.data.max_length,
         micro_batch=config.training.micro_batch,
+        sequences=config.sequences,
         inner_rank=config.largest_training_rank,
         targets=targets if isinstance(targets, str) else tuple(targets),
         quantized=config.model.quantization != "none",

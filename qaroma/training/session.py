@@ -72,7 +72,7 @@ class Session:
     def validation_batches(self) -> Iterator[Batch]:
         """The validation rows, similar lengths together, in micro-batches; always the same."""
         if not self._validation_batches:
-            ordered = sorted(self.validation, key=lambda e: len(e.input_ids))
+            ordered = sorted(self.validation, key=lambda e: e.tokens)
             size = self.config.training.micro_batch
             chunks = [ordered[i : i + size] for i in range(0, len(ordered), size)]
             self._validation_batches = [self.task.collate(chunk) for chunk in chunks]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from qaroma.config.growth_settings import growth_settings
 from qaroma.config.levels import LEVELS
 from qaroma.config.methods import METHODS
 from qaroma.config.schema import ResolvedConfig
+from qaroma.config.tasks import PREFERENCE
 from qaroma.errors import QaromaError
-from qaroma.method.base import Method, MethodOptions
+from qaroma.method.base import AdapterMethod, Method, MethodOptions
 from qaroma.method.head import TrainedHead, head_names, is_inside
 from qaroma.method.targets import find_targets
 from qaroma.model.base import fingerprint, load_base, resolve_dtype
@@ -57,7 +59,7 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
     require_known_head(model)
     training = config.training
     plan = BatchPlan(
-        [len(e.input_ids) for e in data.train],
+        [e.tokens for e in data.train],
         micro_batch=training.micro_batch,
         grad_accum=training.grad_accum,
         seed=training.seed,
@@ -69,7 +71,7 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
         model=model,
         base_name=config.model.name,
         fingerprint=identity,
-        remember=data.remember,
+        remember=replace(data.remember, start=_start(method)) if config.task == PREFERENCE else data.remember,
         task=data.task,
         method=method,
         head=head,
@@ -80,6 +82,14 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
         sampler=_sampler(data),
         level=level,
     )
+
+
+def _start(method: Method) -> dict[str, int]:
+    """How many ranks of each module a method that has not begun goes on from; empty where it begins with nothing."""
+    if not isinstance(method, AdapterMethod):
+        return {}
+    frozen = {name: len(layer.frozen_factors()[0]) for name, layer in method.adapter.layers.items()}
+    return {name: rank for name, rank in frozen.items() if rank}
 
 
 def _accelerator(config: ResolvedConfig, run: RunDirectory) -> Accelerator:
