@@ -17,7 +17,6 @@ from qaroma.config.load import dump_config
 from qaroma.config.presets import Decision
 from qaroma.config.schema import Config, ResolvedConfig
 from qaroma.inference.answer_test import Answers, AnswerTest, read_conversations
-from qaroma.method.targets import unadaptable
 from qaroma.model.builtin import ResolvedModel
 from qaroma.report.keyfigures import ENDINGS
 from qaroma.report.summary import BeforeAfter, RunSummary, Score, print_summary
@@ -82,7 +81,7 @@ def _train(
     """
     test = _answer_test(data)
     session = build_session(data, run)
-    for note in (f"memory level {session.level}: {LEVELS[session.level].summary}", *unadaptable(session.model)):
+    for note in (f"memory level {session.level}: {LEVELS[session.level].summary}", *session.notes):
         console.print(note, highlight=False, markup=False)
     if not resume:
         held.enter_context(locked(run.path))
