@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qaroma.method.dequantise import dense_weight, layer_shape
+from qaroma.method.head import backbone
 
 TOLERANCE = 0.05  # of the norm of an answer: 4-bit kernels sum in 16 bits
 _TOKENS = 8
@@ -88,7 +89,7 @@ def _uncalled(kind: Any, config_kind: Any, said: str) -> frozenset[str]:
             names.update((module, name) for name, module in model.named_modules())
             for module in names:
                 module.register_forward_hook(lambda one, *_: called.add(names[one]))
-            model.base_model(input_ids=torch.ones(1, _TOKENS, dtype=torch.int64))
+            backbone(model)(input_ids=torch.ones(1, _TOKENS, dtype=torch.int64))
     except Exception:  # a step that depends on values ends here: what ran until then is judged
         pass
     layers = [name for module, name in names.items() if has_matrix(module)]
