@@ -11,8 +11,9 @@ import torch
 
 from qaroma.errors import QaromaError
 from qaroma.export import gguf_adapter, gguf_model
+from qaroma.export.gguf_layout import read_linears
 from qaroma.export.gguf_names import GgufNames
-from qaroma.export.gguf_vocab import pre_tokenizer_name
+from qaroma.export.gguf_vocab import check_vocabulary
 from qaroma.export.live import LiveModel
 from qaroma.export.merged import copy_code, write_generation_settings, write_merged
 from qaroma.export.ollama import modelfile
@@ -27,7 +28,7 @@ from qaroma.export.selftest import (
     share_arrived,
 )
 from qaroma.export.subject import Subject
-from qaroma.export.weights import checkpoint_tensors, gguf_tensors
+from qaroma.export.weights import checkpoint_tensors
 from qaroma.method.factors import Factors
 from qaroma.runs.adapter import write_adapter_files
 from qaroma.runs.peft_limits import told_of_peft
@@ -87,7 +88,7 @@ def _check_gguf(subject: Subject, update: dict[str, Factors], outtype: str) -> N
     _check_gguf_adapter(subject, update, outtype)
     gguf_model.check_outtype(outtype)
     gguf_model.check_positions(subject.config)
-    pre_tokenizer_name(subject.tokenizer)
+    check_vocabulary(subject.tokenizer, subject.template)
 
 
 def _write_peft(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
@@ -124,7 +125,7 @@ def _write_merged(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: s
 def _write_gguf(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
     subject = tuned.subject
     gguf_model.write_gguf_model(
-        folder, tuned.tensors(), tuned.stored_update(), subject.config, subject.tokenizer, subject.template,
+        folder, tuned.tensors(), tuned.update, subject.config, subject.tokenizer, subject.template,
         outtype=outtype, name=subject.name,
     )  # fmt: skip
     text = modelfile(subject.template, subject.tokenizer, subject.config, model=gguf_model.FILE)
@@ -151,7 +152,7 @@ def _test_lora(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str)
 
 def _test_gguf_adapter(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> SelfTest:
     """Read with gguf-py and applied by llama.cpp's rules; llama.cpp itself would need a GGUF of the base."""
-    read = gguf_adapter.read_gguf_adapter(folder / gguf_adapter.FILE, tuned.subject.config)
+    read = gguf_adapter.read_gguf_adapter(folder / gguf_adapter.FILE, tuned.subject.config, tuned.update)
     with on_hooks(tuned.model(), read):
         tolerance = LOGIT_TOLERANCE[_NAMES[dtype]]
         engine = "gguf-py, by llama.cpp's rules"
@@ -174,7 +175,7 @@ def _test_gguf(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str)
     """In llama.cpp where it is installed, else through transformers' own GGUF reader."""
     subject, path = tuned.subject, folder / gguf_model.FILE
     live = tuned.merged_answers()
-    share = share_arrived(gguf_tensors(path, subject.config), tuned.tensors(), tuned.stored_update())
+    share = share_arrived(read_linears(path, subject.config, tuned.update), tuned.tensors(), tuned.update)
     kind = _OUTTYPE_TOLERANCE[outtype]
     if installed("xllamacpp"):
         engine = LlamaCpp(path, context=max(len(one.ids) for one in live))
