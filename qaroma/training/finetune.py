@@ -25,6 +25,7 @@ from qaroma.runs.directory import RunDirectory
 from qaroma.runs.figures import figures_of
 from qaroma.runs.files import write_atomically
 from qaroma.runs.lock import locked
+from qaroma.runs.peft_limits import told_of_peft
 from qaroma.runs.reading import read_run
 from qaroma.runs.stop import StopRequest
 from qaroma.training.fit import Ending, FitState, fit, save_state
@@ -217,6 +218,7 @@ def _summary(
         examples=examples,
         evaluation_data=(session.config.evaluation.data if after else None) or session.config.data.validation,
         outputs=session.remember.outputs,
+        in_peft=told_of_peft(session.model.config, run.adapter_ranks()) is None,
     )
 
 
