@@ -164,6 +164,11 @@ def test_the_generate_command_survives_the_shell(prompt: str, monkeypatch: pytes
     assert shlex.split(next_commands(run)[0]) == ["qaroma", "generate", "runs/my run", " ".join(prompt.split())]
 
 
+def test_an_adapter_that_peft_does_not_load_is_not_said_to() -> None:
+    assert any("PeftModel" in line for line in next_commands(RUN))
+    assert not any("PEFT" in line or "Peft" in line for line in next_commands(dataclasses.replace(RUN, in_peft=False)))
+
+
 def test_the_peft_lines_are_python() -> None:
     lines = next_commands(dataclasses.replace(RUN, base='a "b"', base_gguf="x.gguf"))[-2:]
     compile("\n".join(line.strip() for line in lines), "printed", "exec")

@@ -11,20 +11,43 @@ import torch
 from torch import Tensor, nn
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a layer keeps its weight as (N, M), as GPT-2's ``Conv1D`` does."""
+    return hasattr(module, "nf")
+
+
+def is_stored_transposed(module: nn.Module) -> bool:
+    """Whether a checkpoint holds a layer's weight as (N, M), though it may lie here in 4 bits, as (M, N)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return is_transposed(module) or getattr(module, "source_cls", None) is Conv1D
+
+
+def layer_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(M, N) of a layer by the sizes that it tells; None where it tells none."""
+    told: Any = module
+    if is_transposed(module):
+        return told.nf, told.nx
+    sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    return None if None in sizes else sizes  # type: ignore[return-value]
+
+
 def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
     """The weight of a linear layer as a dense matrix.
 
     Args:
-        module: ``nn.Linear`` or bitsandbytes ``Linear4bit``.
+        module: ``nn.Linear``, ``Conv1D`` or bitsandbytes ``Linear4bit``.
         dtype: dtype of the result; a 4-bit weight is dequantised in the dtype it was quantised from first.
 
     Returns:
-        Tensor of shape (M, N), without gradient; the weight itself where it is plain and of that dtype.
+        Tensor of shape (M, N), without gradient; the weight itself, or a view of it, where it is plain and of
+        that dtype.
     """
     weight: Any = module.weight
     state = getattr(weight, "quant_state", None)
     if state is None:
-        return weight.detach().to(dtype)  # type: ignore[no-any-return]
+        plain = weight.detach().to(dtype)
+        return plain.T if is_transposed(module) else plain  # type: ignore[no-any-return]
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(weight.data, state).to(dtype)  # type: ignore[no-any-return]
@@ -66,7 +89,7 @@ def dense_rows(module: nn.Module, start: int, stop: int, dtype: torch.dtype, max
     weight: Any = module.weight
     state = getattr(weight, "quant_state", None)
     if state is None:
-        return weight.detach()[start:stop].to(dtype)  # type: ignore[no-any-return]
+        return dense_weight(module, weight.dtype)[start:stop].to(dtype)
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     columns = state.shape[1]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qaroma.errors import QaromaError
 from qaroma.method.head import classifier_around, classifier_head, may_be_new, unsaid_about_the_head
+from qaroma.method.linear import uncalled_layers
 from qaroma.model.bnb import bnb
 from qaroma.model.builtin import ResolvedModel, resolve_model
 from qaroma.model.devices import device_map, without_hooks
@@ -27,6 +28,7 @@ from qaroma.model.failures import explained, readable
 from qaroma.model.found import FoundModel, find_model, loader_keywords, stored_quantization
 from qaroma.model.gguf import load_gguf, load_gguf_tokenizer
 from qaroma.model.hostmemory import FreedMemoryGoesBack
+from qaroma.model.skeleton import skeleton
 from qaroma.model.tokenizer_file import require_bounded
 from qaroma.model.weight_files import require_safetensors
 
@@ -215,7 +217,8 @@ def load_base(
     bnb_config = None
     if stored is None and quantization != "none":
         bnb_config = _bnb_config(quantization, double_quantization, dtype)
-        bnb_config.llm_int8_skip_modules = _left_dense(config, quantize_head, classifier=num_labels is not None)
+        with explained(model.name, gguf=place.gguf_file is not None):
+            bnb_config.llm_int8_skip_modules = _left_dense(model, config, quantize_head, num_labels is not None)
     apart = host_embeddings and num_labels is None and stored is None and place.gguf_file is None
     with explained(model.name, gguf=place.gguf_file is not None), FreedMemoryGoesBack():
         implementation = _implementation(attention)
@@ -245,11 +248,16 @@ def _bnb_config(quantization: str, double_quantization: bool, dtype: torch.dtype
     )
 
 
-def _left_dense(config: Any, quantize_head: bool, *, classifier: bool) -> list[str] | None:
-    """Modules that stay dense; None lets transformers leave the output head out, which it does only then."""
+def _left_dense(found: FoundModel, config: Any, quantize_head: bool, classifier: bool) -> list[str]:
+    """Modules that stay dense: the head, and layers whose weights the model's own code multiplies by."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    network = skeleton(config, trust_remote_code=found.trust_remote_code, classifier=classifier)
+    uncalled = sorted(uncalled_layers(network))
     if classifier:
-        return [*classifier_head(config), "pooler"]
-    return [] if quantize_head and not config.get_text_config().tie_word_embeddings else None
+        return [*classifier_head(config), "pooler", *uncalled]
+    packed_head = quantize_head and not config.get_text_config().tie_word_embeddings
+    return uncalled if packed_head else [*get_keys_to_not_convert(network), *uncalled]
 
 
 def _read(

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from qaroma.model.skeleton import skeleton
+
 
 def device_map(config: Any, device: torch.device, *, host_embeddings: bool, trust_remote_code: bool) -> dict[str, Any]:
     """Where transformers is to load the parts of a causal model.
@@ -30,10 +32,7 @@ def device_map(config: Any, device: torch.device, *, host_embeddings: bool, trus
 
 
 def _embeddings_name(config: Any, trust_remote_code: bool) -> str:
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    network = skeleton(config, trust_remote_code=trust_remote_code)
     table = network.get_input_embeddings()
     return next(str(name) for name, module in network.named_modules() if module is table)
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qaroma.method.linear import uncalled_layers
+
 # Architectures whose tensors are those of transformers but for their names (gguf's own table) and the order of
 # llama's query and key rows. Experts are fused in the file: a name is then missing, and transformers' reader is taken.
 _STREAMED = frozenset({"llama", "qwen2", "qwen3"})
@@ -174,9 +176,9 @@ def quantise_linears(model: Any, bnb_config: Any, device: torch.device) -> None:
     """
     from qaroma.model.bnb import bnb
 
-    head = model.get_output_embeddings()
+    head, uncalled = model.get_output_embeddings(), uncalled_layers(model)
     for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or module is head:
+        if type(module) is not nn.Linear or module is head or name in uncalled:
             continue
         with torch.device("meta"):
             new = bnb.nn.Linear4bit(

@@ -16,6 +16,7 @@ from qaroma.errors import QaromaError
 from qaroma.method.aroma import GrowthController
 from qaroma.method.attach import attach
 from qaroma.method.growth import GrowthSettings
+from qaroma.method.head import backbone
 from qaroma.plan.counter import LiveStorages, Peak
 from qaroma.plan.weightless import weightless
 from qaroma.plan.weightless_model import materialise, tensors_of, weightless_model
@@ -152,7 +153,7 @@ def _step(model: Any, method: GrowthController, settings: StepSettings, counter:
 @contextmanager
 def _booked_by_place(model: Any, counter: LiveStorages) -> Iterator[None]:
     """Tell the counter what the forward pass is doing: a layer, what lies between layers, or the loss."""
-    decoder = model.base_model
+    decoder = backbone(model)
     forward = True
 
     def inside(*_: Any) -> None:

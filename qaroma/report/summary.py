@@ -71,6 +71,7 @@ class RunSummary:
         evaluation_data: what the scores were measured on, as ``--data`` takes it.
         base_gguf: file name in ``base`` if the base is a GGUF file.
         outputs: of a classifier or regression; None where the model writes text.
+        in_peft: whether PEFT loads the adapter whole.
     """
 
     run: str
@@ -85,6 +86,7 @@ class RunSummary:
     evaluation_data: str | None = None
     base_gguf: str | None = None
     outputs: int | None = None
+    in_peft: bool = True
 
 
 def print_summary(run: RunSummary, console: Console | None = None) -> None:
@@ -109,7 +111,7 @@ def print_summary(run: RunSummary, console: Console | None = None) -> None:
 
 
 def next_commands(run: RunSummary) -> list[str]:
-    """The commands to type after a run, and the Python lines that load its adapter in PEFT."""
+    """The commands to type after a run, and the Python lines that load its adapter in PEFT, where it does."""
     where = quoted(Path(run.run).as_posix())
     prompt = quoted(" ".join(run.examples[0].prompt.split())) if run.examples else '"your prompt"'
     data = quoted(run.evaluation_data) if run.evaluation_data else "FILE"
@@ -118,12 +120,15 @@ def next_commands(run: RunSummary) -> list[str]:
     if run.outputs is not None:
         loader, keywords = "AutoModelForSequenceClassification", f"{keywords}, num_labels={run.outputs}"
     base, adapter = (json.dumps(Path(path).as_posix(), ensure_ascii=False) for path in (run.base, run.adapter))
-    return [
-        *([f"qaroma generate {where} {prompt}"] if run.outputs is None else []),
-        f"qaroma evaluate {where} --data {data}",
+    in_python = [
         "in Python, with PEFT:",
         f"  base = {loader}.from_pretrained({base}{keywords})",
         f"  model = PeftModel.from_pretrained(base, {adapter})",
+    ]
+    return [
+        *([f"qaroma generate {where} {prompt}"] if run.outputs is None else []),
+        f"qaroma evaluate {where} --data {data}",
+        *(in_python if run.in_peft else []),
     ]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qaroma.data.encode import IGNORED, Example
 from qaroma.engine.loss import LMHead, linear_cross_entropy
 from qaroma.errors import QaromaError
+from qaroma.method.head import backbone
 from qaroma.tasks.evaluation import evaluate_loss
 
 # The head is asked where its largest logit is this: a soft cap bends nothing that lies far below it.
@@ -137,8 +138,7 @@ def hidden_states(model: nn.Module, batch: TokenBatch) -> Tensor:
     No attention mask is passed: rows are padded on the right, so causality keeps padding out, and
     the fast causal kernels apply.
     """
-    decoder: Any = model.base_model
-    output = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+    output = backbone(model)(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
     return output.last_hidden_state  # type: ignore[no-any-return]
 
 

@@ -19,7 +19,6 @@ from qaroma.config.presets import Decision
 from qaroma.config.schema import Config, ResolvedConfig
 from qaroma.config.tasks import PREFERENCE
 from qaroma.inference.answer_test import Answers, AnswerTest, read_conversations
-from qaroma.method.targets import unadaptable
 from qaroma.model.builtin import ResolvedModel
 from qaroma.report.keyfigures import ENDINGS
 from qaroma.report.summary import BeforeAfter, RunSummary, Score, print_summary
@@ -28,6 +27,7 @@ from qaroma.runs.directory import RunDirectory
 from qaroma.runs.figures import figures_of
 from qaroma.runs.files import write_atomically
 from qaroma.runs.lock import locked
+from qaroma.runs.peft_limits import told_of_peft
 from qaroma.runs.reading import read_run
 from qaroma.runs.stop import StopRequest
 from qaroma.training.fit import Ending, FitState, fit, save_state
@@ -85,7 +85,7 @@ def _train(
     """
     test = _answer_test(data)
     session = build_session(data, run)
-    for note in (f"memory level {session.level}: {LEVELS[session.level].summary}", *unadaptable(session.model)):
+    for note in (f"memory level {session.level}: {LEVELS[session.level].summary}", *session.notes):
         console.print(note, highlight=False, markup=False)
     if not resume:
         held.enter_context(locked(run.path))
@@ -225,6 +225,7 @@ def _summary(
         examples=examples,
         evaluation_data=(session.config.evaluation.data if after else None) or session.config.data.validation,
         outputs=session.remember.outputs,
+        in_peft=told_of_peft(session.model.config, run.adapter_ranks()) is None,
     )
 
 

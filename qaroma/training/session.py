@@ -44,6 +44,7 @@ class Session:
         accelerator: device and backward pass.
         sampler: answers chosen prompts while the run trains; None where there are none.
         level: memory level that the model is in (:data:`qaroma.config.levels.LEVELS`).
+        notes: sentences on what of the base no adapter takes.
     """
 
     config: ResolvedConfig
@@ -62,6 +63,7 @@ class Session:
     accelerator: Accelerator
     sampler: Sampler | None = None
     level: int = 0
+    notes: list[str] = field(default_factory=list)
     _validation_batches: list[Batch] = field(default_factory=list)
 
     @cached_property

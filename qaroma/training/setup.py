@@ -18,7 +18,7 @@ from qaroma.config.tasks import PREFERENCE
 from qaroma.errors import QaromaError
 from qaroma.method.base import AdapterMethod, Method, MethodOptions
 from qaroma.method.head import TrainedHead, head_names, is_inside
-from qaroma.method.targets import find_targets
+from qaroma.method.targets import find_targets, unadaptable
 from qaroma.model.base import fingerprint, load_base, resolve_dtype
 from qaroma.runs.adapter import continue_from
 from qaroma.runs.directory import RunDirectory
@@ -51,6 +51,7 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
     names = head_names(model, model.new_parameters) if data.template is None else []
     if names:
         model.config.pad_token_id = data.tokenizer.pad_token_id  # decoders look for the last token before it
+    notes = unadaptable(model)
     told = told_of_peft(model.config, find_targets(model, config.growth.target_modules))
     if told is not None:
         logger.warning(told)
@@ -81,6 +82,7 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
         accelerator=accelerator,
         sampler=_sampler(data),
         level=level,
+        notes=notes,
     )
 
 
