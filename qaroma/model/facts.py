@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qaroma.config.presets import ModelFacts
+from qaroma.config.tasks import WRITING
 from qaroma.method.dequantise import layer_shape
 from qaroma.method.targets import find_targets
 from qaroma.model.found import FoundModel
