@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from qaroma.model.replaced import replaced
+
 
 def device_map(config: Any, device: torch.device, *, host_embeddings: bool, trust_remote_code: bool) -> dict[str, Any]:
     """Where transformers is to load the parts of a causal model.
@@ -43,17 +45,12 @@ def without_hooks(devices: dict[str, Any]) -> Iterator[None]:
     """Load a model to two devices without what transformers hangs on such: hooks that copy a whole table
     to the device for every lookup. :class:`qaroma.engine.placement.HostEmbedding` copies the rows alone.
 
-    transformers has no switch for it, so its function is replaced while the block runs.
+    transformers has no switch for it.
     """
     if len(devices) == 1:
         yield
         return
     from transformers import modeling_utils
 
-    modules: Any = modeling_utils
-    dispatch = modules.accelerate_dispatch
-    modules.accelerate_dispatch = lambda *_, **__: None
-    try:
+    with replaced(modeling_utils, "accelerate_dispatch", lambda *_, **__: None):
         yield
-    finally:
-        modules.accelerate_dispatch = dispatch

@@ -129,7 +129,7 @@ def _gradients(session: Session, state: FitState, view: ProgressView) -> tuple[f
         micro_batches = session.plan.step(state.step)
         batches = [session.task.collate([session.train[i] for i in indices]) for indices in micro_batches]
         try:
-            loss = accumulate(session, batches)
+            loss, norm = accumulate(session, batches)
             break
         except torch.OutOfMemoryError:
             # Outside the except clause the failed step's tensors are gone, and can be given back.
@@ -138,7 +138,7 @@ def _gradients(session: Session, state: FitState, view: ProgressView) -> tuple[f
         view.console.print(f"step {state.step + 1}: out of memory; {relieve(session)}", style="yellow")
     if not math.isfinite(loss):
         _stop(session, state, f"the loss of step {state.step + 1} is {loss}")
-    if not math.isfinite(session.method.gradient_norm()):
+    if not math.isfinite(norm):
         _stop(session, state, f"the gradient of step {state.step + 1} is not finite")
     return loss, sum(batch.tokens for batch in batches)
 
@@ -179,11 +179,11 @@ def _smaller_rates(session: Session) -> str:
     return f"{typed} --set training.head_learning_rate={min(rate, LARGEST_RATE) / 2:.1e}"
 
 
-def accumulate(session: Session, batches: Sequence[Batch]) -> float:
+def accumulate(session: Session, batches: Sequence[Batch]) -> tuple[float, float]:
     """Gradients of the mean loss over all trained tokens of these micro-batches, however they are cut.
 
     Returns:
-        That mean loss; one synchronisation with the device.
+        That mean loss and the gradients' joint norm: what a step waits for the device for, once.
     """
     count = sum(batch.counted for batch in batches)
     total = torch.zeros((), device=session.accelerator.device)
@@ -194,7 +194,8 @@ def accumulate(session: Session, batches: Sequence[Batch]) -> float:
     penalty = session.method.penalty()
     if penalty is not None:
         session.accelerator.backward(penalty)
-    return total.item() / count
+    loss_sum, norm = torch.stack([total, session.method.gradient_norm()]).tolist()
+    return loss_sum / count, norm
 
 
 def _record_step(
