@@ -57,7 +57,7 @@ def ids_at_hand(model: Any, ids: Tensor | None) -> Iterator[None]:
         model: transformers model; one whose embeddings lie elsewhere is left alone.
         ids: (B, L) on the host, what every pass inside is given on the device; None where they are not there.
     """
-    embeddings = model.get_input_embeddings()
+    embeddings = None if ids is None else model.get_input_embeddings()
     if not isinstance(embeddings, HostEmbedding):
         yield
         return

@@ -40,7 +40,7 @@ class TokenBatch:
         trained: (T,) int64, where the counted tokens stand in the flattened labels; made with the
             batch, so that no loss has to ask the device.
         weights: (T,) fp32, the factor of each counted token's loss; None where all are 1.
-        ids_on_host: ``input_ids`` of a batch that was brought to a device, as they were before.
+        ids_on_host: ``input_ids`` of a batch that was brought to a card, as they were before.
     """
 
     input_ids: Tensor
@@ -64,7 +64,7 @@ class TokenBatch:
             position_ids=to_device(self.position_ids, device),
             trained=to_device(self.trained, device),
             weights=None if self.weights is None else to_device(self.weights, device),
-            ids_on_host=self.input_ids,
+            ids_on_host=None if device.type == "cpu" else self.input_ids,
         )
 
     @property

@@ -31,7 +31,7 @@ class LabelledBatch:
         token_type_ids: (B, L) int64, or None where the base has none.
         labels: (B,), int64 class indices or fp32 figures.
         tokens: without padding.
-        ids_on_host: ``input_ids`` of a batch that was brought to a device, as they were before.
+        ids_on_host: ``input_ids`` of a batch that was brought to a card, as they were before.
     """
 
     input_ids: Tensor
@@ -52,7 +52,7 @@ class LabelledBatch:
             attention_mask=to_device(self.attention_mask, device),
             token_type_ids=None if self.token_type_ids is None else to_device(self.token_type_ids, device),
             labels=to_device(self.labels, device),
-            ids_on_host=self.input_ids,
+            ids_on_host=None if device.type == "cpu" else self.input_ids,
         )
 
 

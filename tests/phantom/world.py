@@ -15,13 +15,15 @@ from conftest import tiny_config
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from phantom.card import CARD, Card, real_zeros
+from phantom.card import CARD, Card, place, real_zeros
 from qaroma.config.levels import LEVELS
 from qaroma.data.encode import Example
 from qaroma.engine.levels import apply_level
 from qaroma.method.aroma import GrowthController
 from qaroma.method.attach import attach
-from qaroma.method.growth import GrowthSettings
+from qaroma.method.base import MethodState
+from qaroma.method.factors import Factors
+from qaroma.method.growth import GrowthEvent, GrowthSettings
 from qaroma.model.bnb import bnb
 from qaroma.plan.weightless_model import materialise, weightless_model
 from qaroma.runs import checkpoint, peft_lora
@@ -73,34 +75,43 @@ def batch(rows: int = 2, length: int = 64, lengths: tuple[int, ...] = ()) -> Tok
     return CausalLM().collate([example] * rows)
 
 
-def step(model: Any, method: Any, batches: Sequence[Any], task: Any = None) -> None:
-    """One step of the loop: gradients, the look at them, the update."""
+def gradients(model: Any, method: Any, batches: Sequence[Any], task: Any = None) -> float:
+    """The gradients of a step, as the loop makes them; returns the loss."""
     accelerator = SimpleNamespace(device=CARD, backward=lambda loss: loss.backward())
     session: Any = SimpleNamespace(task=task or CausalLM(), model=model, method=method, accelerator=accelerator)
-    loss, _ = fit.accumulate(session, batches)
-    method.step(loss)
+    return fit.accumulate(session, batches)[0]
 
 
-def in_generation(name: str) -> bool:
-    """Whether a function of that name has asked."""
-    import sys
+def step(model: Any, method: Any, batches: Sequence[Any], task: Any = None) -> list[GrowthEvent]:
+    """One step of the loop: gradients, the look at them, the update, growth."""
+    return method.step(gradients(model, method, batches, task))
 
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == name:
-            return True
-        frame = frame.f_back
-    return False
+
+def on_host(method: Any) -> dict[str, Factors]:
+    """A method's factors as an adapter's folder gives them back."""
+    return {name: Factors(A.cpu(), B.cpu()) for name, (A, B) in method.factors().items()}
+
+
+def as_saved(state: MethodState) -> MethodState:
+    """A state as a checkpoint gives it back: on the host, and real."""
+    real = {name: real_zeros(t.shape, t.dtype) for name, t in state.tensors.items() if name != "generator"}
+    return MethodState({**real, "generator": state.tensors["generator"]}, state.values)
+
+
+# Where transformers asks whether an answer has ended.
+_END_CHECKS = ("_sample", "__call__", "_has_unfinished_sequences")
 
 
 def answers(card: Card, tokens: int) -> None:
-    """Let generation end after so many tokens."""
-    asked = iter(range(10_000))
+    """Let generation end after so many tokens; nothing else is true."""
+    asked = 0
 
     def scalar(dtype: torch.dtype) -> Any:
-        if dtype is torch.bool:
-            return in_generation("_sample") and next(asked) >= tokens - 1
-        return 1
+        nonlocal asked
+        if dtype is not torch.bool:
+            return 1
+        asked += place().endswith(tuple(f"utils.{name})" for name in _END_CHECKS))
+        return asked >= tokens
 
     card.scalar = scalar
 
