@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from qaroma.runs.directory import RunDirectory
 from qaroma.training import fit as fit_module
 from qaroma.training.finetune import finetune
 from qaroma.training.prepare import prepare_data
+from qaroma.training.samples import Sampler
 from qaroma.training.setup import build_session
 
 QUIET = Console(quiet=True)
@@ -239,6 +241,31 @@ def test_out_of_memory_saves_memory_and_goes_on_from_where_it_was(
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["validation_metrics", "accumulate", "record"])
+def test_out_of_memory_outside_the_gradients_is_relieved_too(
+    tiny_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The error has another name where a kernel's library, or pinned memory, finds none."""
+    owner = Sampler if name == "record" else fit_module
+    original, failed = getattr(owner, name), []
+
+    def once(*arguments):
+        if not failed:
+            failed.append(name)
+            raise RuntimeError("CUDA error: out of memory")
+        return original(*arguments)
+
+    monkeypatch.setattr(owner, name, once)
+    said = Console(record=True, width=200, quiet=False, file=io.StringIO())
+    config = make_config(
+        tiny_folder, data_file, tmp_path / "run", evaluation__prompts=["count 1"], evaluation__max_new_tokens=2,
+        training__max_steps=2,
+    )  # fmt: skip
+    assert finetune(config, console=said)["steps"] == 2
+    what = {"validation_metrics": "validation", "accumulate": "step 1", "record": "samples"}[name]
+    assert f"{what}: out of memory; going on at memory level 1" in said.export_text()
+
+
 def test_out_of_memory_with_nothing_left_to_save_is_a_clear_error(
     tiny_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,7 +279,7 @@ def test_out_of_memory_with_nothing_left_to_save_is_a_clear_error(
 
 @pytest.mark.parametrize(
     ("schedule", "gibibytes", "level"),
-    [("lockstep", 80, 0), ("lockstep", 12, 1), ("lockstep", 6.5, 2), ("lockstep", 5.5, 3), ("budget", 6.5, 3)],
+    [("lockstep", 80, 0), ("lockstep", 12, 1), ("lockstep", 6.5, 2), ("lockstep", 5.1, 3), ("budget", 6.1, 3)],
 )
 def test_auto_takes_the_fastest_level_that_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str, gibibytes: float, level: int

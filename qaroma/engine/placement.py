@@ -121,7 +121,7 @@ def quantise_head(model: Any, quant_type: str = "nf4", *, double_quantization: b
         device="meta",
     )
     packed.weight = bnb.nn.Params4bit(
-        weight.cpu() if weight.is_cuda else weight.clone(),
+        weight if weight.is_cuda else weight.clone(),  # on a card it is packed from where it lies: a copy may not fit
         requires_grad=False,
         quant_type=quant_type,
         compress_statistics=double_quantization,

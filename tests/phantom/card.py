@@ -142,7 +142,7 @@ class Card:
         yield torch.Tensor, "record_stream", lambda t, stream: order.memory(t).recorded.add(stream)
         yield torch.Tensor, "is_pinned", lambda t, *_: order.memory(t).pinned
         yield torch.Tensor, "pin_memory", lambda t, *_: self._pinned(t)
-        yield torch.Tensor, "numpy", lambda t, **_: real_zeros(t.shape, t.dtype).numpy()
+        yield FakeTensor, "numpy", lambda t, **_: real_zeros(t.shape, t.dtype).numpy()
         for kind in (torch.Tensor, FakeTensor):
             yield kind, "tolist", lambda t: self._tolist(t)
         yield F, "scaled_dot_product_attention", self._attention

@@ -28,7 +28,7 @@ from qaroma.model.bnb import bnb
 from qaroma.plan.weightless_model import materialise, weightless_model
 from qaroma.runs import checkpoint, peft_lora
 from qaroma.tasks.causal_lm import CausalLM, TokenBatch
-from qaroma.training import fit
+from qaroma.training import finetune, fit
 from qaroma.training.batches import BatchPlan
 
 CONFIG = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "tie_word_embeddings": False}
@@ -171,7 +171,8 @@ def whole_program(card: Card) -> Iterator[None]:
             (checkpoint, "save_file", _saved),
             (checkpoint, "load_file", load_file),
             (peft_lora, "save_file", _saved),
-            (peft_lora, "load_file", load_file),
+            (peft_lora, "_read_tensors", for_real(peft_lora._read_tensors)),
+            (finetune, "prepare_data", for_real(finetune.prepare_data)),
             (BatchPlan, "_plan_epoch", for_real(BatchPlan._plan_epoch)),
             (CausalLM, "collate", for_real(CausalLM.collate)),
         ):
