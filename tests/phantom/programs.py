@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import io
 import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from conftest import CHATML, tiny_config
 from rich.console import Console
 
 from phantom.card import CARD, Card
 from phantom.registry import SCENARIOS, Scenario, scenario
-from phantom.world import CONFIG, answers, batch, for_real, growing, real_zeros, step, whole_program
+from phantom.world import CONFIG, answers, batch, for_real, growing, step, trained, whole_program
 from qaroma.config.levels import LEVELS
 from qaroma.config.schema import Config
 from qaroma.engine.levels import apply_level
 from qaroma.engine.placement import HostEmbedding
+from qaroma.errors import QaromaError
 from qaroma.model.base import fingerprint, load_base
-from qaroma.runs.stop import StopRequest
 from qaroma.training import fit as fit_module
 from qaroma.training.finetune import finetune
 from qaroma.training.memory import relieve
@@ -74,7 +75,7 @@ SCENARIOS["loading at level 2, a tied head"] = Scenario(
 )
 
 
-def _config(folder: Path, **changes: Any) -> Config:
+def _config(folder: Path, max_steps: int, **changes: Any) -> Config:
     rows = [{"instruction": f"count {n}", "output": "it is so"} for n in range(8)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return Config.model_validate(
@@ -83,7 +84,7 @@ def _config(folder: Path, **changes: Any) -> Config:
             "data": {"train": [{"path": str(folder / "rows.jsonl")}], "validation_share": 0.25},
             "growth": {"schedule": "budget", "start_rank": 2, "max_rank": 4, "warmup": 1},
             "training": {
-                "max_steps": 3, "micro_batch": 2, "grad_accum": 2, "device": "cuda", "learning_rate": 1e-3, "memory": 0,
+                "max_steps": max_steps, "micro_batch": 2, "grad_accum": 1, "device": "cuda", "memory": 0,
             },
             "checkpoint": {"every": 2},
             "evaluation": {"report": False, "prompts": ["count one"], "max_new_tokens": 2},
@@ -93,12 +94,87 @@ def _config(folder: Path, **changes: Any) -> Config:
     )  # fmt: skip
 
 
-@scenario("finetune, stopped and resumed")
-def whole_run(card: Card) -> None:
+def _run(card: Card, max_steps: int, gradients: Any, **changes: Any) -> list[dict[str, Any]]:
+    """``finetune`` from the command's function to the adapter; its gradients go by way of ``gradients``.
+
+    Returns:
+        The lines of its log.
+    """
     answers(card, 2)
-    with tempfile.TemporaryDirectory() as name, whole_program(card):
+    with (
+        tempfile.TemporaryDirectory() as name,
+        whole_program(card),
+        mock.patch.object(fit_module, "accumulate", gradients),
+    ):
         folder = Path(name)
         saved_model(folder / "model", num_hidden_layers=1)
-        config = _config(folder)
-        figures = finetune(config, console=Console(quiet=True))
-        assert figures["steps"] == 3
+        config = _config(folder, max_steps, **changes)
+        try:
+            figures = finetune(config, console=Console(quiet=True))
+        except KeyboardInterrupt:
+            figures = finetune(config, resume=True, console=Console(quiet=True))
+        assert figures["steps"] == max_steps
+        return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+@scenario("finetune, killed and resumed")
+def killed(card: Card) -> None:
+    original, calls = fit_module.accumulate, []
+
+    def gradients(session: Any, batches: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(session, batches)
+
+    lines = _run(card, 3, gradients)
+    assert [line["step"] for line in lines if "loss" in line and "event" not in line] == [1, 2, 3]
+    assert all(line["reserved_bytes"] for line in lines if "event" not in line)
+
+
+@scenario("finetune, out of memory at each tenth of a step")
+def crowded(card: Card) -> None:
+    """Level after level, then smaller micro-batches (put back after each), at the end the packed head."""
+    original, seen = fit_module.accumulate, []
+    kernels: dict[tuple[int, int], int] = {}  # of a step, by level and micro-batch
+    tried = 0
+
+    def gradients(session: Any, batches: Any) -> Any:
+        nonlocal tried
+        before, tenth, at = card.kernels, len(seen), (session.level, session.plan.micro_batch)
+        if tried < tenth <= 10:
+            tried = tenth
+            card.fail_at = before + kernels[at] * (2 * tenth - 1) // 20
+            kind = torch.OutOfMemoryError if tenth % 2 else RuntimeError
+            card.failure = lambda: kind("CUDA error: out of memory")
+        result = original(session, batches)
+        assert card.fail_at is None
+        kernels[at] = card.kernels - before
+        seen.append(at)
+        session.plan.micro_batch = 2 if len(seen) < 10 else 1
+        return result
+
+    _run(card, 11, gradients)
+    assert tried == 10
+    assert seen == [(0, 2), (1, 2), (2, 2), *[(2, 1)] * 7, (3, 1)]
+
+
+@scenario("relief from level to level")
+def relief(card: Card) -> None:
+    """Each level is entered with next to no memory to spare: the head is packed where it lies."""
+    model, method = trained(0, sizes={"num_hidden_layers": 1, "vocab_size": 40_000})
+    dense = model.get_output_embeddings().weight.nbytes
+    session: Any = SimpleNamespace(
+        model=model, method=method, level=0, plan=SimpleNamespace(micro_batch=2), config=_config(Path(), 1),
+        accelerator=SimpleNamespace(device=CARD), base_name="x",
+    )  # fmt: skip
+    with whole_program(card):
+        for level, rows in ((1, 2), (2, 2), (2, 1), (3, 1)):
+            card.order.peak = before = card.order.allocated
+            relieve(session)
+            assert (session.level, session.plan.micro_batch) == (level, rows)
+            assert card.order.peak - before < 0.4 * dense
+            step(model, method, [batch(rows, 16)])
+        assert card.order.allocated < before - 0.5 * dense
+        with pytest.raises(QaromaError, match="out of memory at the smallest memory level"):
+            relieve(session)
