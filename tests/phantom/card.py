@@ -142,7 +142,7 @@ class Card:
         yield torch.Tensor, "record_stream", lambda t, stream: order.memory(t).recorded.add(stream)
         yield torch.Tensor, "is_pinned", lambda t, *_: order.memory(t).pinned
         yield torch.Tensor, "pin_memory", lambda t, *_: self._pinned(t)
-        yield FakeTensor, "numpy", lambda t, **_: real_zeros(t.shape, t.dtype).numpy()
+        yield FakeTensor, "numpy", _zeros_of_numpy
         for kind in (torch.Tensor, FakeTensor):
             yield kind, "tolist", lambda t: self._tolist(t)
         yield F, "scaled_dot_product_attention", self._attention
@@ -313,6 +313,11 @@ def real_zeros(shape: Any, dtype: torch.dtype) -> Tensor:
     """A tensor with values, in the middle of fake ones."""
     with _disable_current_modes():
         return torch.zeros(tuple(shape), dtype=dtype)
+
+
+def _zeros_of_numpy(tensor: Tensor, **_: Any) -> Any:
+    with _disable_current_modes():
+        return torch.zeros(tuple(tensor.shape), dtype=tensor.dtype).numpy()
 
 
 def _check_random_state(state: Tensor, *_: Any) -> None:

@@ -151,7 +151,11 @@ def _saved(tensors: dict[str, Tensor], path: Any, *args: Any, **kwargs: Any) -> 
     from safetensors.torch import save_file
 
     with _disable_current_modes():
-        save_file({name: real_zeros(t.shape, t.dtype) for name, t in tensors.items()}, path, *args, **kwargs)
+        real = {name: real_zeros(t.shape, t.dtype) for name, t in tensors.items()}
+        for name in real:
+            if name.endswith((".generator", "random.cpu")):
+                real[name] = torch.Generator().get_state()
+        save_file(real, path, *args, **kwargs)
 
 
 @contextmanager
