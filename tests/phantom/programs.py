@@ -13,16 +13,20 @@ from unittest import mock
 import pytest
 import torch
 from conftest import CHATML, tiny_config
+from model_bases import write_gguf
 from rich.console import Console
 
 from phantom.card import CARD, Card
 from phantom.registry import SCENARIOS, Scenario, scenario
-from phantom.world import CONFIG, answers, batch, for_real, growing, step, trained, whole_program
+from phantom.world import CONFIG, answers, batch, for_real, growing, on_host, step, trained, whole_program
 from qaroma.config.levels import LEVELS
 from qaroma.config.schema import Config
 from qaroma.engine.levels import apply_level
 from qaroma.engine.placement import HostEmbedding
 from qaroma.errors import QaromaError
+from qaroma.export.weights import dequantised_tensors, merged_tensors
+from qaroma.method.factors import Factors
+from qaroma.model import base as base_module
 from qaroma.model.base import fingerprint, load_base
 from qaroma.training import fit as fit_module
 from qaroma.training.finetune import finetune
@@ -73,6 +77,40 @@ SCENARIOS["loading at level 3"] = Scenario(_loads(3, num_hidden_layers=1))
 SCENARIOS["loading at level 2, a tied head"] = Scenario(
     _loads(2, num_hidden_layers=1, tie_word_embeddings=True), slow=True
 )
+
+
+@scenario("loading a GGUF file", slow=True)
+def gguf(card: Card) -> None:
+    with tempfile.TemporaryDirectory() as name, whole_program(card):
+        path = Path(name) / "tiny.gguf"
+
+        @for_real
+        def write() -> None:
+            from transformers import LlamaForCausalLM
+
+            write_gguf(path, LlamaForCausalLM(tiny_config(num_hidden_layers=1)))
+
+        write()
+        with mock.patch.object(base_module, "find_model", for_real(base_module.find_model)):
+            model = load_base(path, device="cuda")
+        method = growing(model)
+        apply_level(model, 1)
+        card.clear()
+        step(model.train(), method, [batch(1, 16)])
+
+
+@scenario("export reads a model that trains")
+def export_reads(card: Card) -> None:
+    """Every tensor of the base in blocks of rows, with the update added where there is one."""
+    model, method = trained(1, sizes={"num_hidden_layers": 1})
+    step(model, method, [batch(1, 16)])
+    method.finish()
+    update = {name: Factors(A.float(), B.float()) for name, (A, B) in on_host(method).items()}
+    tensors = merged_tensors(dequantised_tensors(model), update)
+    assert len(tensors) == 12
+    for tensor in tensors:
+        for _, rows in tensor.blocks():
+            assert rows.shape[1:] == tensor.shape[1:]
 
 
 def _config(folder: Path, max_steps: int, **changes: Any) -> Config:
