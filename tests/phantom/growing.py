@@ -19,7 +19,7 @@ from qaroma.method.joint import JointController
 from qaroma.method.spectrum import component_cosines, effective_rank
 from qaroma.method.targets import find_targets
 
-QUICK = {"t_in": 4, "warmup": 1, "restart_warmup": 1, "check_every": 2}
+QUICK = {"t_in": 2, "warmup": 1, "restart_warmup": 1, "check_every": 1}
 ONE_LAYER = {"num_hidden_layers": 1}
 A_CHECK = "tolist in aroma._measure"
 
@@ -91,6 +91,8 @@ def budget(card: Card) -> None:
         measured = {"item in joint.step": 1} if 1 < method.growth.step <= 16 else {}
         allotted = {"tolist in joint._grow": 1} if events else {}
         assert card.waits == {"tolist in fit.accumulate": 1, **measured, **allotted}
+        if events:
+            break
     assert {e.decision for e in grown} == {"commit"}
     again, restored = _within_a_budget(card)
     restored.load_state(as_saved(method.state()))

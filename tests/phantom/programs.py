@@ -192,7 +192,7 @@ def crowded(card: Card) -> None:
         session.plan.micro_batch = 2 if len(seen) < 10 else 1
         return result
 
-    _run(card, 11, gradients)
+    _run(card, 11, gradients, checkpoint={"every": 100}, evaluation={"report": False})
     assert tried == 10
     assert seen == [(0, 2), (1, 2), (2, 2), *[(2, 1)] * 7, (3, 1)]
 
