@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from qaroma.model.found import find_model
 from qaroma.runs.directory import RunDirectory
 from qaroma.training import fit as fit_module
 from qaroma.training.finetune import finetune
+from qaroma.training.memory import forbid_spilling
 from qaroma.training.prepare import prepare_data
 from qaroma.training.samples import Sampler
 from qaroma.training.setup import build_session
@@ -264,6 +266,16 @@ def test_out_of_memory_outside_the_gradients_is_relieved_too(
     assert finetune(config, console=said)["steps"] == 2
     what = {"validation_metrics": "validation", "accumulate": "step 1", "record": "samples"}[name]
     assert f"{what}: out of memory; going on at memory level 1" in said.export_text()
+
+
+def test_on_windows_a_run_takes_no_more_than_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[float] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6, 8))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: taken.append(share))
+    for platform in ("linux", "win32"):
+        monkeypatch.setattr(sys, "platform", platform)
+        forbid_spilling(torch.device("cuda"))
+    assert taken == [0.75]
 
 
 def test_out_of_memory_with_nothing_left_to_save_is_a_clear_error(
