@@ -160,8 +160,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_goes_back_to_the_last_good_
 
     def poisoned(session, batches):
         calls.append(1)
-        loss = original(session, batches)
-        return float("nan") if len(calls) == 8 else loss
+        loss, norm = original(session, batches)
+        return float("nan") if len(calls) == 8 else loss, norm
 
     monkeypatch.setattr(fit_module, "accumulate", poisoned)
     with pytest.raises(QaromaError, match=r"loss of step 8 is nan .*rows\.jsonl:\d+.*--resume --output"):
@@ -335,7 +335,7 @@ def test_a_run_that_stopped_at_its_first_step_logs_the_beginning_once(
     tiny_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    monkeypatch.setattr(fit_module, "accumulate", lambda session, batches: float("nan"))
+    monkeypatch.setattr(fit_module, "accumulate", lambda session, batches: (float("nan"), 1.0))
     with pytest.raises(QaromaError, match="loss of step 1 is nan"):
         finetune(make_config(tiny_folder, data_file, run, training__max_steps=2), console=QUIET)
     monkeypatch.undo()
