@@ -203,7 +203,7 @@ def relief(card: Card) -> None:
     model, method = trained(0, sizes={"num_hidden_layers": 1, "vocab_size": 40_000})
     dense = model.get_output_embeddings().weight.nbytes
     session: Any = SimpleNamespace(
-        model=model, method=method, level=0, plan=SimpleNamespace(micro_batch=2), config=_config(Path(), 1),
+        model=model, method=method, level=0, plan=SimpleNamespace(micro_batch=2), config=Config(),
         accelerator=SimpleNamespace(device=CARD), base_name="x",
     )  # fmt: skip
     with whole_program(card):
