@@ -36,7 +36,7 @@ def session_of(config: Config, tmp_path: Path) -> Any:
 
 def gradients_of(session: Any, step: int) -> float:
     batches = [session.task.collate([session.train[i] for i in indices]) for indices in session.plan.step(step)]
-    return fit_module.accumulate(session, batches)["loss"]
+    return fit_module.accumulate(session, batches)[0]["loss"]
 
 
 def random_steps(method: Any, count: int) -> None:

@@ -117,6 +117,13 @@ def test_each_phase_and_category_has_its_own_peak_and_the_host_none_of_it() -> N
     assert copy.numel() == KIB
 
 
+def test_pinned_host_memory_counts_as_torch_takes_it_in_powers_of_two() -> None:
+    with LiveStorages() as counter:
+        kept = [counter.copy_to_host(torch.zeros(300), pinned=pinned) for pinned in (True, False)]
+    assert counter.host.peak.bytes == 2048 + 1200
+    assert [copy.shape for copy in kept] == [torch.Size((300,))] * 2
+
+
 def test_weightless_tensors_take_no_memory_and_attention_on_them_is_fused() -> None:
     with weightless(), LiveStorages() as counter:
         q = torch.empty(1, 4, 2**20, 64, dtype=torch.bfloat16, requires_grad=True)

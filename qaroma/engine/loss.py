@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qaroma.method.dequantise import block_maxima, dense_rows, dense_weight
+from qaroma.method.dequantise import block_maxima, dense_rows, dense_weight, product_in_fp32
 
 CHUNK_BYTES = 256 * 2**20  # that a chunk of tokens may take, however few there are
 HIDDEN_SHARE = 6  # times the hidden states' own bytes is what it may take where they are many
@@ -88,7 +88,7 @@ class LMHead:
         grad_CD = grad_CV.new_zeros(grad_CV.shape[0], weight_columns)
         for start in range(0, self.vocabulary, BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, self.vocabulary)
-            grad_CD += _product_in_fp32(grad_CV[:, start:stop].to(dtype), self._rows(start, stop, dtype))
+            grad_CD += product_in_fp32(grad_CV[:, start:stop].to(dtype), self._rows(start, stop, dtype))
         return grad_CD.to(dtype)
 
 
@@ -130,13 +130,6 @@ def token_losses(hidden_TD: Tensor, head: LMHead, targets_T: Tensor) -> Tensor:
     """
     wanted = hidden_TD.requires_grad and torch.is_grad_enabled()
     return _TokenLosses.apply(hidden_TD, targets_T, head, wanted)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32: partial sums over blocks of the vocabulary are not rounded where the device can help it."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()
 
 
 def _fill_chunk(losses_C: Tensor, grad_CD: Tensor | None, hidden_CD: Tensor, targets_C1: Tensor, head: LMHead) -> None:

@@ -53,6 +53,13 @@ def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
     return dequantize_4bit(weight.data, state).to(dtype)  # type: ignore[no-any-return]
 
 
+def product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in fp32: on a card a sum over many rows is not rounded to 16 bits at its end, at no cost."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
 def block_maxima(module: nn.Module) -> Tensor:
     """The fp32 constant of each block of a 4-bit weight, dequantised where they are quantised too.
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qaroma.method.dequantise import dense_weight
+from qaroma.method.dequantise import dense_weight, product_in_fp32
 
 
 class Active(NamedTuple):
@@ -92,6 +92,6 @@ class _LowRankLinear(torch.autograd.Function):
             grad_x = grad_TN.addmm_(grad_TR, ctx.A_RN).view_as(x)
         if ctx.active is not None:
             rows = slice(ctx.active.start, ctx.active.start + ctx.active.A.shape[0])
-            grad_A = (grad_TR[:, rows].T @ x_TN).float()
-            grad_B = ((x_TN @ ctx.A_RN[rows].T).T @ grad_TM).float().mul_(ctx.active.scale)
+            grad_A = product_in_fp32(grad_TR[:, rows].T, x_TN)
+            grad_B = product_in_fp32((x_TN @ ctx.A_RN[rows].T).T, grad_TM).mul_(ctx.active.scale)
         return grad_x, grad_A, grad_B, None, None, None, None

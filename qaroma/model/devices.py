@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qaroma.model.replaced import replaced
 from qaroma.model.skeleton import skeleton
 
 
@@ -42,17 +43,12 @@ def without_hooks(devices: dict[str, Any]) -> Iterator[None]:
     """Load a model to two devices without what transformers hangs on such: hooks that copy a whole table
     to the device for every lookup. :class:`qaroma.engine.placement.HostEmbedding` copies the rows alone.
 
-    transformers has no switch for it, so its function is replaced while the block runs.
+    transformers has no switch for it.
     """
     if len(devices) == 1:
         yield
         return
     from transformers import modeling_utils
 
-    modules: Any = modeling_utils
-    dispatch = modules.accelerate_dispatch
-    modules.accelerate_dispatch = lambda *_, **__: None
-    try:
+    with replaced(modeling_utils, "accelerate_dispatch", lambda *_, **__: None):
         yield
-    finally:
-        modules.accelerate_dispatch = dispatch

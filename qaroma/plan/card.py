@@ -6,7 +6,9 @@ import re
 
 from qaroma.errors import QaromaError
 
-RESERVE = int(0.65 * 2**30)  # of a card's memory: CUDA's context and what fragmentation costs
+CONTEXT = int(0.4 * 2**30)  # of a card's memory: what CUDA takes in a process before its first tensor
+FRAGMENTS = int(0.25 * 2**30)  # what lies between tensors and fits none; of memory that was free beside the context
+RESERVE = CONTEXT + FRAGMENTS  # of a whole card
 
 _UNITS = {"": 2**30, "g": 2**30, "m": 2**20, "t": 2**40}
 

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from qaroma.data.encode import IGNORED, Example
+from qaroma.engine.checkpointing import to_device
 from qaroma.engine.loss import LMHead, linear_cross_entropy
+from qaroma.engine.packed import packing_told
+from qaroma.engine.placement import ids_at_hand
 from qaroma.errors import QaromaError
 from qaroma.method.head import backbone
 from qaroma.tasks.evaluation import evaluate_loss
@@ -38,6 +41,7 @@ class TokenBatch:
         trained: (T,) int64, where the counted tokens stand in the flattened labels; made with the
             batch, so that no loss has to ask the device.
         weights: (T,) fp32, the factor of each counted token's loss; None where all are 1.
+        ids_on_host: ``input_ids`` of a batch that was brought to a card, as they were before.
     """
 
     input_ids: Tensor
@@ -46,6 +50,7 @@ class TokenBatch:
     lengths: tuple[tuple[int, ...], ...]
     trained: Tensor
     weights: Tensor | None = None
+    ids_on_host: Tensor | None = None
 
     @property
     def counted(self) -> int:
@@ -55,17 +60,23 @@ class TokenBatch:
     def to(self, device: torch.device) -> TokenBatch:
         return replace(
             self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            trained=self.trained.to(device, non_blocking=True),
-            weights=None if self.weights is None else self.weights.to(device, non_blocking=True),
+            input_ids=to_device(self.input_ids, device),
+            labels=to_device(self.labels, device),
+            position_ids=to_device(self.position_ids, device),
+            trained=to_device(self.trained, device),
+            weights=None if self.weights is None else to_device(self.weights, device),
+            ids_on_host=None if device.type == "cpu" else self.input_ids,
         )
 
     @property
     def tokens(self) -> int:
         """Tokens without padding."""
         return sum(sum(row) for row in self.lengths)
+
+    @property
+    def packed(self) -> bool:
+        """Whether a row holds several sequences."""
+        return any(len(row) > 1 for row in self.lengths)
 
 
 class CausalLM:
@@ -138,7 +149,8 @@ def hidden_states(model: nn.Module, batch: TokenBatch) -> Tensor:
     No attention mask is passed: rows are padded on the right, so causality keeps padding out, and
     the fast causal kernels apply.
     """
-    output = backbone(model)(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+    with packing_told(batch.packed), ids_at_hand(model, batch.ids_on_host):
+        output = backbone(model)(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
     return output.last_hidden_state  # type: ignore[no-any-return]
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from qaroma.runs.stop import StopRequest
 from qaroma.training.fit import Ending, FitState, fit, save_state
 from qaroma.training.interruptions import interruptions_told
 from qaroma.training.live_page import LivePage
+from qaroma.training.memory import with_relief
 from qaroma.training.prepare import PreparedData, prepare_data
 from qaroma.training.progress import ProgressView
 from qaroma.training.reference import add_reference
@@ -94,7 +96,7 @@ def _train(
     state = restored(session, console) if resume else FitState()
     if not list_checkpoints(run.checkpoints):
         save_state(session, state)  # there is one from the first moment on: what has none lost it
-    before = test.run_once(session.model, session.log, "before", 0) if test else None
+    before = _tested(test, session, "before", 0, console)
     start_trackers(session.accelerator, data.config.training.track, run.path, data.config.model_dump())
     page = LivePage(run.path, console, wanted=data.config.evaluation.report)
     try:
@@ -111,7 +113,7 @@ def _train(
     _write_adapters(session, state)
     if state.best is not None:
         session.take_best()
-    after = test.run_once(session.model, session.log, "after", state.step) if test else None
+    after = _tested(test, session, "after", state.step, console)
     figures = _figures(session, state, ending, time.perf_counter() - start)
     write_atomically(run.summary, json.dumps(figures, indent=2))
     page.update()
@@ -133,6 +135,14 @@ def _answer_test(data: PreparedData) -> AnswerTest | None:
         skip_bad=reading.skip_bad_rows,
     )
     return AnswerTest(conversations, data.tokenizer, data.template, chosen.max_new_tokens)
+
+
+def _tested(test: AnswerTest | None, session: Session, when: str, step: int, console: Console) -> Answers | None:
+    """The generation test's answers, where there is a test; memory is saved where it does not suffice."""
+    if test is None:
+        return None
+    run = partial(test.run_once, session.model, session.log, when, step)
+    return with_relief(session, run, f"the test {when} training", console)
 
 
 def _run_directory(config: ResolvedConfig, resume: bool) -> RunDirectory:

@@ -19,7 +19,7 @@ from qaroma.runs.directory import quoted
 from qaroma.runs.stop import StopRequest
 from qaroma.tasks.base import Batch
 from qaroma.training.live_page import LivePage
-from qaroma.training.memory import memory_bytes, relieve
+from qaroma.training.memory import memory_figures, with_relief
 from qaroma.training.progress import ProgressView
 from qaroma.training.session import Session
 from qaroma.training.trackers import track
@@ -63,7 +63,7 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
         state.trainable_start = method.trainable_parameters()
         _log_ranks(session, state, {})
         _validate(session, state, view)
-        _sample(session, state)
+        _sample(session, state, view)
         page.update()
         _probe(session, state, view)
     ending: Ending = "budget"
@@ -86,7 +86,7 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
         every = session.config.evaluation.sample_every
         sampled = last or (validated if every is None else state.step % every == 0)
         if sampled:
-            _sample(session, state)
+            _sample(session, state, view)
         if validated or (sampled and session.sampler):
             page.update()
         saved = state.step % session.config.checkpoint.every == 0 or last or stop.requested or ending == "patience"
@@ -126,22 +126,18 @@ def _gradients(session: Session, state: FitState, view: ProgressView) -> tuple[d
     Raises:
         QaromaError: the loss or the gradient is not finite.
     """
-    while True:
+
+    def gradients() -> tuple[dict[str, float], float, int]:
         micro_batches = session.plan.step(state.step)
         batches = [session.task.collate([session.train[i] for i in indices]) for indices in micro_batches]
-        try:
-            figures = accumulate(session, batches)
-            break
-        except torch.OutOfMemoryError:
-            # Outside the except clause the failed step's tensors are gone, and can be given back.
-            pass
-        session.method.zero_grad()
-        view.console.print(f"step {state.step + 1}: out of memory; {relieve(session)}", style="yellow")
+        return *accumulate(session, batches), sum(batch.tokens for batch in batches)
+
+    figures, norm, tokens = with_relief(session, gradients, f"step {state.step + 1}", view.console)
     if not math.isfinite(figures["loss"]):
         _stop(session, state, f"the loss of step {state.step + 1} is {figures['loss']}")
-    if not math.isfinite(session.method.gradient_norm()):
+    if not math.isfinite(norm):
         _stop(session, state, f"the gradient of step {state.step + 1} is not finite")
-    return figures, sum(batch.tokens for batch in batches)
+    return figures, tokens
 
 
 def _stop(session: Session, state: FitState, what: str) -> NoReturn:
@@ -180,11 +176,12 @@ def _smaller_rates(session: Session) -> str:
     return f"{typed} --set training.head_learning_rate={min(rate, LARGEST_RATE) / 2:.1e}"
 
 
-def accumulate(session: Session, batches: Sequence[Batch]) -> dict[str, float]:
+def accumulate(session: Session, batches: Sequence[Batch]) -> tuple[dict[str, float], float]:
     """Gradients of the mean loss over all that these micro-batches count, however they are cut.
 
     Returns:
-        That mean loss first, and the means of what else the task tells of a step; one synchronisation with the device.
+        That mean loss first, and the means of what else the task tells of a step; and the gradients' joint norm. A step
+        waits for the device once, for these.
     """
     count = sum(batch.counted for batch in batches)
     totals: dict[str, Tensor] = {}
@@ -196,7 +193,8 @@ def accumulate(session: Session, batches: Sequence[Batch]) -> dict[str, float]:
     penalty = session.method.penalty()
     if penalty is not None:
         session.accelerator.backward(penalty)
-    return dict(zip(totals, (torch.stack(list(totals.values())) / count).tolist(), strict=True))
+    *sums, norm = torch.stack([*totals.values(), session.method.gradient_norm()]).tolist()
+    return {name: value / count for name, value in zip(totals, sums, strict=True)}, norm
 
 
 def _record_step(
@@ -218,7 +216,7 @@ def _record_step(
         "trainable_parameters": trainable,
         "tokens_per_second": record["tokens"] / seconds,
         "seconds": seconds,
-        "memory_bytes": memory_bytes(session.accelerator.device),
+        **memory_figures(session.accelerator.device),
     }
     session.log.write(line)
     track(session.accelerator, line)
@@ -247,7 +245,7 @@ def _validate(session: Session, state: FitState, view: ProgressView) -> None:
     """The task's figures on the validation rows; keeps the adapter where it is the best so far."""
     if not session.validation:
         return
-    figures = validation_metrics(session)
+    figures = with_relief(session, lambda: validation_metrics(session), "validation", view.console)
     record = {"event": "validation", "step": state.step, **figures}
     session.log.write(record)
     track(session.accelerator, record, "validation/")
@@ -263,10 +261,12 @@ def _validate(session: Session, state: FitState, view: ProgressView) -> None:
         state.without_gain += 1
 
 
-def _sample(session: Session, state: FitState) -> None:
+def _sample(session: Session, state: FitState, view: ProgressView) -> None:
     """Answer the chosen prompts, where there are any."""
-    if session.sampler is not None:
-        session.log.write(session.sampler.record(session.model, state.step))
+    sampler = session.sampler
+    if sampler is not None:
+        record = with_relief(session, lambda: sampler.record(session.model, state.step), "samples", view.console)
+        session.log.write(record)
 
 
 def validation_metrics(session: Session) -> dict[str, Any]:

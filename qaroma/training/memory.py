@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+import gc
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import psutil
 import torch
+from rich.console import Console
 
 from qaroma.config.levels import LEVELS
 from qaroma.config.schema import ResolvedConfig
 from qaroma.config.tasks import PREFERENCE
 from qaroma.config.words import memory_size
 from qaroma.engine.levels import apply_level
+from qaroma.engine.no_memory import card_is_full
 from qaroma.errors import QaromaError
 from qaroma.model.base import resolve_dtype
 from qaroma.model.found import FoundModel
-from qaroma.plan.card import RESERVE
+from qaroma.plan.card import FRAGMENTS
 from qaroma.plan.search import Planner
 from qaroma.plan.shapes import plannable
 from qaroma.plan.trace import StepSettings
 from qaroma.training.interruptions import card_words
 from qaroma.training.session import Session
+
+Result = TypeVar("Result")
 
 SMALL_SHARE = 0.25  # of the free memory: below it nothing needs to be traced
 
@@ -30,6 +37,24 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(psutil.Process().memory_info().rss)
+
+
+def memory_figures(device: torch.device) -> dict[str, int]:
+    """What the log keeps of a step's memory; on a GPU beside what is allocated also what torch holds for it."""
+    figures = {"memory_bytes": memory_bytes(device)}
+    if device.type == "cuda":
+        figures["reserved_bytes"] = torch.cuda.max_memory_reserved(device)
+    return figures
+
+
+def forbid_spilling(device: torch.device) -> None:
+    """Let torch take no more of a card than is free now where the driver would not refuse it.
+
+    On Windows it moves what does not fit into the computer's memory, without a word, and a step takes minutes.
+    """
+    if device.type == "cuda" and sys.platform == "win32":
+        free, total = torch.cuda.mem_get_info(device)
+        torch.cuda.set_per_process_memory_fraction(free / total, device)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -42,6 +67,29 @@ def free_bytes(device: torch.device) -> int:
 def others_hold(device: torch.device) -> str:
     """A hint at the other programs on a card, to end a sentence with; empty on the CPU."""
     return f". {card_words()}" if device.type == "cuda" else ""
+
+
+def with_relief(session: Session, work: Callable[[], Result], what: str, console: Console) -> Result:
+    """Do something that changes no state but the gradients; where memory does not suffice, save some and begin anew.
+
+    Args:
+        session: of the run; see :func:`relieve`.
+        work: what is done.
+        what: its name, to say so.
+        console: where it is said.
+
+    Raises:
+        QaromaError: nothing is left to save.
+    """
+    while True:
+        try:
+            return work()
+        except Exception as error:
+            if not card_is_full(error):
+                raise
+            # Outside the except clause the failed work's tensors are gone, and can be given back.
+        session.method.zero_grad()
+        console.print(f"{what}: out of memory; {relieve(session)}", style="yellow")
 
 
 def relieve(session: Session) -> str:
@@ -58,6 +106,7 @@ def relieve(session: Session) -> str:
     Raises:
         QaromaError: nothing is left to save.
     """
+    gc.collect()  # what was cut off may lie in circles of references
     if session.accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
     last = session.level + 1 == len(LEVELS)
@@ -123,7 +172,7 @@ def choose_level(config: ResolvedConfig, base: FoundModel, device: torch.device)
         dtype=resolve_dtype(config.model.compute_dtype, device),
     )
     host = int(psutil.virtual_memory().available) if device.type == "cuda" else None
-    level = Planner(plannable(base)).fastest_level(settings, free - RESERVE, host)
+    level = Planner(plannable(base)).fastest_level(settings, free - FRAGMENTS, host)
     if level is None:
         raise QaromaError(
             f"{config.model.name} does not fit in {memory_size(free, 1)} with micro-batches of {tokens} tokens; type a "

@@ -26,7 +26,7 @@ from qaroma.runs.log import MetricsLog
 from qaroma.runs.peft_limits import told_of_peft
 from qaroma.tasks.causal_lm import require_known_head
 from qaroma.training.batches import BatchPlan
-from qaroma.training.memory import choose_level, enter_level
+from qaroma.training.memory import choose_level, enter_level, forbid_spilling
 from qaroma.training.prepare import PreparedData
 from qaroma.training.samples import Sampler
 from qaroma.training.session import Session
@@ -45,6 +45,7 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
     METHODS[config.method].require()
     torch.manual_seed(config.training.seed)
     accelerator = _accelerator(config, run)
+    forbid_spilling(accelerator.device)
     level = choose_level(config, data.base, accelerator.device)
     model = _load(data, level, accelerator.device)
     identity = fingerprint(model)
