@@ -252,7 +252,14 @@ def test_out_of_memory_with_nothing_left_to_save_is_a_clear_error(
 
 @pytest.mark.parametrize(
     ("schedule", "gibibytes", "level"),
-    [("lockstep", 80, 0), ("lockstep", 12, 1), ("lockstep", 6.5, 2), ("lockstep", 5.5, 3), ("budget", 6.5, 3)],
+    [
+        ("lockstep", 80, 0),
+        ("lockstep", 12, 1),
+        ("lockstep", 6.5, 2),
+        ("lockstep", 5.5, 3),
+        ("budget", 6.5, 3),
+        ("budget", 4, 4),
+    ],
 )
 def test_auto_takes_the_fastest_level_that_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str, gibibytes: float, level: int

@@ -46,7 +46,7 @@ def others_hold(device: torch.device) -> str:
 def relieve(session: Session) -> str:
     """After a step that did not fit: save memory, at an unchanged effective batch.
 
-    First the levels that change no number, then smaller micro-batches, then the packed head.
+    First the levels that change no number, then smaller micro-batches, then the packed head, and the base streamed.
 
     Args:
         session: its level or its plan's micro-batch is changed.
@@ -120,7 +120,7 @@ def choose_level(config: ResolvedConfig, base: FoundModel, device: torch.device)
         raise QaromaError(
             f"{config.model.name} does not fit in {memory_size(free, 1)} with micro-batches of {tokens} tokens; type a "
             f"smaller --micro-batch or --max-length (qaroma plan --model {config.model.name} says what fits), or "
-            f"--memory 3 to try all the same{others_hold(device)}"
+            f"--memory {len(LEVELS) - 1} to try all the same{others_hold(device)}"
         )
     return level
 
