@@ -14,17 +14,25 @@ from conftest import tiny_config
 from test_engine_memory import TASK, batch
 from test_training import QUIET, make_config, records
 
+from qaroma.data.forms import Message
 from qaroma.engine.levels import apply_level
+from qaroma.engine.placement import HostEmbedding
 from qaroma.engine.streaming import LayerStream, _piece_sizes
 from qaroma.errors import QaromaError
+from qaroma.inference import open as open_module
 from qaroma.inference.generate import generate
+from qaroma.inference.open import open_base
+from qaroma.inference.room import has_room
 from qaroma.method import lowrank
 from qaroma.method.aroma import GrowthController
 from qaroma.method.attach import attach
 from qaroma.method.growth import GrowthSettings
 from qaroma.model.base import load_base
 from qaroma.model.devices import matrix_to_host, move_all_but_layers
+from qaroma.model.found import find_model
 from qaroma.model.layers import decoder_layers, layer_matrices
+from qaroma.plan.card import RESERVE
+from qaroma.plan.weightless_model import base_bytes, tensors_of
 from qaroma.training import fit as fit_module
 from qaroma.training.finetune import finetune
 
@@ -200,17 +208,25 @@ def out_of_memory() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_a_streamed_model_generates(tmp_path: Path, tokenizer: Any) -> None:
-    from qaroma.data.forms import Message
-    from qaroma.data.templates import Template
-
+def test_what_has_no_room_on_a_card_is_streamed_to_answer(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = saved(tmp_path, num_hidden_layers=LAYERS, tie_word_embeddings=False)
+    tokenizer.save_pretrained(folder)
+    found, card = find_model(folder), torch.device("cuda")
+    size = base_bytes(found.config)
+    assert size == sum(tensor.nbytes for tensor in tensors_of(load_base(folder, device="cpu")))
+    for free, room in ((size + RESERVE + 1, True), (size + RESERVE, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        assert has_room(found, card, dtype=torch.bfloat16) == room
     answers = []
-    for level in (3, 4):
-        model = load_base(folder, compute_dtype=torch.float32, device="cpu")
-        apply_level(model, level)
+    for room in (True, False):
+        monkeypatch.setattr(open_module, "has_room", lambda *_, room=room, **__: room)
+        tuned = open_base(str(folder), device="cpu")
         conversations = [[Message("user", "the sea")], [Message("user", "count one")]]
-        answers.append(generate(model, tokenizer, Template.choose(tokenizer), conversations, max_new_tokens=4))
+        answers.append(generate(tuned.model, tokenizer, tuned.template, conversations, max_new_tokens=4))
+    assert "copied from host memory for every token" in caplog.text
+    assert isinstance(tuned.model.get_input_embeddings(), HostEmbedding)
     assert answers[0] == answers[1]
 
 
