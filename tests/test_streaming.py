@@ -6,6 +6,7 @@ import itertools
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ from conftest import tiny_config
 from test_engine_memory import TASK, batch
 from test_training import QUIET, make_config, records
 
+from qaroma.config.schema import Config
 from qaroma.data.forms import Message
 from qaroma.engine.levels import apply_level
 from qaroma.engine.placement import HostEmbedding
-from qaroma.engine.streaming import LayerStream, _piece_sizes
+from qaroma.engine.streaming import LayerStream, _piece_sizes, bytes_of_layers
 from qaroma.errors import QaromaError
 from qaroma.inference import open as open_module
 from qaroma.inference.generate import generate
@@ -34,6 +36,7 @@ from qaroma.model.layers import decoder_layers, layer_matrices
 from qaroma.plan.card import RESERVE
 from qaroma.plan.weightless_model import base_bytes, tensors_of
 from qaroma.training import fit as fit_module
+from qaroma.training import memory
 from qaroma.training.finetune import finetune
 
 LAYERS = 5
@@ -206,6 +209,23 @@ def test_runs_that_stream_leave_the_bytes_of_one_that_does_not(
 
 def out_of_memory() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_layers_that_the_host_cannot_hold_stay_on_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = load_base(saved(tmp_path), device="cpu")
+    needed = bytes_of_layers(model)
+    session: Any = SimpleNamespace(
+        model=model, level=3, plan=SimpleNamespace(micro_batch=1), config=Config(),
+        accelerator=SimpleNamespace(device=torch.device("cuda")),
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: needed - 1)
+    with pytest.raises(QaromaError, match=r"free host memory do not hold the .* of layers that level 4 keeps"):
+        memory.relieve(session)
+    assert session.level == 3
+    monkeypatch.setattr(memory, "free_bytes", lambda device: needed)
+    assert "level 4" in memory.relieve(session)
+    assert model.layer_stream.bytes == needed
 
 
 def test_what_has_no_room_on_a_card_is_streamed_to_answer(

@@ -134,7 +134,8 @@ def stream_layers(model: Any, copy_out: ToHost = to_host) -> LayerStream:
 
     Their frozen matrices and the constants of these wait there; norms, biases and whatever trains stay. A
     module asks for its layer before it runs, and :func:`qaroma.method.dequantise.frozen_weight` whenever a
-    weight is read: nothing else may read one.
+    weight is read: nothing else may read one. A backward pass has to compute each layer again, as it does
+    under :func:`qaroma.engine.checkpointing.enable_checkpointing`.
 
     Args:
         model: transformers model, with or without an adapter on, its matrices on the host or on its device;
@@ -166,6 +167,13 @@ def stream_layers(model: Any, copy_out: ToHost = to_host) -> LayerStream:
                 module.register_forward_pre_hook(partial(_ask_first, visitor.ask))  # type: ignore[attr-defined]
     model.layer_stream = stream
     return stream
+
+
+def bytes_of_layers(model: nn.Module) -> int:
+    """Host memory that :func:`stream_layers` takes."""
+    places = (place for layer in decoder_layers(model) for place in layer_matrices(layer))
+    parameters = {id(parameter): parameter for parameter in (getattr(*place) for place in places)}
+    return sum(map(streamed_bytes, parameters.values()))
 
 
 def _ask_first(ask: Callable[[], None], *_: Any) -> None:

@@ -11,6 +11,7 @@ from qaroma.config.levels import LEVELS
 from qaroma.config.schema import ResolvedConfig
 from qaroma.config.words import memory_size
 from qaroma.engine.levels import apply_level
+from qaroma.engine.streaming import bytes_of_layers
 from qaroma.errors import QaromaError
 from qaroma.model.base import resolve_dtype
 from qaroma.model.found import FoundModel
@@ -64,6 +65,8 @@ def relieve(session: Session) -> str:
         session.plan.micro_batch //= 2
         return f"going on with micro-batches of {session.plan.micro_batch}, the same effective batch"
     if not last:
+        if LEVELS[session.level + 1].streamed:
+            _require_host_memory(session)
         session.level += 1
         enter_level(session.model, session.level, session.config)
         return f"going on at memory level {session.level} ({LEVELS[session.level].summary})"
@@ -72,6 +75,21 @@ def relieve(session: Session) -> str:
         f"(now {session.config.data.max_length}), or see what fits with: qaroma plan --model {session.base_name}"
         f"{others_hold(session.accelerator.device)}"
     )
+
+
+def _require_host_memory(session: Session) -> None:
+    """See to it that the host has room for the layers before they leave a card: a system that swaps ends the run.
+
+    Raises:
+        QaromaError: it has not.
+    """
+    free, needed = free_bytes(torch.device("cpu")), bytes_of_layers(session.model)
+    if session.accelerator.device.type == "cuda" and free < needed:
+        raise QaromaError(
+            f"out of memory at level {session.level}, and the {memory_size(free)} of free host memory do not hold the "
+            f"{memory_size(needed)} of layers that level {session.level + 1} keeps there; type a smaller --max-length "
+            f"(now {session.config.data.max_length}), or end other programs and --resume"
+        )
 
 
 def enter_level(model: Any, level: int, config: ResolvedConfig) -> None:
