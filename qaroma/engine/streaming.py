@@ -52,7 +52,11 @@ class LayerStream:
         self.waiting: list[list[Tensor]] = []  # of each layer its bytes, in pieces
         self._held: list[int | None] = [None, None]
         self._now: int | None = None
-        self._copies: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._copies: Any = None
+        if device.type == "cuda":
+            self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            for buffer in self.buffers:  # whose memory is not given back while a layer is on its way
+                buffer.record_stream(self._copies)
 
     @property
     def bytes(self) -> int:
