@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_config
+from model_bases import write_gguf
 from test_engine_memory import TASK, batch
 from test_training import QUIET, make_config, records
 
@@ -29,6 +30,7 @@ from qaroma.method import lowrank
 from qaroma.method.aroma import GrowthController
 from qaroma.method.attach import attach
 from qaroma.method.growth import GrowthSettings
+from qaroma.model import gguf
 from qaroma.model.base import load_base
 from qaroma.model.devices import matrix_to_host, move_all_but_layers
 from qaroma.model.found import find_model
@@ -248,6 +250,29 @@ def test_what_has_no_room_on_a_card_is_streamed_to_answer(
     assert "copied from host memory for every token" in caplog.text
     assert isinstance(tuned.model.get_input_embeddings(), HostEmbedding)
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("form", ["stored in 4 bits", "gguf", "gguf by transformers' reader"])
+def test_every_form_of_a_base_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = saved(tmp_path / "plain")
+    if form == "stored in 4 bits":
+        load_base(path, device="cpu").save_pretrained(tmp_path / "packed")
+        path = tmp_path / "packed"
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path)
+        path = tmp_path / "tiny.gguf"
+        write_gguf(path, model)
+        if form != "gguf":
+            monkeypatch.setattr(gguf, "lazy_state_dict", lambda *_: None)
+    logits = []
+    for level in (3, 4):
+        model = load_base(path, compute_dtype=torch.float32, device="cpu", host_layers=level == 4)
+        apply_level(model, level)
+        logits.append(model(torch.arange(24).view(2, 12)).logits)
+    assert model.layer_stream.bytes > 0
+    assert torch.equal(logits[0], logits[1])
 
 
 def test_matrices_of_layers_stay_on_the_host_while_the_rest_goes_to_the_device(tmp_path: Path) -> None:

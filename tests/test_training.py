@@ -258,7 +258,7 @@ def test_out_of_memory_with_nothing_left_to_save_is_a_clear_error(
         ("lockstep", 6.5, 2),
         ("lockstep", 5.5, 3),
         ("budget", 6.5, 3),
-        ("budget", 4, 4),
+        pytest.param("budget", 4, 4, marks=pytest.mark.slow),
     ],
 )
 def test_auto_takes_the_fastest_level_that_fits(
