@@ -371,7 +371,7 @@ def test_a_model_that_is_no_causal_language_model_is_refused(
     [
         ("llama3-8b", 8192, 1.6, 6.4),
         pytest.param("llama3-8b", 32_768, 6 - RESERVE / GIB, 12.5, marks=pytest.mark.slow),
-        ("llama3-70b", 8192, 4.2, 45),
+        pytest.param("llama3-70b", 8192, 4.2, 45, marks=pytest.mark.slow),
     ],
 )
 def test_goal_peak_of_a_streamed_base(model: str, tokens: int, goal: float, host: float) -> None:

@@ -72,7 +72,7 @@ def trained(
     apply_level(model, level)
     model.train()
     losses = []
-    for _ in range(5):
+    for _ in range(4):
         loss, count = TASK.loss(model, batch(2, 24))
         (loss / count).backward()
         method.step()
@@ -167,21 +167,21 @@ def test_runs_that_stream_leave_the_bytes_of_one_that_does_not(
     tmp_path: Path, data_file: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The default growth: resident; streamed, stopped and resumed; and out of memory at level 3 in mid-run."""
-    folder = saved(tmp_path / "base", num_hidden_layers=LAYERS, tie_word_embeddings=False)
+    folder = saved(tmp_path / "base", num_hidden_layers=3, tie_word_embeddings=False)
     tokenizer.save_pretrained(folder)
 
     def config(name: str, memory: str) -> Any:
         return make_config(
-            folder, data_file, tmp_path / name, growth={}, training__memory=memory, training__micro_batch=1,
-            training__grad_accum=4, training__max_steps=8, evaluation__prompts=["What is it?"],
-            evaluation__max_new_tokens=4,
+            folder, data_file, tmp_path / name, growth={"start_rank": 1, "max_rank": 4}, training__memory=memory,
+            training__micro_batch=1, training__grad_accum=2, training__max_steps=8, training__evaluate_every=8,
+            evaluation__prompts=["What is it?"], evaluation__max_new_tokens=4,
         )  # fmt: skip
 
     def left(name: str) -> tuple[list[Any], bytes]:
         lines = [line.get("loss") or line for line in records(tmp_path / name) + records(tmp_path / name, "samples")]
         return lines, (tmp_path / name / "adapter_last" / "adapter_model.safetensors").read_bytes()
 
-    finetune(config("resident", "3"), console=QUIET)
+    assert finetune(config("resident", "3"), console=QUIET)["growth_events"] > 0
     accumulate = fit_module.accumulate
 
     def disturb(disturbance: Callable[[], None]) -> list[int]:

@@ -285,9 +285,9 @@ def test_what_fits_at_no_level_is_a_clear_error(tmp_path: Path, monkeypatch: pyt
 
     model_config("llama3-8b").save_pretrained(tmp_path)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 3 * 2**30)
-    config = Config.model_validate({"model": {"name": str(tmp_path)}, "data": {"max_length": 2048}})
-    resolved, _ = resolve(config, DataFacts(100, [2048], None))
-    with pytest.raises(QaromaError, match=r"does not fit in 3\.0 GiB with micro-batches of 8192 tokens"):
+    config = Config.model_validate({"model": {"name": str(tmp_path)}, "data": {"max_length": 512}})
+    resolved, _ = resolve(config, DataFacts(100, [512], None))
+    with pytest.raises(QaromaError, match=r"does not fit in 3\.0 GiB with micro-batches of 2048 tokens"):
         memory.choose_level(resolved, find_model(tmp_path), torch.device("cpu"))
 
 
