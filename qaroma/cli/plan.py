@@ -9,8 +9,10 @@ from qaroma.cli.output import JSON_OPTION, figures_only
 from qaroma.config.load import read_settings
 from qaroma.config.tasks import WRITING
 from qaroma.errors import QaromaError
-from qaroma.plan.card import parse_memory, this_card
+from qaroma.plan.card import PCIE, TFLOPS, parse_memory, this_card
 from qaroma.plan.shapes import require_shape
+
+RATE = click.FloatRange(0, 1e6, min_open=True)
 
 _EPILOG = """\b
 Examples:
@@ -32,6 +34,10 @@ Examples:
 @config_option("training.memory")
 @click.option("--rank-frozen", type=count(0), default=16, show_default=True, metavar="INTEGER",
               help="Rank of the frozen components of every layer.")  # fmt: skip
+@click.option("--pcie", type=RATE, default=PCIE, show_default=True, metavar="GB/S",
+              help="Rate of copies to the card, for the time of a step whose base is streamed.")  # fmt: skip
+@click.option("--tflops", type=RATE, default=TFLOPS, show_default=True, metavar="TFLOP/S",
+              help="Rate that products reach on the card, likewise.")  # fmt: skip
 @config_option("model.trust_remote_code")
 @JSON_OPTION
 def command(
@@ -42,6 +48,8 @@ def command(
     task: str | None,
     training__memory: str | None,
     rank_frozen: int,
+    pcie: float,
+    tflops: float,
     model__trust_remote_code: bool | None,
     json_output: bool,
 ) -> None:
@@ -68,6 +76,8 @@ def command(
                 StepSettings(0, seq_len, micro_batch, asked.sequences, frozen_rank=rank_frozen),
                 memory=training__memory or "auto",
                 vram=this_card() if size is None else size,
+                pcie=pcie,
+                tflops=tflops,
                 trust_remote_code=bool(model__trust_remote_code),
                 tell=lambda doing: status.update(doing),
             )

@@ -84,9 +84,7 @@ def move_embeddings_to_host(model: Any, copy_out: ToHost = to_host) -> bool:
     head = model.get_output_embeddings()
     if head is not None and getattr(head, "weight", None) is embedding.weight:
         return False
-    # The embeddings may have been loaded to the host already: the other parameters tell where the model computes.
-    device = next(p.device for p in model.parameters() if p is not embedding.weight)
-    model.set_input_embeddings(HostEmbedding(embedding, device, copy_out))
+    model.set_input_embeddings(HostEmbedding(embedding, compute_device(model), copy_out))
     return True
 
 
@@ -134,6 +132,11 @@ def quantise_head(model: Any, quant_type: str = "nf4", *, double_quantization: b
 
 
 def compute_device(model: Any) -> torch.device:
-    """Where a causal model computes: its head's device, since its embeddings may lie in host memory."""
-    device: torch.device = model.get_output_embeddings().weight.device
+    """Where a model computes: its head's device, since its embeddings and its layers may lie in host memory.
+
+    A classifier's head is its last parameter.
+    """
+    head = model.get_output_embeddings()
+    *_, last = model.parameters()
+    device: torch.device = (last if head is None else head.weight).device
     return device

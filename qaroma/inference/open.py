@@ -17,13 +17,15 @@ from qaroma.data.forms import Message, holds_pairs
 from qaroma.data.labelled import Kind, encode_labelled, takes_token_types
 from qaroma.data.sources import RowSet, read_rows
 from qaroma.data.templates import Template
-from qaroma.engine.placement import quantise_head
+from qaroma.engine.placement import compute_device, quantise_head
 from qaroma.errors import QaromaError
 from qaroma.inference.answer_test import AnswerTest, read_conversations
 from qaroma.inference.generate import generate
+from qaroma.inference.room import has_room, stream_to_answer
 from qaroma.method.attach import attach_update, detach
 from qaroma.method.factors import Factors
 from qaroma.model.base import fingerprint, load_base, load_model_config, load_tokenizer, resolve_device, resolve_dtype
+from qaroma.model.found import find_model
 from qaroma.model.generation import generation_settings
 from qaroma.runs.adapter import load_adapter, read_adapter
 from qaroma.runs.adapter_info import AdapterInfo, BaseInfo, TaskInfo
@@ -79,7 +81,7 @@ class RememberedBase:
     def model(
         self, device: torch.device, *, dtype: torch.dtype | None = None, quantization: str | None = None
     ) -> PreTrainedModel:
-        """Its weights as training held them, without the adapter.
+        """Its weights as training held them, without the adapter; streamed where the device has no room for them.
 
         Args:
             device: where they go.
@@ -91,26 +93,34 @@ class RememberedBase:
         """
         info = self.info
         packed = info.head_quantization if quantization is None else "none"
+        kind, dtype = quantization or info.quantization, dtype or resolve_dtype(info.compute_dtype, device)
+        found = find_model(self.name, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        streamed = self.task.outputs is None and not has_room(
+            found, device, dtype=dtype, packed=kind != "none", double=info.double_quantization,
+            packed_head=packed != "none",
+        )  # fmt: skip
         model = load_base(
-            self.name,
-            quantization=quantization or info.quantization,
+            found,
+            quantization=kind,
             double_quantization=info.double_quantization,
             quantize_head=packed != "none",
-            compute_dtype=dtype or resolve_dtype(info.compute_dtype, device),
+            compute_dtype=dtype,
             device=device,
             # Flash attention saves training's memory; it may be missing here, and gives what SDPA gives.
             attention="eager" if info.attention == "eager" else "sdpa",
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
             num_labels=self.task.outputs,
+            host_embeddings=streamed,
+            host_layers=streamed,
         )
         if packed != "none":
             quantise_head(model, packed, double_quantization=info.double_quantization)
-        found = fingerprint(model)
-        if found != info.fingerprint:
+        if streamed:
+            stream_to_answer(model)
+        identity = fingerprint(model)
+        if identity != info.fingerprint:
             raise QaromaError(
                 f"{self.adapter} was trained on {info.name} (fingerprint {info.fingerprint}), "
-                f"but {self.name} is another model ({found}); give the right one with --base"
+                f"but {self.name} is another model ({identity}); give the right one with --base"
             )
         return model
 
@@ -188,6 +198,8 @@ def open_base(
 ) -> TunedModel:
     """Load a base as training would, untuned, with the template that training would choose.
 
+    It is streamed where the device has no room for it.
+
     Args:
         name: built-in name, folder, .gguf file or hub id.
         quantization: ``nf4``, ``fp4`` or ``none``.
@@ -198,15 +210,21 @@ def open_base(
         QaromaError: no such model, or one that cannot be read.
     """
     target = resolve_device(device)
-    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    dtype = resolve_dtype("auto", target)
+    found = find_model(name, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(found)
     template = Template.choose(tokenizer)
+    streamed = not has_room(found, target, dtype=dtype, packed=quantization != "none")
     model = load_base(
-        name,
+        found,
         quantization=quantization,
-        compute_dtype=resolve_dtype("auto", target),
+        compute_dtype=dtype,
         device=target,
-        trust_remote_code=trust_remote_code,
+        host_embeddings=streamed,
+        host_layers=streamed,
     )
+    if streamed:
+        stream_to_answer(model)
     return TunedModel(model.eval(), tokenizer, template)
 
 
@@ -260,7 +278,7 @@ def evaluate_run(
     encoded = encode_rows(read, tuned.tokenizer, tuned.template, **reading)
     task = CausalLM(tuned.tokenizer.pad_token_id or 0)
     figures: dict[str, Any] = {"rows": len(encoded.examples)}
-    figures.update(task.evaluate(tuned.model, _batches(task, encoded.examples), tuned.model.device))
+    figures.update(task.evaluate(tuned.model, _batches(task, encoded.examples), compute_device(tuned.model)))
     if encoded.form != "text":
         conversations = read_conversations(data, rows=rows, **reading)
         answers = AnswerTest(conversations, tuned.tokenizer, tuned.template, max_new_tokens).run(tuned.model)
@@ -308,7 +326,7 @@ def _evaluate_labelled(remembered: RememberedBase, rows: RowSet, device: str, sk
         token_types=takes_token_types(model.config),
         skip_bad=skip_bad,
     )
-    figures = task.evaluate(model, _batches(task, encoded.examples), model.device)
+    figures = task.evaluate(model, _batches(task, encoded.examples), compute_device(model))
     return {"rows": len(encoded.examples), **figures}
 
 

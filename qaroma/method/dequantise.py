@@ -32,6 +32,22 @@ def layer_shape(module: nn.Module) -> tuple[int, int] | None:
     return None if None in sizes else sizes  # type: ignore[return-value]
 
 
+def frozen_weight(module: nn.Module) -> Any:
+    """The weight of a linear layer, there for what is computed with it next.
+
+    One that is streamed from host memory (:mod:`qaroma.engine.streaming`) is asked for: until another
+    layer's is, its values can be read.
+
+    Args:
+        module: ``nn.Linear`` or bitsandbytes ``Linear4bit``.
+    """
+    weight: Any = module.weight
+    ask = getattr(weight, "ask", None)
+    if ask is not None:
+        ask()
+    return weight
+
+
 def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
     """The weight of a linear layer as a dense matrix.
 
@@ -43,7 +59,7 @@ def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
         Tensor of shape (M, N), without gradient; the weight itself, or a view of it, where it is plain and of
         that dtype.
     """
-    weight: Any = module.weight
+    weight = frozen_weight(module)
     state = getattr(weight, "quant_state", None)
     if state is None:
         plain = weight.detach().to(dtype)
@@ -71,8 +87,7 @@ def block_maxima(module: nn.Module) -> Tensor:
     """
     from bitsandbytes.functional import dequantize_blockwise
 
-    weight: Any = module.weight
-    state = weight.quant_state
+    state = frozen_weight(module).quant_state
     if not state.nested:
         return state.absmax  # type: ignore[no-any-return]
     return (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()  # type: ignore[no-any-return]
@@ -93,7 +108,7 @@ def dense_rows(module: nn.Module, start: int, stop: int, dtype: torch.dtype, max
     Returns:
         Tensor of shape (stop - start, N).
     """
-    weight: Any = module.weight
+    weight = frozen_weight(module)
     state = getattr(weight, "quant_state", None)
     if state is None:
         return dense_weight(module, weight.dtype)[start:stop].to(dtype)

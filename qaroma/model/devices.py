@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
+from qaroma.model.layers import decoder_layers, layer_matrices, with_data
 from qaroma.model.replaced import replaced
 from qaroma.model.skeleton import skeleton
 
@@ -52,3 +54,56 @@ def without_hooks(devices: dict[str, Any]) -> Iterator[None]:
 
     with replaced(modeling_utils, "accelerate_dispatch", lambda *_, **__: None):
         yield
+
+
+@contextmanager
+def layers_go_to_host(device: torch.device) -> Iterator[None]:
+    """While transformers loads a model inside, each matrix of its layers goes to host memory once it is quantised.
+
+    So the device, which quantises as it does for a model that stays there, holds one of them at a time. On a
+    CPU nothing is to be done. transformers has no switch for it, so two functions of its loader are replaced
+    while the block runs: the one that gives a module a tensor, and the one that reserves the whole model's size.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    from transformers import core_model_loading, modeling_utils
+
+    give: Any = core_model_loading.set_param_for_module
+    inside: dict[int, nn.Module] = {}
+
+    def give_and_send(model: Any, target: str, *rest: Any, **named: Any) -> None:
+        give(model, target, *rest, **named)
+        if not inside:
+            inside.update((id(module), module) for layer in decoder_layers(model) for module in layer.modules())
+        path, _, name = target.rpartition(".")
+        module = model.get_submodule(path)
+        if id(module) in inside:
+            matrix_to_host(module, name)
+
+    with (
+        replaced(core_model_loading, "set_param_for_module", give_and_send),
+        replaced(modeling_utils, "caching_allocator_warmup", lambda *_, **__: None),
+    ):
+        yield
+
+
+def matrix_to_host(module: nn.Module, name: str) -> None:
+    """Bring a parameter to host memory, with its quantisation constants; a vector stays where it is."""
+    parameter = getattr(module, name)
+    if parameter.ndim < 2:
+        return
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        state.to(torch.device("cpu"))
+    setattr(module, name, with_data(parameter, parameter.detach().cpu()))
+
+
+def move_all_but_layers(model: nn.Module, device: torch.device) -> None:
+    """Move a frozen model to a device, and leave the matrices of its layers where they are."""
+    left = [(*place, getattr(*place)) for layer in decoder_layers(model) for place in layer_matrices(layer)]
+    for module, name, _ in left:
+        setattr(module, name, None)
+    model.to(device)
+    for module, name, parameter in left:
+        setattr(module, name, parameter)

@@ -58,11 +58,13 @@ class Trace:
         peaks: the most on the device in each phase: ``setup`` (adapter and optimiser are made),
             ``forward``, ``loss``, ``backward``, ``update``. Loading the base is no part of it.
         host: the most in host memory.
+        streamed: of which the layers' weights wait there.
     """
 
     resident: int
     peaks: dict[str, Peak]
     host: int
+    streamed: int = 0
 
     @property
     def peak(self) -> Peak:
@@ -93,7 +95,8 @@ def trace_step(config: Any, settings: StepSettings) -> Trace:
                 f"({str(error).splitlines()[0]}). Type, to measure instead: qaroma finetune --max-steps 3"
             ) from error
     peaks = {phase: peak for phase, peak in counter.device.peaks.items() if phase != "load"}
-    return Trace(resident, peaks, counter.host.peak.bytes)
+    stream = getattr(model, "layer_stream", None)
+    return Trace(resident, peaks, counter.host.peak.bytes, stream.bytes if stream else 0)
 
 
 def count_step(model: Any, settings: StepSettings, counter: LiveStorages) -> int:
@@ -119,7 +122,7 @@ def _set_up(model: Any, settings: StepSettings, counter: LiveStorages) -> Growth
     """What ``finetune`` has in memory before a step, some components later."""
     counter.adopt(tensors_of(model.get_output_embeddings()), "head")
     counter.adopt(tensors_of(model.get_input_embeddings()), "embeddings")  # where a table is both, it stands here
-    counter.category = "embeddings"
+    counter.category = "layer_buffers"
     apply_level(model, settings.level, copy_out=counter.copy_to_host)
     counter.phase("setup", "adapter")
     targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)

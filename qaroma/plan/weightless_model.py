@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from qaroma.engine.streaming import constants_of
 from qaroma.method.dequantise import layer_shape
 from qaroma.method.linear import uncalled_layers
 from qaroma.method.targets import find_targets
@@ -131,10 +132,18 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
     """Every tensor that a module holds, quantisation constants included."""
     for tensor in (*module.parameters(), *module.buffers()):
         yield tensor
-        state = getattr(tensor, "quant_state", None)
-        while state is not None:
-            yield from (part for part in (state.absmax, state.code, state.offset) if part is not None)
-            state = state.state2
+        yield from (getattr(*place) for place in constants_of(tensor))
+
+
+def base_bytes(
+    config: Any, *, dtype: torch.dtype = torch.bfloat16, packed: bool = True, double: bool = True,
+    packed_head: bool = False,
+) -> int:  # fmt: skip
+    """What the weights of a base take in memory; the arguments are :func:`weightless_model`'s."""
+    model = weightless_model(config, dtype=dtype, packed=packed, double=double, packed_head=packed_head)
+    with torch.device("meta"):
+        materialise(model)
+    return sum(tensor.nbytes for tensor in tensors_of(model))
 
 
 def adapter_parameters(model: nn.Module, targets: str | tuple[str, ...] = "all-linear") -> int:

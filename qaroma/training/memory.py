@@ -17,6 +17,7 @@ from qaroma.config.tasks import PREFERENCE
 from qaroma.config.words import memory_size
 from qaroma.engine.levels import apply_level
 from qaroma.engine.no_memory import card_is_full
+from qaroma.engine.streaming import bytes_of_layers
 from qaroma.errors import QaromaError
 from qaroma.model.base import resolve_dtype
 from qaroma.model.found import FoundModel
@@ -95,7 +96,7 @@ def with_relief(session: Session, work: Callable[[], Result], what: str, console
 def relieve(session: Session) -> str:
     """After a step that did not fit: save memory, at an unchanged effective batch.
 
-    First the levels that change no number, then smaller micro-batches, then the packed head.
+    First the levels that change no number, then smaller micro-batches, then the packed head, and the base streamed.
 
     Args:
         session: its level or its plan's micro-batch is changed.
@@ -113,13 +114,16 @@ def relieve(session: Session) -> str:
     if (last or not LEVELS[session.level + 1].exact) and session.plan.micro_batch > 1:
         session.plan.micro_batch //= 2
         return f"going on with micro-batches of {session.plan.micro_batch}, the same effective batch"
-    if not last and session.config.task == PREFERENCE and not LEVELS[session.level + 1].exact:
+    other_head = not last and LEVELS[session.level + 1].packed_head and not LEVELS[session.level].packed_head
+    if other_head and session.config.task == PREFERENCE:
         raise QaromaError(
             f"out of memory at memory level {session.level} with one pair at a time; the next level has another head "
             f"than the one that the reference was computed with. Go on with a new one: {session.run.resume_command} "
             f"--memory {session.level + 1}"
         )
     if not last:
+        if LEVELS[session.level + 1].streamed:
+            _require_host_memory(session)
         session.level += 1
         enter_level(session.model, session.level, session.config)
         return f"going on at memory level {session.level} ({LEVELS[session.level].summary})"
@@ -128,6 +132,21 @@ def relieve(session: Session) -> str:
         f"(now {session.config.data.max_length}), or see what fits with: qaroma plan --model {session.base_name}"
         f"{others_hold(session.accelerator.device)}"
     )
+
+
+def _require_host_memory(session: Session) -> None:
+    """See to it that the host has room for the layers before they leave a card: a system that swaps ends the run.
+
+    Raises:
+        QaromaError: it has not.
+    """
+    free, needed = free_bytes(torch.device("cpu")), bytes_of_layers(session.model)
+    if session.accelerator.device.type == "cuda" and free < needed:
+        raise QaromaError(
+            f"out of memory at level {session.level}, and the {memory_size(free)} of free host memory do not hold the "
+            f"{memory_size(needed)} of layers that level {session.level + 1} keeps there; type a smaller --max-length "
+            f"(now {session.config.data.max_length}), or end other programs and --resume"
+        )
 
 
 def enter_level(model: Any, level: int, config: ResolvedConfig) -> None:
@@ -177,7 +196,7 @@ def choose_level(config: ResolvedConfig, base: FoundModel, device: torch.device)
         raise QaromaError(
             f"{config.model.name} does not fit in {memory_size(free, 1)} with micro-batches of {tokens} tokens; type a "
             f"smaller --micro-batch or --max-length (qaroma plan --model {config.model.name} says what fits), or "
-            f"--memory 3 to try all the same{others_hold(device)}"
+            f"--memory {len(LEVELS) - 1} to try all the same{others_hold(device)}"
         )
     return level
 

@@ -56,8 +56,8 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
     told = told_of_peft(model.config, find_targets(model, config.growth.target_modules))
     if told is not None:
         logger.warning(told)
+    enter_level(model, level, config)  # before the adapter, which goes where the weights are
     method, head = build_method(config, model, names)
-    enter_level(model, level, config)
     require_known_head(model)
     training = config.training
     plan = BatchPlan(
@@ -125,6 +125,7 @@ def _load(data: PreparedData, level: int, device: torch.device) -> Any:
         attention=model.attention,
         num_labels=data.remember.outputs,
         host_embeddings=LEVELS[level].host_embeddings,
+        host_layers=LEVELS[level].streamed,
     )
 
 

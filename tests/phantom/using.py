@@ -61,7 +61,7 @@ def _generation(level: int, *, warm: bool = False) -> Callable[[Card], None]:
     return run
 
 
-for _level in range(4):
+for _level in range(5):
     SCENARIOS[f"generation at level {_level}"] = Scenario(_generation(_level), slow=_level == 0)
 SCENARIOS["sampling"] = Scenario(_generation(1, warm=True), slow=True)
 
