@@ -58,8 +58,9 @@ def is_linear(layer: nn.Module) -> bool:
         return True
     bias: Any = layer.bias
     expected = F.linear(x_1N, dense_weight(layer, dtype), None if bias is None else bias.to(dtype))
+    differs = (answer - expected).float().norm() > TOLERANCE * expected.float().norm()
     # What is not a number is no difference: the loss of the first step will stop the run and say why.
-    return not bool((answer - expected).float().norm() > TOLERANCE * expected.float().norm())
+    return bool(differs.logical_not())
 
 
 def uncalled_layers(model: Any) -> frozenset[str]:

@@ -113,7 +113,7 @@ def answers(card: Card, tokens: int) -> None:
         asker = place()
         ends = asker.endswith(tuple(f"utils.{name})" for name in _END_CHECKS))
         asked += ends
-        return asked >= tokens if ends else asker.startswith(("checkpoint.", "peft_lora."))
+        return asked >= tokens if ends else asker.startswith(("checkpoint.", "linear.", "peft_lora."))
 
     card.scalar = scalar
 
