@@ -75,11 +75,29 @@ def test_patience_ends_a_run_at_the_step_it_says(
     monkeypatch.setattr(fit_module, "validation_metrics", lambda session: {"loss": next(losses), "loss_error": 0.1})
     config = make_config(
         tiny_folder, data_file, tmp_path / "run", method="lora", checkpoint__every=50,
-        training__patience=2, training__evaluate_every=2, training__max_steps=50,
+        training__patience=2, training__evaluate_every=2, training__max_steps=14,
     )  # fmt: skip
     figures = finetune(config, console=QUIET)
     assert (figures["ended"], figures["steps"], figures["best_step"]) == ("patience", 10, 6)
     assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-00000000", "step-00000010"}
+
+
+def test_a_little_worse_counts_in_the_second_half_alone(
+    tiny_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the learning rate is high, validation rises and falls: only what is clearly worse counts."""
+    losses = [1.0, 4.0, 4.1, 4.15, 4.1, 4.19, 4.1, 4.1, 4.1]  # after steps 0, 2, ...; 10 is half of the run
+
+    def metrics(session: Any) -> dict[str, float]:
+        return {"loss": losses.pop(0), "loss_error": 0.1}
+
+    monkeypatch.setattr(fit_module, "validation_metrics", metrics)
+    config = make_config(
+        tiny_folder, data_file, tmp_path / "run", method="lora", checkpoint__every=50,
+        training__patience=2, training__evaluate_every=2, training__max_steps=20,
+    )  # fmt: skip
+    figures = finetune(config, console=QUIET)
+    assert (figures["ended"], figures["steps"], figures["best_step"]) == ("patience", 14, 2)
 
 
 TOTAL, WARMUP, PEAK = 12, 3, 5e-3

@@ -239,7 +239,9 @@ class TrainingSection(Section):
         None, description="Steps between validations; None is a tenth of the run, or more where validation takes long."
     )
     patience: NonNegativeInt | None = Field(
-        None, description="Stop after so many validations without a better figure; 0 never does."
+        None,
+        description="Stop after so many validations without a better figure, in the first half of a run so many that "
+        "are worse by two standard errors; 0 never does.",
     )
     seed: Seed = Field(0, description="Seed of everything random.")
     track: list[Literal["tensorboard", "wandb"]] = Field(

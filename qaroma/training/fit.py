@@ -20,6 +20,7 @@ from qaroma.runs.stop import StopRequest
 from qaroma.tasks.base import Batch
 from qaroma.training.live_page import LivePage
 from qaroma.training.memory import memory_figures, with_relief
+from qaroma.training.patience import counts_as_lost
 from qaroma.training.progress import ProgressView
 from qaroma.training.session import Session
 from qaroma.training.trackers import track
@@ -257,8 +258,16 @@ def _validate(session: Session, state: FitState, view: ProgressView) -> None:
     if gained:
         state.best, state.best_step, state.without_gain = value, state.step, 0
         session.save_adapter(session.run.adapter, state.step)
-    elif state.step > 0:
+    elif state.step > 0 and _is_lost(session, state, figures):
         state.without_gain += 1
+
+
+def _is_lost(session: Session, state: FitState, figures: dict[str, Any]) -> bool:
+    """Whether a validation without a better score counts towards patience; those of labels always do."""
+    if session.task.metric != "loss" or state.best is None:
+        return True
+    done = state.step / session.config.training.max_steps
+    return counts_as_lost(figures["loss"], state.best, error=figures["loss_error"], done=done)
 
 
 def _sample(session: Session, state: FitState, view: ProgressView) -> None:

@@ -23,6 +23,7 @@ from qaroma.method.base import Method
 from qaroma.method.factors import Factors, Update
 from qaroma.method.head import TrainedHead
 from qaroma.method.spectrum import effective_rank
+from qaroma.training.patience import counts_as_lost
 from qaroma.training.setup import build_method
 
 _SET_UP = {
@@ -113,6 +114,7 @@ class Course:
         trainable: parameters that trained, step by step.
         validations: (step, loss).
         best: adapter and head at the lowest of these, None where none was taken.
+        lost: validations since then that count towards patience.
         rank_sum: mean rank of a module, summed over steps.
         enough_step: at which a rung of the ladder was found to be learnt.
     """
@@ -125,6 +127,7 @@ class Course:
     trainable: list[int] = field(default_factory=list)
     validations: list[tuple[int, float]] = field(default_factory=list)
     best: Kept | None = None
+    lost: int = 0
     rank_sum: float = 0.0
     enough_step: int | None = None
 
@@ -200,11 +203,13 @@ def _out_of_patience(trial: Trial, course: Course) -> bool:
     loss, error = trial.bench.validate()
     course.validations.append((course.steps, loss))
     trial.method.validated(loss, error)
-    best_step, _ = min(course.validations, key=lambda seen: seen[1])
+    best_step, best = min(course.validations, key=lambda seen: seen[1])
     if best_step == course.steps:
-        course.best = trial.kept()
+        course.best, course.lost = trial.kept(), 0
+    elif counts_as_lost(loss, best, error=error, done=course.steps / trial.bed.steps):
+        course.lost += 1
     patience = trial.config.training.patience
-    return bool(patience) and sum(step > best_step for step, _ in course.validations) >= patience
+    return bool(patience) and course.lost >= patience
 
 
 def carry_out(cell: Cell, bed: Bed, place: Place) -> Figures:
