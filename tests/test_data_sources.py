@@ -168,7 +168,8 @@ def test_a_library_that_takes_too_much_memory_is_not_waited_for(
     monkeypatch.setattr(unpacked, "_ALWAYS", 0)
     monkeypatch.setattr(unpacked, "_BUFFERS", 0)
     bomb(tmp_path / "a.parquet")
-    with pytest.raises(QaromaError, match=r"cannot be unpacked \(it takes more than \d+ MiB of memory"):
+    # Memory is looked at from time to time: what that misses on a busy machine is counted when it is there.
+    with pytest.raises(QaromaError, match=r"cannot be unpacked \(it takes more than \d+ MiB|comes to more than 0 MiB"):
         read_rows([(str(tmp_path / "a.parquet"), 1.0)])
 
 

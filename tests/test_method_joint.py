@@ -93,6 +93,22 @@ def test_a_window_freezes_the_oldest_components() -> None:
     assert all(len(layer.active_components) <= 2 for layer in method.adapter.layers.values())
 
 
+def test_with_a_window_of_one_a_larger_component_takes_the_place_of_the_first() -> None:
+    method, x = controller(window=1), torch.randn(5, 24)
+    train(method, 15)
+    before = method.adapter.model(x)
+    events = train(method, 16)
+    grown = {event.module for event in events}
+    assert grown
+    assert all(len(layer.active_components) == 1 for layer in method.adapter.layers.values())
+    for name in grown:
+        assert method.adapter.layers[name].components == [2]
+        assert method.adapter.layers[name].active_components[0] > 2
+    assert not torch.equal(method.adapter.model(x), before)
+    train(method, 40)
+    method.finish()
+
+
 def test_rates_fall_with_the_square_root_of_the_rank_after_a_warm_up_of_each_component() -> None:
     method = controller(measured_rate=False, min_lr_ratio=1.0, warmup=4)
     assert method.learning_rates()["0"] == pytest.approx([1e-2 / 4])
@@ -119,7 +135,7 @@ def test_the_rate_is_measured_over_a_quarter_of_the_run_and_then_stays() -> None
     assert len(set(factors[40:])) == 1
 
 
-@pytest.mark.parametrize("window", [2, None])
+@pytest.mark.parametrize("window", [1, 2, None])
 @pytest.mark.parametrize("cut", [5, 15, 16, 20, 39, 40, 41])  # measuring, at growth, between growths, measured
 def test_going_on_from_a_state_is_going_on(cut: int, window: int | None) -> None:
     whole, half, rest = (controller(window=window) for _ in range(3))

@@ -239,13 +239,13 @@ class FactorTrainer:
             ranks: name of a layer that trains -> inner rank of its new component.
             window: how many of a layer's newest components train; None is all of them.
             reset: what becomes of the moments where the new component takes the place of the only one that
-                trained (:meth:`FlatAdamW.reset`); beside others it begins without moments.
+                trained, and has its size (:meth:`FlatAdamW.reset`); else it begins without moments.
         """
         if not ranks:
             return
         layers = {name: self.adapter.layers[name] for name in ranks}
         fresh = {name: self.adapter.initial_A(layer, ranks[name]) for name, layer in layers.items()}
-        if window == 1:
+        if window == 1 and all(len(fresh[name]) == layer.active_rank for name, layer in layers.items()):
             for name, layer in layers.items():
                 layer.restart_component(fresh[name])
             self.optimiser.reset(list(ranks), reset, self.adapter.generator)

@@ -13,7 +13,7 @@ from qaroma.compare.suite.figures import Deficit, deficit, interval, overall, sp
 from qaroma.compare.suite.view import Rows, Table, View, average, endings, ours_cells, scores
 
 WRONG_RATES = (1 / 3, 3.0)
-WINDOW_ONE = "+growth.window=1"
+ONE_AT_A_TIME = "+growth.schedule=lockstep"
 
 
 def _oracle_arms(view: View, bed: Bed) -> tuple[oracle.Search, dict[str, dict[int, Cell]]]:
@@ -114,7 +114,7 @@ def _plan_paper(view: View) -> list[Cell]:
     return [
         cell
         for bed in view.in_oracle()
-        for more in ("", WINDOW_ONE)
+        for more in ("", ONE_AT_A_TIME)
         for cell in ours_cells(view, bed, more=more).values()
     ]
 
@@ -124,7 +124,7 @@ def _rows_paper(view: View) -> Rows:
                               "at the end", "ended"]]  # fmt: skip
     values = []
     for bed in view.in_oracle():
-        one, auto = view.done(ours_cells(view, bed, more=WINDOW_ONE)), view.done(ours_cells(view, bed))
+        one, auto = view.done(ours_cells(view, bed, more=ONE_AT_A_TIME)), view.done(ours_cells(view, bed))
         eight = view.done({s: oracle.fresh(bed, c, s) for s in view.seeds_of(bed) for c in _eights(view, bed)})
         if not one:
             continue
@@ -134,7 +134,7 @@ def _rows_paper(view: View) -> Rows:
         short = deficit(bed, scores(one, "score_best"), scores(auto, "score_best"))
         rows.append([bed.name, str(short or "-"), f"{effective:.2f}", *(f"{s:.3f}" for s in shares), endings(one)])
         values.append({"bed": bed.name, "effective_share": effective, "parameter_shares": shares})
-    return rows, ["Window 1: one component of each module trains at a time."], values
+    return rows, ["Inner loops: one component of rank one of each module trains at a time."], values
 
 
 def _eights(view: View, bed: Bed) -> list[Cell]:
@@ -186,6 +186,6 @@ TABLES: dict[str, Table] = {  # by the name that --tables takes, in the order of
     "ladder": Table("The information ladder", ladder.plan, ladder.rows),
     "planted": Table("Planted ranks", _plan_planted, _rows_planted),
     "rate": Table("A wrong rate", _plan_rate, _rows_rate),
-    "paper": Table("The paper's claims, at window 1", _plan_paper, _rows_paper),
+    "paper": Table("The paper's claims, one component at a time", _plan_paper, _rows_paper),
     "cost": Table("Cost", _plan_cost, _rows_cost),
 }
