@@ -9,6 +9,7 @@ import shlex
 import pytest
 from rich.console import Console, RenderableType
 
+from qaroma.report.outcome import Outcome
 from qaroma.report.summary import BeforeAfter, RunSummary, Score, next_commands, print_summary, rank_map
 from qaroma.runs.figures import Figures
 
@@ -22,7 +23,7 @@ RUN = RunSummary(
     adapter="runs/x/adapter",
     base="some/base",
     steps=90,
-    stopped="the step budget was reached",
+    ended=Outcome("the training rows are learnt", True),
     ranks=LLAMA,
     figures=Figures(
         rank_min=0,
@@ -130,7 +131,8 @@ def test_summary_shows_scores_examples_ranks_and_parameters() -> None:
         "I will.",
         "smallest 0, mean 2.0, largest 4, of the best adapter",
         "1,234,567 at the start, 98,765 on average, 0 at the end",
-        "90 steps, 2 min 05 s; the step budget was reached",
+        "90 steps, 2 min 05 s",
+        "the training rows are learnt",
         "runs/x/adapter",
         "q_proj",
     ]:

@@ -39,8 +39,9 @@ BITS_A_NUMBER = 2.0
 BITS_A_TOKEN = 3.0
 BLOCK = 8  # the rank to begin with
 SMALL_BUDGET, LARGE_BUDGET = 16, 32  # of rank: for data that a block takes in, and for more
-PATIENCE = 3  # validations, of the ten that a run has
+PATIENCE, FEWEST_PATIENCE = 0.3, 2  # of the validations that a run has; a single worse one may be chance
 FEWEST_VALIDATION_ROWS = 16  # by which a run may be ended
+FEW_VALIDATION_ROWS = 8  # of so many and fewer the loss says little
 # Settings of the inner loops: whoever gives one of them wants these.
 OF_LOOPS = ("t_in", "check_every", "eps_in", "eps_out", "inner_criterion", "outer_criterion", "init", "on_converged",
             "reset", "check_first", "restart_warmup")  # fmt: skip
@@ -150,9 +151,9 @@ def resolve(config: Config, facts: DataFacts) -> tuple[ResolvedConfig, list[Deci
     # A validation row costs a third of a training row: forward only.
     affordable = min(steps, math.ceil(2 * facts.validation_rows / batch))
     reason = "a tenth of the run" if tenth >= affordable else "keeps validation to a seventh of the time"
-    decide("training.evaluate_every", max(tenth, affordable), reason)
+    every = int(decide("training.evaluate_every", max(tenth, affordable), reason))
     decide("checkpoint.every", tenth, "a tenth of the run")
-    _decide_patience(settled, facts, decide)
+    _decide_patience(settled, steps // every, facts, decide)
     resolved = _as_resolved(settled)
     growth_settings(resolved.growth)
     return resolved, decisions
@@ -177,6 +178,19 @@ def warm_up_notes(config: ResolvedConfig) -> list[str]:
         f"{steps} steps never leave the warm-up of {warmup}: the learning rate of {config.training.learning_rate:g} is "
         f"not reached; type --set growth.warmup={steps // 10}, or a larger --max-steps"
     ]
+
+
+def validation_notes(rows: int) -> list[str]:
+    """A sentence, where there are hardly any rows to validate on.
+
+    Args:
+        rows: to validate on.
+    """
+    if rows > FEW_VALIDATION_ROWS:
+        return []
+    if not rows:
+        return ["no row is validated on: nothing will tell when the run gets worse; name some with --validation FILE"]
+    return [f"{rows} rows to validate on are few: their loss says little; name more with --validation FILE"]
 
 
 def _decide_length(config: Config, facts: DataFacts, decide: Decide) -> int:
@@ -281,7 +295,7 @@ def _needed_rank(config: Config, steps: int, facts: DataFacts) -> tuple[float, s
     return needed, f"rank {needed:.2g} takes in {bits:,.0f} bits in {steps} steps"
 
 
-def _decide_patience(config: Config, facts: DataFacts, decide: Decide) -> None:
+def _decide_patience(config: Config, planned: int, facts: DataFacts, decide: Decide) -> None:
     if config.growth.preset == "paper" or not METHODS[config.method].grows:
         decide("training.patience", 0, "the run has a length of its own")
     elif config.task != "causal-lm":
@@ -289,7 +303,8 @@ def _decide_patience(config: Config, facts: DataFacts, decide: Decide) -> None:
     elif facts.validation_rows < FEWEST_VALIDATION_ROWS:
         decide("training.patience", 0, f"{facts.validation_rows} validation rows are too few to end a run by")
     else:
-        decide("training.patience", PATIENCE, "validations without a better one; the best adapter is kept")
+        value = max(FEWEST_PATIENCE, round(PATIENCE * planned))
+        decide("training.patience", value, f"of {planned} validations, without a better one; the best adapter is kept")
 
 
 def _decide_loops(config: Config, steps: int, decide: Decide) -> None:

@@ -8,16 +8,11 @@ from statistics import median
 
 from qaroma.config.metrics import METRICS, metric_facts
 from qaroma.config.words import duration, memory_size
+from qaroma.report.outcome import outcome
 from qaroma.report.spectra import Spectra
 from qaroma.runs.figures import Figures, figures_of, validation_of
 from qaroma.runs.reading import Run
 
-ENDINGS = {
-    "grown": "every module has the rank it needs",
-    "learnt": "the training rows are learnt",
-    "budget": "the step budget is spent",
-    "patience": "validation no longer improved",
-}
 _SETTINGS = {
     "Base model": ("model.name",),
     "Quantisation": ("model.quantization",),
@@ -46,8 +41,7 @@ def state(run: Run) -> str:
     """Where a run stands, as one sentence."""
     if not run.finished:
         return f"Not finished: step {run.step:,}" + (f" of {run.budget:,}" if run.budget else "")
-    why = ENDINGS.get(str(run.ended))
-    return f"Finished after {run.step:,} steps" + (f": {why}" if why else "")
+    return f"Finished after {run.step:,} steps: {outcome(run).text}"
 
 
 def description(run: Run) -> str:

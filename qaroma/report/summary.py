@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from qaroma.config.metrics import metric_facts
 from qaroma.config.words import duration, shortened
 from qaroma.report.names import layer_grid
+from qaroma.report.outcome import Outcome
 from qaroma.runs.directory import quoted
 from qaroma.runs.figures import Figures
 
@@ -63,7 +64,7 @@ class RunSummary:
         adapter: folder of the adapter.
         base: what ``from_pretrained`` takes for the base: a folder or a hub id.
         steps: optimiser steps done.
-        stopped: why the run ended, as a clause.
+        ended: why the run ended, and whether that is a success.
         ranks: rank of each target module of the best adapter, by its full name, zeros included.
         figures: of the finished run.
         scores: figures before and after.
@@ -77,7 +78,7 @@ class RunSummary:
     adapter: str
     base: str
     steps: int
-    stopped: str
+    ended: Outcome
     ranks: Mapping[str, int]
     figures: Figures
     scores: Sequence[Score] = field(default_factory=tuple)
@@ -205,7 +206,8 @@ def _figures(run: RunSummary) -> Table:
     if figures.trainable_start is not None:
         course = f"{figures.trainable_start:,} at the start, {figures.trainable_mean or 0:,.0f} on average"
         table.add_row("trainable parameters", f"{course}, {figures.trainable_end or 0:,} at the end")
-    table.add_row("run", Text(f"{run.steps} steps, {duration(figures.seconds or 0.0)}; {run.stopped}"))
+    table.add_row("run", Text(f"{run.steps} steps, {duration(figures.seconds or 0.0)}"))
+    table.add_row("ended", Text(run.ended.text, style="green" if run.ended.success else "yellow"))
     table.add_row("adapter", Text(Path(run.adapter).as_posix()))
     return table
 

@@ -19,7 +19,7 @@ from qaroma.config.schema import Config, ResolvedConfig
 from qaroma.inference.answer_test import Answers, AnswerTest, read_conversations
 from qaroma.method.targets import unadaptable
 from qaroma.model.builtin import ResolvedModel
-from qaroma.report.keyfigures import ENDINGS
+from qaroma.report.outcome import outcome
 from qaroma.report.summary import BeforeAfter, RunSummary, Score, print_summary
 from qaroma.runs.checkpoint import list_checkpoints
 from qaroma.runs.directory import RunDirectory
@@ -165,6 +165,7 @@ def _figures(session: Session, state: FitState, ending: Ending, elapsed: float) 
         "adapter": session.run.adapter.as_posix(),
         "method": session.method.name,
         "steps": state.step,
+        "epochs": state.step / session.plan.steps_per_epoch,
         "ended": ending,
         "loss": training_loss[-1] if training_loss else None,
         "validation_loss_before": loss.before if loss else None,
@@ -211,7 +212,7 @@ def _summary(
         base=str(base.folder_or_id),
         base_gguf=base.gguf_file,
         steps=run.step,
-        stopped=ENDINGS[figures["ended"]],
+        ended=outcome(run),
         ranks=run.adapter_ranks(),
         figures=figures_of(run),
         scores=scores,

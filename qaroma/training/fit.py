@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NoReturn
 
@@ -129,7 +129,7 @@ def _gradients(session: Session, state: FitState, view: ProgressView) -> tuple[f
         micro_batches = session.plan.step(state.step)
         batches = [session.task.collate([session.train[i] for i in indices]) for indices in micro_batches]
         try:
-            loss = accumulate(session, batches)
+            loss = accumulate(session, batches, lambda all_: view.counted(all_, f"step {state.step + 1}"))
             break
         except torch.OutOfMemoryError:
             # Outside the except clause the failed step's tensors are gone, and can be given back.
@@ -179,15 +179,22 @@ def _smaller_rates(session: Session) -> str:
     return f"{typed} --set training.head_learning_rate={min(rate, LARGEST_RATE) / 2:.1e}"
 
 
-def accumulate(session: Session, batches: Sequence[Batch]) -> float:
+def accumulate(
+    session: Session, batches: Sequence[Batch], shown: Callable[[Sequence[Batch]], Iterable[Batch]] = iter
+) -> float:
     """Gradients of the mean loss over all trained tokens of these micro-batches, however they are cut.
+
+    Args:
+        session: whose model they are of.
+        batches: the micro-batches.
+        shown: goes through them, and shows how far it came.
 
     Returns:
         That mean loss; one synchronisation with the device.
     """
     count = sum(batch.counted for batch in batches)
     total = torch.zeros((), device=session.accelerator.device)
-    for batch in batches:
+    for batch in shown(batches):
         loss_sum, _ = session.task.loss(session.model, batch.to(session.accelerator.device))
         session.accelerator.backward(loss_sum / count)
         total += loss_sum.detach()
@@ -245,7 +252,7 @@ def _validate(session: Session, state: FitState, view: ProgressView) -> None:
     """The task's figures on the validation rows; keeps the adapter where it is the best so far."""
     if not session.validation:
         return
-    figures = validation_metrics(session)
+    figures = validation_metrics(session, lambda all_: view.counted(all_, "validation"))
     record = {"event": "validation", "step": state.step, **figures}
     session.log.write(record)
     track(session.accelerator, record, "validation/")
@@ -267,9 +274,10 @@ def _sample(session: Session, state: FitState) -> None:
         session.log.write(session.sampler.record(session.model, state.step))
 
 
-def validation_metrics(session: Session) -> dict[str, Any]:
+def validation_metrics(session: Session, shown: Callable[[Sequence[Batch]], Iterable[Batch]] = iter) -> dict[str, Any]:
     """The task's figures over the whole validation set, without gradient and in eval mode."""
-    return dict(session.task.evaluate(session.model, session.validation_batches(), session.accelerator.device))
+    batches = shown(session.validation_batches())
+    return dict(session.task.evaluate(session.model, batches, session.accelerator.device))
 
 
 def save_state(session: Session, state: FitState) -> str:

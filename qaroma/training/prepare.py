@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qaroma.config.load import require_model_and_data
 from qaroma.config.metrics import metrics_of
-from qaroma.config.presets import BITS_A_TOKEN, DataFacts, Decision, resolve, warm_up_notes
+from qaroma.config.presets import BITS_A_TOKEN, DataFacts, Decision, resolve, validation_notes, warm_up_notes
 from qaroma.config.schema import Config, ResolvedConfig
 from qaroma.data.encode import Encoded, Example, limit_length
 from qaroma.data.glue import dev_file, glue_task, read_glue, read_train
@@ -70,7 +70,7 @@ def prepare_data(config: Config) -> PreparedData:
     base = find_model(name, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
     prepare = _prepare_conversations if config.task == "causal-lm" else _prepare_labelled
     data = prepare(config, base, load_tokenizer(base))
-    data.notes += warm_up_notes(data.config)
+    data.notes += [*validation_notes(len(data.validation)), *warm_up_notes(data.config)]
     return data
 
 
