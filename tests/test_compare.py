@@ -44,7 +44,7 @@ def from_sets(sets: Sequence[str]) -> Config:
 
 
 def test_a_method_is_read_with_its_rank_and_its_settings() -> None:
-    assert parse_spec("aroma", 8).sets == ("method=aroma",)
+    assert parse_spec("aroma", 8).sets == ("method=aroma", "rank=8")
     lora = parse_spec("lora", 8)
     assert (lora.label, lora.rank, lora.sets) == ("lora:8", 8, ("method=lora", "rank=8"))
     spec = parse_spec("aroma+init=gradient+outer_criterion=update+eps_out=1e+1", 8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from qaroma.cli.options import CONFIG_OPTION, SET_OPTION, config_options, read_config
+from qaroma.cli.options import CONFIG_OPTION, SET_OPTION, config_options, read_config, typed_keys
 from qaroma.cli.output import JSON_OPTION, figures_only
 from qaroma.training.checks import check_finetune
 
@@ -60,7 +60,7 @@ def command(
     is printed with its reason.
     """
     settings = read_config(config, parameters, sets)
-    check_finetune(settings, resume=resume)
+    check_finetune(settings, resume=resume, typed=typed_keys(parameters, sets))
 
     from qaroma.training.finetune import finetune
 
