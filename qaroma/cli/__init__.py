@@ -26,7 +26,7 @@ COMMANDS = {
     "chat": "Talk to a fine-tuned model.",
     "evaluate": "Score a model on a data set.",
     "benchmark": "Score a model on public benchmarks.",
-    "runs": "List runs: state, scores, ranks.",
+    "runs": "List runs: state, scores, ranks; remove old ones.",
     "compare": "Train several methods on one task and put them in one table.",
     "compare-runs": "Put runs side by side: settings, figures, answers.",
     "export": "Write a fine-tuned model as other engines load it.",
