@@ -60,8 +60,7 @@ def _reproducible() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+def tiny_tokenizer():
     """Byte-level BPE with 512 tokens, a ChatML template, and pad equal to eos."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -80,6 +79,11 @@ def tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return tiny_tokenizer()
 
 
 def tiny_config(**changes):

@@ -28,6 +28,7 @@ class RowForm:
         option: what is typed besides.
         ignored: the keys that are named as ignored.
         template: chatml, or tools: one that renders functions, calls, results and thoughts.
+        rejected: the worse answer of a preference, which ``--task preference`` trains against the last turn.
     """
 
     name: str
@@ -38,6 +39,7 @@ class RowForm:
     option: dict[str, Any] = field(default_factory=dict)
     ignored: str = ""
     template: str = "chatml"
+    rejected: str = ""
 
 
 ADD = {
@@ -176,28 +178,41 @@ FORMS = (
             WITH_SYSTEM),
     RowForm("text", TRL, {"text": "2+2 is 4.", "url": "x"}, (("*", "2+2 is 4."),), ignored="url"),
     RowForm("prompt, chosen, rejected", TRL, {"prompt": "2+2?", "chosen": "4", "rejected": "5"}, PLAIN,
-            refused=PREFERENCE, option=GOOD),
+            refused=PREFERENCE, option=GOOD, rejected="5"),
     RowForm("chosen, rejected of turns", TRL,
-            {"chosen": [ASK, SAY], "rejected": [ASK, {**SAY, "content": "5"}]}, PLAIN, refused=PREFERENCE, option=GOOD),
+            {"chosen": [ASK, SAY], "rejected": [ASK, {**SAY, "content": "5"}]}, PLAIN,
+            refused=PREFERENCE, option=GOOD, rejected="5"),
     RowForm("prompt and whole chosen, rejected", "HuggingFaceH4/ultrafeedback_binarized",
             {"prompt": "2+2?", "chosen": [ASK, SAY], "rejected": [ASK, {**SAY, "content": "5"}], "score_chosen": 9.0},
-            PLAIN, refused=PREFERENCE, option=GOOD, ignored="score_chosen"),
+            PLAIN, refused=PREFERENCE, option=GOOD, rejected="5", ignored="score_chosen"),
     RowForm("chosen, rejected as a dialogue", "Anthropic/hh-rlhf",
             {"chosen": "\n\nHuman: 2+2?\n\nAssistant: 4", "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5"}, PLAIN,
-            refused=PREFERENCE, option=GOOD),
+            refused=PREFERENCE, option=GOOD, rejected="5"),
     RowForm("instruction, chosen, rejected", LLAMA_FACTORY,
             {"instruction": "Add.", "input": "2+2?", "chosen": "4", "rejected": "5"},
-            (("user", "Add.\n\n2+2?"), ("assistant*", "4")), refused=PREFERENCE, option=GOOD),
+            (("user", "Add.\n\n2+2?"), ("assistant*", "4")), refused=PREFERENCE, option=GOOD, rejected="5"),
     RowForm("conversations, chosen, rejected", LLAMA_FACTORY,
             {"conversations": [{"from": "human", "value": "2+2?"}], "chosen": {"from": "gpt", "value": "4"},
-             "rejected": {"from": "gpt", "value": "5"}}, PLAIN, refused=PREFERENCE, option=GOOD),
+             "rejected": {"from": "gpt", "value": "5"}}, PLAIN, refused=PREFERENCE, option=GOOD, rejected="5"),
     RowForm("system, question, chosen, rejected", "Intel/orca_dpo_pairs",
             {"system": "Be brief.", "question": "2+2?", "chosen": "4", "rejected": "5"}, WITH_SYSTEM,
-            refused=PREFERENCE, option=GOOD),
+            refused=PREFERENCE, option=GOOD, rejected="5"),
     RowForm("preferred_output", "OpenAI, Direct preference optimization",
             {"input": {"messages": [ASK]}, "preferred_output": [SAY],
              "non_preferred_output": [{**SAY, "content": "5"}]},
-            PLAIN, refused=PREFERENCE, option=GOOD),
+            PLAIN, refused=PREFERENCE, option=GOOD, rejected="5"),
+    RowForm("chosen, rejected that begin alike", TRL, {"chosen": "2 and 2 is 4", "rejected": "2 and 2 is 5"},
+            (("user", "2 and 2 is"), ("assistant*", " 4")), refused=PREFERENCE, option=GOOD, rejected=" 5"),
+    RowForm("messages, rejected_response", "ms-swift, Custom dataset",
+            {"messages": [ASK, SAY], "rejected_response": "5"}, PLAIN,
+            refused=PREFERENCE, option=GOOD, rejected="5"),
+    RowForm("messages, rejected_messages", "ms-swift, Custom dataset",
+            {"messages": [ASK, SAY], "rejected_messages": [ASK, {**SAY, "content": "5"}]}, PLAIN,
+            refused=PREFERENCE, option=GOOD, rejected="5"),
+    RowForm("chosen, rejected under other keys", "any table", {"asked": "2+2?", "good": "4", "bad": "5"}, PLAIN,
+            refused="the keys (asked, good, bad) fit no known form",
+            option={"feedback": "good", "columns": {"prompt": "asked", "chosen": "good", "rejected": "bad"}},
+            rejected="5"),
     RowForm("prompt, completion, label", TRL, {"prompt": "2+2?", "completion": "4", "label": True}, PLAIN,
             refused=KTO, option=GOOD),
     RowForm("messages, kto_tag", LLAMA_FACTORY, {"messages": [ASK, SAY], "kto_tag": True}, PLAIN,
@@ -248,6 +263,8 @@ def _meaning(form: RowForm) -> str:
     for role, text in form.turns:
         shown = _code(text)
         parts.append(f"{role.rstrip('*')}: **{shown}**" if role.endswith("*") else f"{role}: {shown}")
+    if form.rejected:
+        parts.append(f"with {_code('--task preference')} against: **{_code(form.rejected)}**")
     if form.ignored:
         parts.append(f"ignored keys: {form.ignored}")
     return "<br>".join(part.removeprefix(": ") for part in parts)

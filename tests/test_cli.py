@@ -386,3 +386,15 @@ def test_data_preview_marks_what_is_trained(
     assert "[q1]" not in out
     assert "3 of 5 rows, form alpaca, template chat" in out
     assert "3 examples of" in out
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="torch has expandable segments on Linux alone")
+def test_torch_is_asked_for_segments_that_can_grow_unless_the_user_has_said_what_he_wants(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for before, after in (("", "expandable_segments:True"), ("max_split_size_mb:64", "max_split_size_mb:64")):
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", before)
+        if not before:
+            del os.environ["PYTORCH_CUDA_ALLOC_CONF"]
+        main(["--version"])
+        assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == after

@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from qaroma.data.forms import BadRow, Message, parse_rows, recognise, report_bad_rows, to_conversation
+from qaroma.data.forms import BadRow, Message, parse_rows, recognise, report_bad_rows, to_conversation, to_pair
 from qaroma.data.sources import Row
 from qaroma.errors import QaromaError
 
@@ -339,3 +339,19 @@ def test_no_row_ends_in_anything_but_a_sentence() -> None:
             for _, turns in parsed.conversations:
                 assert turns[-1].role == "assistant"
                 "".join(m.content + m.thought for m in turns).encode("utf-8")
+
+
+@pytest.mark.parametrize("answer", ['{"call": "timer", "minutes": 5}', '[{"call": "timer"}]', "[1, 2]"])
+def test_an_answer_that_is_json_is_a_text(answer: str) -> None:
+    row = Row({"prompt": "A timer, please.", "completion": answer}, "a.jsonl", 1)
+    assert to_conversation(row, "completion")[-1] == Message("assistant", answer)
+    row = Row({"prompt": "A timer, please.", "chosen": answer, "rejected": "{}"}, "a.jsonl", 1)
+    assert [turns[-1].content for turns in to_pair(row)] == [answer, "{}"]
+
+
+def test_what_both_answers_begin_with_is_context() -> None:
+    ends = [{"role": "user", "content": "Three?"}, {"role": "assistant", "content": "3"}]
+    chosen, rejected = to_pair(Row({"chosen": [*MESSAGES, *ends], "rejected": MESSAGES[:4] + ends[1:]}, "a.jsonl", 1))
+    assert [turn.weight for turn in chosen if turn.role == "assistant"] == [0.0, 1.0, 1.0]
+    assert [turn.weight for turn in rejected if turn.role == "assistant"] == [0.0, 1.0]
+    assert chosen[:4] == rejected[:4]

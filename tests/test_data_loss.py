@@ -308,11 +308,12 @@ def poison_gradient(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     real, calls = fit_module.accumulate, []
 
     def poisoned(session, batches):
-        loss = real(session, batches)
+        figures, norm = real(session, batches)
         calls.append(1)
         if len(calls) == at:
             session.method.trainer.optimiser.gradients[0] = torch.inf
-        return loss
+            norm = session.method.gradient_norm().item()
+        return figures, norm
 
     monkeypatch.setattr(fit_module, "accumulate", poisoned)
 

@@ -33,10 +33,10 @@ def batch(rows: int = 3, length: int = 40):
     return TASK.collate(examples)
 
 
-def trained(folder, level: int, dtype=torch.float32, dropout: float = 0.0):
+def trained(folder, level: int, dtype=torch.float32, dropout: float = 0.0, targets="all-linear"):
     """A model at a level with a component that is not zero; gradients are accumulated, not applied."""
     model = load_base(folder, quantization="nf4", compute_dtype=dtype, device="cpu")
-    adapter = attach(model, inner_rank=2, alpha=4.0, dropout=dropout)
+    adapter = attach(model, targets, inner_rank=2, alpha=4.0, dropout=dropout)
     settings = GrowthSettings(t_in=5, check_every=2, warmup=1, restart_warmup=1, eps_out=1e-9)
     controller = GrowthController(adapter, settings, learning_rate=1e-2, total_steps=100)
     for _, layer in adapter.active_layers():
@@ -52,11 +52,12 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(levels_module, "tile_tokenwise", lambda model: tiled_module.tile_tokenwise(model, 37 * 64))
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["gate_proj", "up_proj", "down_proj"]], ids=["all", "mlp"])
 @pytest.mark.parametrize("level", [1, 2])
-def test_levels_without_a_packed_head_change_no_gradient(tiny_folder, level: int) -> None:
+def test_levels_without_a_packed_head_change_no_gradient(tiny_folder, level: int, targets) -> None:
     results = {}
     for chosen in (0, level):
-        model, controller = trained(tiny_folder, chosen)
+        model, controller = trained(tiny_folder, chosen, targets=targets)
         loss, count = TASK.loss(model, batch())
         (loss / count).backward()
         results[chosen] = (loss.item(), controller.trainer.optimiser.gradients.clone())
@@ -108,7 +109,7 @@ def test_the_embedding_lies_on_the_host_only_where_the_head_does_not_share_it(ti
 def test_layer_inputs_go_through_the_host_and_one_layer_comes_back_ahead(tiny_folder) -> None:
     booked: list[torch.Size] = []
 
-    def copy_out(tensor: torch.Tensor, stream=None) -> torch.Tensor:
+    def copy_out(tensor: torch.Tensor, stream=None, *, pinned: bool = True) -> torch.Tensor:
         booked.append(tensor.shape)
         return tensor.clone()
 

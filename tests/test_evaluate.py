@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qaroma.data.forms import Message
 from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
+from qaroma.inference import generate as generate_module
 from qaroma.inference.generate import ExactMatch, exact_match, generate
 from qaroma.tasks.evaluation import Loss, evaluate_loss, evaluating
 
@@ -67,6 +68,24 @@ class _StopsAt(Template):
 
     def stop_token_ids(self, tokenizer) -> list[int]:
         return [self.stop]  # type: ignore[attr-defined]
+
+
+def test_a_batch_too_large_for_the_memory_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_level()
+    model, template = _model(len(tokenizer)), Template.choose(tokenizer)
+    whole = generate(model, tokenizer, template, CONVERSATIONS, max_new_tokens=6)
+    original, sizes = generate_module._generate_batch, []
+
+    def crowded(model, prompts, settings):
+        sizes.append(len(prompts))
+        if len(prompts) > 1:
+            raise RuntimeError("CUDA error: out of memory")
+        return original(model, prompts, settings)
+
+    monkeypatch.setattr(generate_module, "_generate_batch", crowded)
+    assert generate(model, tokenizer, template, CONVERSATIONS, max_new_tokens=6) == whole
+    assert sizes[0] == len(CONVERSATIONS)
+    assert sizes.count(1) == len(CONVERSATIONS)
 
 
 def test_generation_ends_at_the_stop_token_of_each_row() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +12,21 @@ import pytest
 import torch
 from conftest import tiny_config
 from export_adapters import random_update
+from families import FAMILIES, write_base
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qaroma.data.forms import Message
 from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
 from qaroma.export.gguf_adapter import read_gguf_adapter, write_gguf_adapter
+from qaroma.export.gguf_layout import gguf_layout
 from qaroma.export.gguf_model import rope_factors, write_gguf_model
 from qaroma.export.gguf_names import GgufNames
-from qaroma.export.gguf_vocab import pre_tokenizer_name
+from qaroma.export.gguf_vocab import check_vocabulary, pre_tokenizer_name
 from qaroma.export.ollama import modelfile, template_pieces
 from qaroma.export.readers import LlamaCpp, LlamaCppAnswer
 from qaroma.export.selftest import compare_llama_cpp, live_answers
-from qaroma.export.weights import dequantised_tensors
+from qaroma.export.weights import StoredTensor, dequantised_tensors
 from qaroma.method.attach import attach_update, detach, linear_shapes
 
 LLAMA3_ROPE = {
@@ -67,7 +72,7 @@ def tiny(kind: str, tokenizer=None):
 def test_an_adapter_comes_back_by_llama_cpps_rules(tiny_model, tmp_path: Path) -> None:
     update = random_update(linear_shapes(tiny_model))
     assert write_gguf_adapter(tmp_path, update, tiny_model.config, name="x", dtype=torch.float32) == {"rank": 4}
-    read = read_gguf_adapter(tmp_path / "adapter.gguf", tiny_model.config)
+    read = read_gguf_adapter(tmp_path / "adapter.gguf", tiny_model.config, update)
     assert set(read) == {name for name, factors in update.items() if factors.rank}
     for name, factors in read.items():
         assert factors.rank == 4
@@ -166,8 +171,62 @@ def test_ways_of_cutting_text_have_llama_cpps_names(tokenizer) -> None:
     for unknown in (split(r"\p{L}+"), ByteLevel(add_prefix_space=True), Metaspace()):
         with pytest.raises(QaromaError, match=r"no name known here for llama\.cpp"):
             pre_tokenizer_name(cutting(tokenizer, unknown))
-    with pytest.raises(QaromaError, match="byte-level BPE only"):
-        pre_tokenizer_name(cutting(tokenizer, None, byte_fallback=True))
+
+
+def pieces(scheme: str):
+    """BPE over pieces with byte fallback, as SentencePiece models are converted; spaces in one of their ways."""
+    from conftest import CHATML, TEXT
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.normalizer = normalizers.Replace(" ", "▁")
+    special = ["<unk>", "<|im_start|>", "<|im_end|>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special[:3], show_progress=False)
+    raw.train_from_iterator(TEXT.splitlines(), trainer)
+    model = json.loads(raw.to_str())["model"]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys([*special, *model["vocab"]]))}
+    merges = [tuple(pair) for pair in model["merges"]]
+    raw.model = models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
+    raw.add_special_tokens(special[1:3])
+    if scheme == "prepended":  # Llama 2 as published
+        raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), raw.normalizer])
+    elif scheme != "none":  # the same as transformers builds it now; "none" is Gemma's
+        raw.normalizer = None
+        raw.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+    raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|im_end|>", unk_token="<unk>", chat_template=CHATML
+    )
+
+
+@pytest.mark.parametrize("scheme", ["none", "prepended", "always", "first"])
+def test_llama_cpp_cuts_text_into_the_same_pieces(scheme: str, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    tokenizer = pieces(scheme)
+    config = tiny_config(vocab_size=len(tokenizer), tie_word_embeddings=False)
+    model = type(tiny("tied"))(config).float().eval()
+    template = Template.choose(tokenizer)
+    write_gguf_model(
+        tmp_path, dequantised_tensors(model), {}, config, tokenizer, template, outtype="f32", name="x"
+    )  # fmt: skip
+    engine = LlamaCpp(tmp_path / "model.gguf")
+    answer = Message("assistant", "the mill")
+    for text in (*PROMPTS, "two  spaces, three   spaces", "the same text €🌊\tend", "count the letters"):
+        prompt = template.render_prompt([Message("user", text), answer, Message("user", text)])
+        body = json.dumps({"content": prompt, "parse_special": True}).encode()
+        request = urllib.request.Request(f"{engine._server.listening_address}/tokenize", body)
+        with urllib.request.urlopen(request) as told:
+            assert json.load(told)["tokens"] == tokenizer(prompt, add_special_tokens=False).input_ids, text
+
+
+def test_spaces_that_are_written_otherwise_are_refused() -> None:
+    from tokenizers import normalizers
+
+    tokenizer = pieces("none")
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    with pytest.raises(QaromaError, match=r"writes spaces in a way that llama\.cpp has not \(NFKC before nothing"):
+        check_vocabulary(tokenizer, Template.choose(tokenizer))
 
 
 PROMPTS = ["count 7 x", "Who's there?\n\n  12 345 don't", "für Élise 3.14"]
@@ -197,6 +256,63 @@ def test_llama_cpp_gives_transformers_answers(kind: str, tokenizer, tmp_path: Pa
     for test in (merged, adapted):
         assert test.passed, test.sentence()
         assert test.same_answers == len(PROMPTS)
+
+
+SLOW = ("granite", "olmo2", "smollm3", "gemma2", "qwen3_moe")
+
+
+@pytest.mark.parametrize("family", ["phi3", *(pytest.param(f, marks=pytest.mark.slow) for f in SLOW)])
+def test_llama_cpp_takes_an_adapter_of_a_family(family: str, tokenizer, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    write_base(family, tmp_path / "base", tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    template, update = Template.choose(tokenizer), random_update(linear_shapes(model), size=1.0)
+    write_gguf_model(
+        tmp_path, dequantised_tensors(model), {}, model.config, tokenizer, template, outtype="f32", name="x"
+    )  # fmt: skip
+    write_gguf_adapter(tmp_path, update, model.config, name="x", dtype=torch.float32)
+    attach_update(model, update)
+    live = live_answers(model, tokenizer, template, PROMPTS, tokens=12)
+    engine = LlamaCpp(tmp_path / "model.gguf", tmp_path / "adapter.gguf")
+    test = compare_llama_cpp(engine, live, tokenizer, tolerance=1e-2)
+    assert test.passed, test.sentence()
+    assert not compare_llama_cpp(LlamaCpp(tmp_path / "model.gguf"), live, tokenizer, tolerance=1e-2).passed
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("gemma2", {"query_pre_attn_scalar": 7}, r"attention scaled by 7 \(query_pre_attn_scalar; expected 32\)"),
+        ("gemma2", {"layer_types": ["full_attention"] * 2}, "full attention in other layers than one of 2"),
+        ("gemma3_text", {"layer_types": ["sliding_attention"] * 6}, "full attention in other layers than one of 6"),
+        ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}, "positions left out of other layers than one of 4"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "weights of experts that do not sum to 1"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "layers without experts"),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_refused(family: str, changes: dict, words: str) -> None:
+    with pytest.raises(QaromaError, match=f"a {family} model with {words}.*, which llama.cpp computes otherwise"):
+        GgufNames(AutoConfig.for_model(family, **{**FAMILIES[family], **changes}))
+
+
+def test_experts_are_one_tensor_however_they_came() -> None:
+    """Fused as transformers holds them, or one by one as checkpoints do: 12 of them, so that 10 follows 9."""
+    gate, up, down = torch.randn(12, 4, 8), torch.randn(12, 4, 8), torch.randn(12, 8, 4)
+    stem = "model.layers.0.mlp.experts"
+    fused = {f"{stem}.gate_up_proj": torch.cat([gate, up], 1), f"{stem}.down_proj": down}
+    single = {
+        f"{stem}.{index}.{name}.weight": values[index]
+        for name, values in (("gate_proj", gate), ("up_proj", up), ("down_proj", down))
+        for index in sorted(range(12), key=str)
+    }
+    names = GgufNames(AutoConfig.for_model("qwen3_moe", **FAMILIES["qwen3_moe"]))
+    for tensors in (fused, single):
+        stored = [StoredTensor(n, tuple(t.shape), t.dtype, lambda a, b, t=t: t[a:b]) for n, t in tensors.items()]
+        found = {one.tensor.name: one.tensor for one in gguf_layout(stored, names)}
+        for name, values in (("gate", gate), ("up", up), ("down", down)):
+            tensor = found[f"blk.0.ffn_{name}_exps.weight"]
+            assert tensor.shape == tuple(values.shape)
+            assert torch.equal(torch.cat([tensor.rows(0, 5), tensor.rows(5, 12)]), values)
 
 
 @pytest.mark.parametrize("wrong", ["nothing", "nan", "infinite", "other prompt"])

@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,32 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def test_what_peft_refuses_is_known_before(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = AutoConfig.for_model("mamba", vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)
+    model = AutoModelForCausalLM.from_config(config)
+    mixer = "backbone.layers.0.mixer"
+    for names, refused in (([f"{mixer}.in_proj"], False), ([f"{mixer}.in_proj", f"{mixer}.out_proj"], True)):
+        shapes = {name: shape for name, shape in linear_shapes(model).items() if name in names}
+        update = {
+            name: Factors(torch.randn(2, columns), torch.randn(2, rows)) for name, (rows, columns) in shapes.items()
+        }
+        folder = tmp_path / str(refused)
+        write_adapter(folder, update, AdapterInfo({name: [2] for name in shapes}, 2, 2.0), base="x")
+        assert ("PEFT refuses an adapter of this base" in str(told_of_peft(config, names))) == refused
+        with pytest.raises(ValueError, match="incompatible") if refused else nullcontext():
+            peft.PeftModel.from_pretrained(model, str(folder)).unload()
+
+
+def test_a_lora_of_transposed_layers_is_read_as_any(adapter: Path) -> None:
+    """PEFT writes fan_in_fan_out for GPT-2's layers; A and B mean the same."""
+    plain = read_lora(adapter)[0]
+    changed(adapter / "adapter_config.json", fan_in_fan_out=True)
+    for name, factors in read_lora(adapter)[0].items():
+        assert torch.equal(factors.A, plain[name].A)
+        assert torch.equal(factors.B, plain[name].B)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_peft_leaves_out_is_known_before(family: str, tmp_path: Path) -> None:
@@ -225,7 +252,7 @@ def test_what_peft_leaves_out_is_known_before(family: str, tmp_path: Path) -> No
     config = AutoConfig.for_model(family, **{**STANDARD, **FAMILIES[family]})
     model = AutoModelForCausalLM.from_config(config)
     shapes = {name: shape for name, shape in linear_shapes(model).items() if name != "lm_head"}
-    update = {name: Factors(torch.randn(2, columns), torch.randn(2, rows)) for name, (rows, columns) in shapes.items()}
+    update = {name: Factors(torch.randn(2, n), torch.randn(2, m)) for name, (m, n) in shapes.items()}
     write_adapter(tmp_path / "a", update, AdapterInfo({name: [2] for name in shapes}, 2, 2.0), base="x")
     loaded = peft.PeftModel.from_pretrained(model, str(tmp_path / "a")).state_dict()
     keys = {name: f"base_model.model.{name}.lora_B.default.weight" for name in shapes}

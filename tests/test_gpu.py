@@ -24,8 +24,8 @@ def step_at(level: int, length: int, layers: int = 4):
     return *qaroma_step(model, rows, level=level, frozen=16), config
 
 
-@pytest.mark.parametrize("level", [1, 2])
-def test_offload_and_tiles_change_no_gradient(level: int) -> None:
+@pytest.mark.parametrize(("resident", "level"), [(0, 1), (0, 2), (3, 4)])
+def test_offload_tiles_and_streaming_change_no_gradient(resident: int, level: int) -> None:
     from qaroma.bench.contestants import examples, qaroma_step, random_base, twin
     from qaroma.plan.shapes import model_config
 
@@ -34,7 +34,7 @@ def test_offload_and_tiles_change_no_gradient(level: int) -> None:
     model = random_base(config, dtype=torch.bfloat16, device=CUDA)
     rows = examples(config.vocab_size, rows=1, length=3000)
     values = []
-    for chosen in (0, level):
+    for chosen in (resident, level):
         torch.manual_seed(1)
         step, method = qaroma_step(twin(model), rows, level=chosen)
         for _ in range(3):
@@ -44,7 +44,7 @@ def test_offload_and_tiles_change_no_gradient(level: int) -> None:
     assert (values[1] - values[0]).norm() < naive_error
 
 
-@pytest.mark.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize("level", [1, 2, 3, 4])
 @pytest.mark.parametrize("length", [2048, 8192])
 def test_the_allocator_agrees_with_the_plan(level: int, length: int) -> None:
     from qaroma.plan.trace import StepSettings, trace_step

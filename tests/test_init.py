@@ -25,7 +25,7 @@ from qaroma.training.prepare import prepare_data
 
 
 class StraightPlanner(Planner):
-    """A step takes a byte a token at level 0, half of that at each level more; level 2 and 3 half on the host."""
+    """A step takes a byte a token at level 0, half of that at each level more; from level 2 on half on the host."""
 
     def __init__(self) -> None:
         pass
@@ -45,7 +45,7 @@ class StraightPlanner(Planner):
         (1023, 0, (1024, 1, 1)),
         (300, 400, (1024, 1, 2)),
         (300, 255, (1024, 1, None)),  # too little host memory for level 2, and level 3 takes half of it
-        (40, 2**40, (320, 1, 3)),
+        (40, 2**40, (640, 1, 4)),
         (1024, None, (1024, 1, 0)),
         (511, None, (1024, 1, 3)),  # the host is the device: both count
     ],

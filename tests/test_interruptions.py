@@ -147,7 +147,7 @@ def test_the_card_is_taken_at_the_first_step_and_in_the_middle(
 ) -> None:
     real, calls = fit_module.accumulate, []
 
-    def taken_from_the_fifth(*arguments: object, **named: object) -> float:
+    def taken_from_the_fifth(*arguments: object, **named: object) -> dict[str, float]:
         calls.append(1)
         if len(calls) > 4:
             raise torch.OutOfMemoryError(TAKEN)
@@ -157,7 +157,7 @@ def test_the_card_is_taken_at_the_first_step_and_in_the_middle(
         raise torch.OutOfMemoryError(TAKEN)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit_module, "validation_metrics", taken)  # comes before the first step, and nothing relieves it
+        patch.setattr(fit_module, "_log_ranks", taken)  # comes before the first step, and nothing relieves it
         said = refused(typed, capsys)
         assert "the GPU has no memory left" in said
         assert "The run is safe up to step 0." in said

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from test_method_lowrank import nf4_linear
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from qaroma.method.adapter import AdaptedLinear, Adapter
 from qaroma.method.aroma import GrowthController
@@ -19,6 +20,8 @@ X = (5, 48)
 
 
 def base_of(kind: str) -> nn.Module:
+    if kind == "transposed":
+        return Conv1D(32, 48).requires_grad_(False)
     return nn.Linear(48, 32).requires_grad_(False) if kind == "dense" else nf4_linear(48, 32, bias=True)
 
 
@@ -37,7 +40,7 @@ def trained(layer: AdaptedLinear) -> tuple[Tensor, Tensor]:
     return layer.active_A.detach().clone(), layer.active_B.detach().clone()
 
 
-@pytest.mark.parametrize("kind", ["dense", "nf4"])
+@pytest.mark.parametrize("kind", ["dense", "nf4", "transposed"])
 @pytest.mark.parametrize("r", [1, 4])
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_layer_computes_its_sentence_through_commit_restart_and_done(kind: str, r: int, keep: bool) -> None:

@@ -69,6 +69,20 @@ def test_only_the_input_is_saved_for_the_backward_pass() -> None:
     assert saved == [x.shape]
 
 
+def test_what_a_layer_returns_may_be_added_to_in_place() -> None:
+    """Falcon and Llama 4 do."""
+    _, layer, x = adapted(torch.float32)
+    x = x.reshape(3, -1, x.shape[-1]).requires_grad_()
+    (layer(x) + x.sum()).square().sum().backward()
+    expected = (x.grad.clone(), layer.active_B.grad.clone())
+    x.grad = layer.active_B.grad = None
+    y = layer(x)
+    y += x.sum()
+    y.square().sum().backward()
+    assert torch.equal(x.grad, expected[0])
+    assert torch.equal(layer.active_B.grad, expected[1])
+
+
 def adapted(dtype: torch.dtype, r: int = 1) -> tuple[Adapter, AdaptedLinear, torch.Tensor]:
     model = nn.Sequential(nf4_linear(192, 128, dtype=dtype))
     adapter = Adapter(model, ["0"], inner_rank=r, alpha=2.0 * r)

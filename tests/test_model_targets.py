@@ -8,6 +8,8 @@ from conftest import tiny_config
 from torch import nn
 
 from qaroma.errors import QaromaError
+from qaroma.method.attach import linear_shapes
+from qaroma.method.dequantise import dense_rows, dense_weight
 from qaroma.method.targets import find_targets, unadaptable
 from qaroma.model.base import load_base
 
@@ -70,16 +72,70 @@ def test_a_model_without_linear_layers():
         find_targets(nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm(4)))
 
 
-def test_conv1d_is_refused_unquantised_and_adapted_in_four_bits(tmp_path):
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_conv1d_is_linear_dense_and_in_four_bits(quantization, tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=64, n_layer=1, n_head=2, n_positions=64)).save_pretrained(
-        tmp_path
-    )
-    plain = load_base(tmp_path, quantization="none", device="cpu")
-    with pytest.raises(QaromaError, match=r"Conv1D layers.*--set model\.quantization=nf4"):
-        find_targets(plain)
-    assert find_targets(load_base(tmp_path, device="cpu"), "c_attn") == ["transformer.h.0.attn.c_attn"]
+    sizes = {"vocab_size": 128, "n_embd": 64, "n_layer": 1, "n_head": 2, "n_positions": 64, "bos_token_id": None}
+    GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=2)).save_pretrained(tmp_path)
+    model = load_base(tmp_path, quantization=quantization, compute_dtype=torch.float32, device="cpu")
+    names = [f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    assert find_targets(model) == names
+    shapes = {**dict(zip(names, [(192, 64), (64, 64), (256, 64), (64, 256)], strict=True)), "lm_head": (128, 64)}
+    assert linear_shapes(model) == shapes
+    for name in names:
+        layer, x = model.get_submodule(name), torch.randn(3, shapes[name][1])
+        expected = x @ dense_weight(layer, torch.float32).T + layer.bias
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+        rows = [dense_rows(layer, start, start + 64, torch.float32) for start in range(0, shapes[name][0], 64)]
+        assert torch.equal(torch.cat(rows), dense_weight(layer, torch.float32))
+
+
+class Router(nn.Linear):
+    """A linear layer by its class alone, as Llama 4's."""
+
+    def forward(self, x):
+        return super().forward(x).sigmoid(), x
+
+
+class Scores(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).softmax(-1)
+
+
+class MyLinear(nn.Linear):
+    """One that computes the same in its own words, as Falcon's."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_layer_is_linear_by_what_a_call_of_it_gives(device):
+    with torch.device(device):
+        model = nn.Sequential(nn.Linear(8, 4), MyLinear(8, 4), Router(8, 4), Scores(8, 4), nn.Embedding(8, 4))
+    scores = ["3"] if device == "meta" else []  # without contents the shape of the answer is all there is to see
+    assert find_targets(model) == ["0", "1", *scores]
+    notes = unadaptable(model)
+    assert "1 layers of type Router (2, ...) do more than multiply: they get no adapter." in notes
+    with pytest.raises(QaromaError, match="'2' is of type Router; expected a linear layer"):
+        find_targets(model, ["0", "2"])
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_layer_of_which_only_the_weight_is_used_stays_as_it_is(quantization, tmp_path):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=1, state_size=8)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    model = load_base(tmp_path, quantization=quantization, device="cpu")
+    mixer = "backbone.layers.0.mixer"
+    assert find_targets(model) == [f"{mixer}.{name}" for name in ("in_proj", "x_proj", "out_proj")]
+    assert f"1 layers ({mixer}.dt_proj, ...) are never called" in " ".join(unadaptable(model))
+    assert model.get_submodule(f"{mixer}.dt_proj").weight.is_floating_point()
+    assert model.get_submodule(f"{mixer}.in_proj").weight.is_floating_point() == (quantization == "none")
+    with pytest.raises(QaromaError, match=r"'dt_proj' is never called, only its weight is used"):
+        find_targets(model, "dt_proj")
 
 
 def test_fused_experts_are_left_out_with_a_note_and_refused_by_name():

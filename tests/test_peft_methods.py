@@ -36,7 +36,7 @@ def session_of(config: Config, tmp_path: Path) -> Any:
 
 def gradients_of(session: Any, step: int) -> float:
     batches = [session.task.collate([session.train[i] for i in indices]) for indices in session.plan.step(step)]
-    return fit_module.accumulate(session, batches)
+    return fit_module.accumulate(session, batches)[0]["loss"]
 
 
 def random_steps(method: Any, count: int) -> None:
@@ -259,7 +259,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     finetune(config_for("whole"), console=QUIET)
     original, calls = fit_module.accumulate, []
 
-    def dies(session: Any, batches: Any) -> float:
+    def dies(session: Any, batches: Any, *shown: Any) -> dict[str, float]:
         calls.append(1)
         if len(calls) == 8:
             raise KeyboardInterrupt

@@ -14,11 +14,13 @@ from conftest import tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qaroma.cli import main
+from qaroma.config.levels import LEVELS
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_base
 from qaroma.plan import trace, workspaces
 from qaroma.plan.card import RESERVE, parse_memory
 from qaroma.plan.counter import LiveStorages
+from qaroma.plan.pace import streamed_pace
 from qaroma.plan.search import GRAIN, LONGEST, Planner, _longest
 from qaroma.plan.shapes import SHAPES, model_config
 from qaroma.plan.trace import StepSettings, count_step, trace_step
@@ -27,11 +29,12 @@ from qaroma.plan.weightless_model import materialise, tensors_of, weightless_mod
 from qaroma.tasks.causal_lm import hidden_states
 
 MIB, GIB = 2**20, 2**30
-LEVELS = range(4)
 KIB = 1024
 PUBLISHED_PARAMETERS = {
     "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
     "llama3.1-8b": 8_030_261_248,
+    "llama3.1-70b": 70_553_706_496,
     "llama3.2-1b": 1_235_814_400,
     "llama3.2-3b": 3_212_749_824,
     "mistral-7b": 7_248_023_552,
@@ -117,6 +120,13 @@ def test_each_phase_and_category_has_its_own_peak_and_the_host_none_of_it() -> N
     assert copy.numel() == KIB
 
 
+def test_pinned_host_memory_counts_as_torch_takes_it_in_powers_of_two() -> None:
+    with LiveStorages() as counter:
+        kept = [counter.copy_to_host(torch.zeros(300), pinned=pinned) for pinned in (True, False)]
+    assert counter.host.peak.bytes == 2048 + 1200
+    assert [copy.shape for copy in kept] == [torch.Size((300,))] * 2
+
+
 def test_weightless_tensors_take_no_memory_and_attention_on_them_is_fused() -> None:
     with weightless(), LiveStorages() as counter:
         q = torch.empty(1, 4, 2**20, 64, dtype=torch.bfloat16, requires_grad=True)
@@ -145,7 +155,7 @@ def test_attention_on_meta_is_torchs_own_again_after_a_trace() -> None:
     assert operations() == before
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", range(len(LEVELS)))
 def test_a_real_step_takes_the_bytes_of_a_weightless_one(tiny_folder: Path, level: int) -> None:
     """The base is loaded and quantised, and the step computes, on real tensors of a CPU."""
     settings = StepSettings(level, seq_len=96, micro_batch=2, frozen_rank=3, dtype=torch.float32)
@@ -162,7 +172,7 @@ def test_a_real_step_takes_the_bytes_of_a_weightless_one(tiny_folder: Path, leve
     assert (planned.host > 0) == (level >= 2)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", range(len(LEVELS)))
 def test_shallow_traces_tell_the_bytes_of_a_deep_model(level: int) -> None:
     planner = Planner(tiny_config(num_hidden_layers=9, tie_word_embeddings=False))
     settings = StepSettings(level, seq_len=1500)
@@ -253,12 +263,12 @@ def test_goal_context_of_llama3_8b(llama: Planner, card: int, tokens: int) -> No
 
 def test_the_fastest_level_that_fits_is_chosen(llama: Planner) -> None:
     settings = StepSettings(0, seq_len=2048)
-    steps = [llama.estimate(replace(settings, level=level)) for level in LEVELS]
+    steps = [llama.estimate(replace(settings, level=level)) for level in range(len(LEVELS))]
     assert sorted((step.peak for step in steps), reverse=True) == [step.peak for step in steps]
-    assert [step.host > 0 for step in steps] == [False, False, True, True]
+    assert [step.host > 0 for step in steps] == [False, False, True, True, True]
     for level, step in enumerate(steps):
         assert llama.fastest_level(settings, step.peak, host_bytes=step.host) == level
-    assert llama.fastest_level(settings, steps[3].peak - 1, host_bytes=64 * GIB) is None
+    assert llama.fastest_level(settings, steps[-1].peak - 1, host_bytes=64 * GIB) is None
     assert llama.fastest_level(settings, steps[2].peak, host_bytes=steps[2].host - 1) is None
     assert llama.fastest_level(settings, steps[2].peak + steps[2].host, host_bytes=None) == 2  # on a CPU
 
@@ -325,7 +335,7 @@ def test_the_command_prints_figures_as_json(tmp_path: Path, capsys: pytest.Captu
     assert (figures["memory_level"], figures["host_bytes"], figures["fits"]) == (0, 0, True)
     assert sum(figures["breakdown"].values()) == figures["peak_bytes"]
     assert figures["max_context"] % GRAIN == 0
-    assert figures["max_context_level"] == 3
+    assert figures["max_context_level"] == len(LEVELS) - 1
 
 
 def test_the_command_prints_a_page(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -334,6 +344,7 @@ def test_the_command_prints_a_page(capsys: pytest.CaptureFixture[str], tmp_path:
     page = capsys.readouterr().out
     for words in ("too large", "Where the bytes are", "together", "Longest context that fits", "Host memory", "Disk"):
         assert words in page
+    assert "Level 4 by arithmetic, not measured" in page
     assert "made for 512 tokens" in page
 
 
@@ -360,3 +371,45 @@ def test_a_model_that_is_no_causal_language_model_is_refused(
     (tmp_path / "config.json").write_text('{"model_type": "t5"}', encoding="utf-8")
     assert main(["plan", "--model", str(tmp_path), "--memory", "1"]) == 2
     assert "not a causal language model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens", "goal", "host"),
+    [
+        ("llama3-8b", 8192, 1.6, 6.4),
+        pytest.param("llama3-8b", 32_768, 6 - RESERVE / GIB, 12.5, marks=pytest.mark.slow),
+        pytest.param("llama3-70b", 8192, 4.2, 45, marks=pytest.mark.slow),
+    ],
+)
+def test_goal_peak_of_a_streamed_base(model: str, tokens: int, goal: float, host: float) -> None:
+    found = Planner(model_config(model)).estimate(StepSettings(4, seq_len=tokens))
+    assert found.peak <= goal * GIB
+    assert found.host == pytest.approx(host * GIB, rel=0.02)
+    layers = 80 if model == "llama3-70b" else 32
+    assert found.breakdown["layer_buffers"] == pytest.approx(2 * found.streamed / layers, rel=1e-3)
+
+
+def test_the_time_of_a_streamed_step_is_the_longer_of_copying_and_computing() -> None:
+    """LLaMA-3-8B's layers: 6.98e9 weights, 3.35 GiB; at 25 GB/s and 124 TFLOP/s."""
+    pace = streamed_pace(weightless_model(model_config("llama3-8b"), packed=False), 3_600_000_000, pcie=25, tflops=124)
+    assert pace.copying() == pytest.approx(0.144)
+    assert pace.weights == 6_979_321_856
+    assert pace.seconds(64) == pytest.approx(2 * 0.144)  # copying alone
+    tokens, attention = 2048, 4 * 4096 * 32 / 2
+    products = tokens * (6 * pace.weights + 4.5 * attention * tokens)  # forward three times, attention four and a half
+    assert pace.seconds(tokens) == pytest.approx(products / 124e12)
+    hidden = pace.hidden_from()
+    assert pace.computing(hidden - 1) < pace.copying() <= pace.computing(hidden)
+    assert 1000 < hidden < 1300
+
+
+def test_a_token_meets_the_experts_that_it_is_sent_to() -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(
+        "qwen3_moe", vocab_size=512, hidden_size=64, intermediate_size=96, moe_intermediate_size=32,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=8,
+        num_experts_per_tok=2,
+    )  # fmt: skip
+    pace = streamed_pace(weightless_model(config, packed=False), 1, pcie=1, tflops=1)
+    assert pace.weights == 2 * (2 * 64 * 64 + 2 * 64 * 32 + 8 * 64 + 2 * 3 * 64 * 32)

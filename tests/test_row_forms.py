@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from data_tokenizers import CHATML, TOOLS, byte_level
 from row_forms import FORMS, TABLE, RowForm, table
@@ -48,6 +50,17 @@ def test_a_form_trains_what_it_means_or_is_refused(form: RowForm) -> None:
         assert [note for note in notes if "ignored" in note] == (
             [f"ignored keys: {form.ignored}"] if form.ignored else []
         )
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form.rejected], ids=lambda form: form.name)
+def test_both_answers_of_a_preference_are_trained_after_the_same_question(form: RowForm) -> None:
+    tokenizer = TOKENIZERS[form.template]
+    options = {key: value for key, value in form.option.items() if key != "feedback"}
+    encoded = encode_rows([Row(form.row, "a.jsonl", 1)], tokenizer, Template.choose(tokenizer), pairs=True, **options)
+    [pair] = encoded.examples
+    worse = replace(form, turns=(*form.turns[:-1], ("assistant*", form.rejected)))
+    for example, expected in ((pair.chosen, form), (pair.rejected, worse)):
+        assert preview(example, tokenizer).plain.split("\n", 1)[1] == _expected(expected)
 
 
 def test_the_table_of_the_examples_is_made_of_this_list() -> None:

@@ -21,7 +21,6 @@ LLAMA = {
 RUN = RunSummary(
     run="runs/x",
     adapter="runs/x/adapter",
-    base="some/base",
     steps=90,
     ended=Outcome("the training rows are learnt", True),
     ranks=LLAMA,
@@ -144,7 +143,7 @@ def test_summary_shows_scores_examples_ranks_and_parameters() -> None:
 def test_summary_without_scores_examples_and_ranks_still_prints() -> None:
     bare = dataclasses.replace(RUN, ranks={}, figures=Figures(), scores=(), examples=(), evaluation_data=None)
     text = summary_text(bare)
-    assert 'qaroma generate runs/x "your prompt"' in text
+    assert "qaroma chat runs/x" in text
     assert "--data FILE" in text
 
 
@@ -159,14 +158,14 @@ def test_long_answers_are_shortened() -> None:
     assert len(summary_text(dataclasses.replace(RUN, ranks={}, examples=(example,)))) < 3000
 
 
-@pytest.mark.parametrize("prompt", ["Play it.", 'Say "hi" to $HOME', "it's `here`!", "100 % sure\nreally"])
-def test_the_generate_command_survives_the_shell(prompt: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.name", "posix")
-    run = dataclasses.replace(RUN, run="runs/my run", examples=(BeforeAfter(prompt, "", "", ""),))
-    assert shlex.split(next_commands(run)[0]) == ["qaroma", "generate", "runs/my run", " ".join(prompt.split())]
-
-
-def test_the_peft_lines_are_python() -> None:
-    lines = next_commands(dataclasses.replace(RUN, base='a "b"', base_gguf="x.gguf"))[-2:]
-    compile("\n".join(line.strip() for line in lines), "printed", "exec")
-    assert "gguf_file" in lines[0]
+def test_next_come_chat_export_and_report() -> None:
+    run = dataclasses.replace(RUN, run="runs/my run")
+    words = [shlex.split(line, comments=True) for line in next_commands(run)]
+    assert words == [
+        ["qaroma", "chat", "runs/my run"],
+        ["qaroma", "export", "runs/my run", "--format", "gguf"],
+        ["qaroma", "evaluate", "runs/my run", "--data", "demo:calendar-test"],
+        ["qaroma", "report", "runs/my run"],
+    ]
+    assert "--format merged" in next_commands(dataclasses.replace(RUN, in_gguf=False))[1]
+    assert [line.split()[1] for line in next_commands(dataclasses.replace(RUN, outputs=2))] == ["evaluate", "report"]

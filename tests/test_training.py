@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,9 @@ from qaroma.model.found import find_model
 from qaroma.runs.directory import RunDirectory
 from qaroma.training import fit as fit_module
 from qaroma.training.finetune import finetune
+from qaroma.training.memory import forbid_spilling
 from qaroma.training.prepare import prepare_data
+from qaroma.training.samples import Sampler
 from qaroma.training.setup import build_session
 
 QUIET = Console(quiet=True)
@@ -98,7 +102,7 @@ def test_one_by_eight_equals_eight_by_one(tiny_folder: Path, data_file: Path, tm
         full = next(step for step in map(session.plan.step, range(99)) if sum(map(len, step)) == 8)
         batches = [session.task.collate([session.train[i] for i in indices]) for indices in full]
         assert len(batches) == accum
-        losses.append(fit_module.accumulate(session, batches))
+        losses.append(fit_module.accumulate(session, batches)[0]["loss"])
         gradients.append(session.method.trainer.optimiser.gradients.clone())
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert gradients[0].norm() > 0
@@ -156,8 +160,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_goes_back_to_the_last_good_
 
     def poisoned(session, batches, *_):
         calls.append(1)
-        loss = original(session, batches)
-        return float("nan") if len(calls) == 8 else loss
+        figures, norm = original(session, batches)
+        return {"loss": float("nan")} if len(calls) == 8 else figures, norm
 
     monkeypatch.setattr(fit_module, "accumulate", poisoned)
     with pytest.raises(QaromaError, match=r"loss of step 8 is nan .*rows\.jsonl:\d+.*--resume --output"):
@@ -239,6 +243,41 @@ def test_out_of_memory_saves_memory_and_goes_on_from_where_it_was(
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["validation_metrics", "accumulate", "record"])
+def test_out_of_memory_outside_the_gradients_is_relieved_too(
+    tiny_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The error has another name where a kernel's library, or pinned memory, finds none."""
+    owner = Sampler if name == "record" else fit_module
+    original, failed = getattr(owner, name), []
+
+    def once(*arguments):
+        if not failed:
+            failed.append(name)
+            raise RuntimeError("CUDA error: out of memory")
+        return original(*arguments)
+
+    monkeypatch.setattr(owner, name, once)
+    said = Console(record=True, width=200, quiet=False, file=io.StringIO())
+    config = make_config(
+        tiny_folder, data_file, tmp_path / "run", evaluation__prompts=["count 1"], evaluation__max_new_tokens=2,
+        training__max_steps=2,
+    )  # fmt: skip
+    assert finetune(config, console=said)["steps"] == 2
+    what = {"validation_metrics": "validation", "accumulate": "step 1", "record": "samples"}[name]
+    assert f"{what}: out of memory; going on at memory level 1" in said.export_text()
+
+
+def test_on_windows_a_run_takes_no_more_than_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[float] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6, 8))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: taken.append(share))
+    for platform in ("linux", "win32"):
+        monkeypatch.setattr(sys, "platform", platform)
+        forbid_spilling(torch.device("cuda"))
+    assert taken == [0.75]
+
+
 def test_out_of_memory_with_nothing_left_to_save_is_a_clear_error(
     tiny_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,7 +291,14 @@ def test_out_of_memory_with_nothing_left_to_save_is_a_clear_error(
 
 @pytest.mark.parametrize(
     ("schedule", "gibibytes", "level"),
-    [("lockstep", 80, 0), ("lockstep", 12, 1), ("lockstep", 6.5, 2), ("lockstep", 5.5, 3), ("budget", 6.5, 3)],
+    [
+        ("lockstep", 80, 0),
+        ("lockstep", 12, 1),
+        ("lockstep", 6.5, 2),
+        ("lockstep", 5.1, 3),
+        ("budget", 6.1, 3),
+        pytest.param("budget", 4, 4, marks=pytest.mark.slow),
+    ],
 )
 def test_auto_takes_the_fastest_level_that_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str, gibibytes: float, level: int
@@ -278,9 +324,9 @@ def test_what_fits_at_no_level_is_a_clear_error(tmp_path: Path, monkeypatch: pyt
 
     model_config("llama3-8b").save_pretrained(tmp_path)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 3 * 2**30)
-    config = Config.model_validate({"model": {"name": str(tmp_path)}, "data": {"max_length": 2048}})
-    resolved, _ = resolve(config, DataFacts(100, [2048], None))
-    with pytest.raises(QaromaError, match=r"does not fit in 3\.0 GiB with micro-batches of 8192 tokens"):
+    config = Config.model_validate({"model": {"name": str(tmp_path)}, "data": {"max_length": 512}})
+    resolved, _ = resolve(config, DataFacts(100, [512], None))
+    with pytest.raises(QaromaError, match=r"does not fit in 3\.0 GiB with micro-batches of 2048 tokens"):
         memory.choose_level(resolved, find_model(tmp_path), torch.device("cpu"))
 
 
@@ -296,7 +342,7 @@ def test_a_run_that_stopped_at_its_first_step_logs_the_beginning_once(
     tiny_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    monkeypatch.setattr(fit_module, "accumulate", lambda *_: float("nan"))
+    monkeypatch.setattr(fit_module, "accumulate", lambda *_: ({"loss": float("nan")}, 1.0))
     with pytest.raises(QaromaError, match="loss of step 1 is nan"):
         finetune(make_config(tiny_folder, data_file, run, training__max_steps=2), console=QUIET)
     monkeypatch.undo()

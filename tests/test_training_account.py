@@ -42,7 +42,7 @@ def test_a_resumed_run_sums_up_as_an_uninterrupted_one(
     finetune(make_config(tiny_folder, data_file, tmp_path / "whole", **changes), console=QUIET)
     run, accumulate, calls = tmp_path / "run", fit_module.accumulate, []
 
-    def interrupted(session: Any, batches: Any, *shown: Any) -> float:
+    def interrupted(session: Any, batches: Any, *shown: Any) -> tuple[dict[str, float], float]:
         calls.append(session)
         if len(calls) == 17:
             raise KeyboardInterrupt

@@ -44,8 +44,10 @@ def bench(model: str, size: BenchSize, *, against: str | None = None, device: st
         device's own matrix rate.
 
     Raises:
-        QaromaError: an unknown model, or peft asked for and not installed.
+        QaromaError: an unknown model, or peft asked for and not installed, or beside a streamed base.
     """
+    if against is not None and LEVELS[size.level].streamed:
+        raise QaromaError("PEFT cannot stream the base, whose weights both share here. Type: --memory 3")
     target = resolve_device(device)
     dtype = resolve_dtype("auto", target)
     base = _base(model, target, dtype)

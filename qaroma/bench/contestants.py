@@ -101,8 +101,8 @@ def qaroma_step(model: Any, rows: list[Example], *, level: int, frozen: int = 0)
 
 
 def peft_step(model: Any, rows: list[Example], *, checkpointing: bool = True) -> Step:
-    """PEFT's QLoRA step as its users run it: adapters of rank 8 in fp32 on every linear layer, torch's AdamW, full
-    logits.
+    """PEFT's QLoRA step as its users run it: adapters of rank 8 in fp32 on every linear layer under a Trainer's
+    autocast, torch's AdamW, full logits.
 
     Raises:
         QaromaError: peft is not installed.
@@ -111,7 +111,7 @@ def peft_step(model: Any, rows: list[Example], *, checkpointing: bool = True) ->
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise QaromaError("--against peft needs peft; type: pip install 'qaroma[bench]'") from error
-    device = compute_device(model)
+    device, dtype = compute_device(model), model.dtype
     if checkpointing:
         enable_checkpointing(model)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -120,7 +120,9 @@ def peft_step(model: Any, rows: list[Example], *, checkpointing: bool = True) ->
     ids = torch.tensor([row.input_ids for row in rows], device=device)
 
     def step() -> None:
-        wrapped(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = wrapped(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)

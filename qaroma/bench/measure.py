@@ -5,6 +5,7 @@ Dimensions of the FLOP count: T tokens of a step, L sequence length.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 
 from qaroma.bench.contestants import Step
+from qaroma.method.dequantise import layer_shape
+from qaroma.method.linear import has_matrix
 from qaroma.plan.counter import LiveStorages
 
 
@@ -106,9 +109,8 @@ def step_flops(model: Any, *, tokens: int, length: int, checkpointed: bool) -> f
     head = model.get_output_embeddings()
     linear = 0
     for module in model.modules():
-        features = getattr(module, "in_features", None)
-        if features is not None and module is not head and hasattr(module, "weight") and not hasattr(module, "base"):
-            linear += features * module.out_features
+        if module is not head and has_matrix(module):
+            linear += math.prod(layer_shape(module) or ())
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)

@@ -21,6 +21,7 @@ from qaroma.engine.loss import LMHead
 from qaroma.engine.placement import compute_device
 from qaroma.errors import QaromaError
 from qaroma.inference.open import TunedModel
+from qaroma.method.head import backbone
 
 Encoded = tuple[Any, list[int], list[int]]  # the harness's request, its prompt and its continuation in tokens
 
@@ -105,7 +106,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         filled = (inps != 0).int() * torch.arange(1, length + 1, device=inps.device)
         shortest = int(filled.amax(dim=1).min())
         kept = min(length, length - shortest + self._longest_continuation)
-        hidden_BLD: Tensor = self.model.base_model(input_ids=inps, use_cache=False).last_hidden_state
+        hidden_BLD: Tensor = backbone(self.model)(input_ids=inps, use_cache=False).last_hidden_state
         hidden_BKD = hidden_BLD[:, length - kept :].float()
         return self._head.logits(hidden_BKD.flatten(0, 1)).view(*hidden_BKD.shape[:2], self._head.vocabulary)
 

@@ -102,6 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         130 after an interruption.
     """
     _speak_utf8()
+    if sys.platform.startswith("linux"):  # against fragments of the card's memory; torch has it nowhere else
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if not sys.stderr.isatty():  # the libraries' progress bars would fill a log
         os.environ.setdefault("TQDM_DISABLE", "1")
     try:

@@ -109,7 +109,8 @@ def _validation(run: str, trust_remote_code: bool) -> Callable[[], Sequence[Exam
         try:
             config = read_settings(found.config, {}, [])
             config.model.trust_remote_code = trust_remote_code  # what the run's file says is no consent
-            return prepare_data(config).validation
+            # Of preferences the better answers, whose plain loss can be measured without the model it began with.
+            return [pair.sequences.get("chosen", pair) for pair in prepare_data(config).validation]
         except QaromaError as error:
             click.echo(f"validation loss not measured: {error}", file=sys.stderr)
             return ()

@@ -13,6 +13,7 @@ from qaroma.cli.config_file import write_config
 from qaroma.cli.options import config_option
 from qaroma.config.load import parse_source, read_settings
 from qaroma.config.schema import Config
+from qaroma.config.tasks import PREFERENCE
 from qaroma.config.words import memory_size
 from qaroma.data.sources import read_rows
 from qaroma.errors import QaromaError
@@ -126,7 +127,8 @@ def _write(config: Config, vram: str | None, target: Path, force: bool) -> None:
                f"learning rate {training.learning_rate:g} to begin with")  # fmt: skip
     click.echo(f"wrote {target.as_posix()}; each line says why. Type next:")
     source = resolved.data.train[0].path
-    click.echo(f"  qaroma data preview --model {quoted(resolved.model.name)} --data {quoted(source)}")
+    task = f" --task {resolved.task}" if resolved.task == PREFERENCE else ""
+    click.echo(f"  qaroma data preview --model {quoted(resolved.model.name)} --data {quoted(source)}{task}")
     click.echo(f"  qaroma finetune --config {quoted(target.as_posix())}")
 
 

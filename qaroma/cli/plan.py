@@ -6,8 +6,13 @@ import click
 
 from qaroma.cli.options import config_option, count
 from qaroma.cli.output import JSON_OPTION, figures_only
-from qaroma.plan.card import parse_memory, this_card
+from qaroma.config.load import read_settings
+from qaroma.config.tasks import WRITING
+from qaroma.errors import QaromaError
+from qaroma.plan.card import PCIE, TFLOPS, parse_memory, this_card
 from qaroma.plan.shapes import require_shape
+
+RATE = click.FloatRange(0, 1e6, min_open=True)
 
 _EPILOG = """\b
 Examples:
@@ -23,10 +28,16 @@ Examples:
 @click.option("--seq-len", type=count(2), default=2048, show_default=True, metavar="INTEGER",
               help="Tokens of a sequence.")  # fmt: skip
 @click.option("--micro-batch", type=count(1), default=1, show_default=True, metavar="INTEGER",
-              help="Sequences in one forward pass.")  # fmt: skip
+              help="Examples in one forward pass.")  # fmt: skip
+@config_option("task", text="preference counts two sequences an example; classification and regression are not "
+               "counted.")  # fmt: skip
 @config_option("training.memory")
 @click.option("--rank-frozen", type=count(0), default=16, show_default=True, metavar="INTEGER",
               help="Rank of the frozen components of every layer.")  # fmt: skip
+@click.option("--pcie", type=RATE, default=PCIE, show_default=True, metavar="GB/S",
+              help="Rate of copies to the card, for the time of a step whose base is streamed.")  # fmt: skip
+@click.option("--tflops", type=RATE, default=TFLOPS, show_default=True, metavar="TFLOP/S",
+              help="Rate that products reach on the card, likewise.")  # fmt: skip
 @config_option("model.trust_remote_code")
 @JSON_OPTION
 def command(
@@ -34,8 +45,11 @@ def command(
     vram: str | None,
     seq_len: int,
     micro_batch: int,
+    task: str | None,
     training__memory: str | None,
     rank_frozen: int,
+    pcie: float,
+    tflops: float,
     model__trust_remote_code: bool | None,
     json_output: bool,
 ) -> None:
@@ -44,6 +58,9 @@ def command(
     The step is run on tensors that have a shape and no contents, and every byte that is alive is
     counted: nothing is estimated from a formula.
     """
+    asked = read_settings(None, {"task": task}, [])
+    if not asked.writes_text:
+        raise QaromaError(f"got --task {task}; expected {' or '.join(WRITING)}: a step of another kind is not counted")
     require_shape(model)
     size = parse_memory(vram) if vram else None
 
@@ -56,9 +73,11 @@ def command(
         with Console(stderr=True).status("reading the model's shapes") as status:
             plan = make_plan(
                 model,
-                StepSettings(0, seq_len, micro_batch, frozen_rank=rank_frozen),
+                StepSettings(0, seq_len, micro_batch, asked.sequences, frozen_rank=rank_frozen),
                 memory=training__memory or "auto",
                 vram=this_card() if size is None else size,
+                pcie=pcie,
+                tflops=tflops,
                 trust_remote_code=bool(model__trust_remote_code),
                 tell=lambda doing: status.update(doing),
             )

@@ -1,4 +1,4 @@
-"""Memory levels: bundles of techniques, from the fastest (0) to the smallest (3), one row each.
+"""Memory levels: bundles of techniques, from the fastest (0) to the smallest (4), one row each.
 
 What a row switches on is carried out by :func:`qaroma.engine.levels.apply_level`.
 """
@@ -20,6 +20,7 @@ class Level:
         tiled: MLPs and norms are computed tile by tile.
         host_embeddings: the embeddings stay in host memory.
         packed_head: the output head lies in 4 bits, which changes its logits.
+        streamed: the layers' weights wait in host memory, two layers of them on the device at a time.
     """
 
     title: str
@@ -29,6 +30,7 @@ class Level:
     tiled: bool = False
     host_embeddings: bool = False
     packed_head: bool = False
+    streamed: bool = False
 
     @property
     def exact(self) -> bool:
@@ -55,6 +57,16 @@ LEVELS = (
         tiled=True,
         host_embeddings=True,
         packed_head=True,
+    ),
+    Level(
+        "streams the base",
+        "as 3, with the layers' weights in host memory, each copied to the device while the one before it computes",
+        checkpointing=True,
+        offload=True,
+        tiled=True,
+        host_embeddings=True,
+        packed_head=True,
+        streamed=True,
     ),
 )
 

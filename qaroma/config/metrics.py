@@ -16,7 +16,7 @@ class Metric:
     Attributes:
         name: as validations log it.
         higher_is_better: which way it goes.
-        judges: tasks whose best adapter may be chosen by it.
+        judges: tasks that are judged by it.
         percent: whether it is a share from 0 to 1 that is printed in per cent.
     """
 
@@ -45,10 +45,11 @@ class Metric:
 
 
 _ROWS = (
-    Metric("loss", higher_is_better=False, judges=("causal-lm",)),
+    Metric("loss", higher_is_better=False, judges=("causal-lm", "preference")),
     Metric("perplexity", higher_is_better=False),
     # The first metric of a task is the one that it is judged by where nobody asks for another.
-    Metric("accuracy", judges=("classification",)),
+    Metric("accuracy", judges=("classification", "preference")),
+    Metric("margin", judges=("preference",)),
     Metric("f1", judges=("classification",)),
     Metric("matthews", judges=("classification",)),
     Metric("pearson", judges=("regression",)),
@@ -65,5 +66,5 @@ def metric_facts(name: str) -> Metric:
 
 
 def metrics_of(task: str) -> tuple[str, ...]:
-    """Names of the metrics that a task may be judged by, the usual one first."""
+    """Names of the metrics that a task is judged by, first the one that chooses its best adapter."""
     return tuple(name for name, row in METRICS.items() if task in row.judges)

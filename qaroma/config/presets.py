@@ -23,11 +23,15 @@ from qaroma.config.schema import (
     ResolvedConfig,
     ResolvedGrowthSection,
 )
+from qaroma.config.tasks import PREFERENCE, TaskName
 from qaroma.errors import QaromaError
 from qaroma.method.rate import rate_for
 
 EPOCHS = 3.0
 MIN_STEPS, MAX_EPOCHS = 60, 20  # a small file is repeated until it is worth growing on
+# Of preferences: pairs that were seen before are soon told apart by heart, at the price of everything else.
+PREFERENCE_EPOCHS, PREFERENCE_MAX_EPOCHS = 1.0, 3
+PREFERENCE_RATE = 1 / 40  # of the rate that answers would have: 5e-6 where LoRA's is 2e-4, as is usual
 COMPONENTS = 4  # inner loops that the step budget holds
 MAX_LENGTH = 2048
 
@@ -37,6 +41,7 @@ MAX_LENGTH = 2048
 STEPS_FOR_A_BIT = 1500.0
 BITS_A_NUMBER = 2.0
 BITS_A_TOKEN = 3.0
+BITS_A_PAIR = 1.0  # which of two answers is the better one
 BLOCK = 8  # the rank to begin with
 SMALL_BUDGET, LARGE_BUDGET = 16, 32  # of rank: for data that a block takes in, and for more
 PATIENCE, FEWEST_PATIENCE = 0.3, 2  # of the validations that a run has; a single worse one may be chance
@@ -211,20 +216,34 @@ def _packed(facts: DataFacts, max_length: int) -> DataFacts:
     return replace(facts, rows=max(1, math.ceil(share * sum(facts.lengths) / max_length)))
 
 
+def told_bits(task: TaskName, examples: Sequence[Any]) -> float:
+    """What examples of answers or preferences have to tell.
+
+    Args:
+        task: causal-lm or preference.
+        examples: copies counted once.
+    """
+    if task == PREFERENCE:
+        return BITS_A_PAIR * len(examples)
+    return BITS_A_TOKEN * float(sum(example.trained for example in examples))
+
+
 def _decide_steps(config: Config, facts: DataFacts, decide: Decide) -> int:
     """The step budget: as given, of the epochs, as published, or of the number of rows."""
     batch = config.training.micro_batch * config.training.grad_accum
     per_epoch = _steps_an_epoch(config, facts)
     epochs = config.training.epochs
     llama = config.task == "causal-lm" and METHODS[config.method].grows
-    steps = math.ceil(EPOCHS * facts.rows / batch)
-    reason = f"{EPOCHS:g} epochs of {facts.rows} rows, {batch} a step"
+    preference = config.task == PREFERENCE
+    usual, most = (PREFERENCE_EPOCHS, PREFERENCE_MAX_EPOCHS) if preference else (EPOCHS, MAX_EPOCHS)
+    steps = math.ceil(usual * facts.rows / batch)
+    reason = f"{usual:g} epoch{'s' if usual > 1 else ''} of {facts.rows} rows, {batch} a step"
     if epochs is not None:
         steps, reason = math.ceil(epochs * per_epoch), f"{epochs:g} epochs of {per_epoch} steps"
     elif config.growth.preset == "paper" and llama:
         steps, reason = int(PAPER[8 if config.growth.inner_rank == 8 else 1]["steps"]), "published step budget"
     elif steps < MIN_STEPS:
-        steps = min(MIN_STEPS, MAX_EPOCHS * per_epoch)
+        steps = min(MIN_STEPS, most * per_epoch)
         reason = f"{facts.rows} rows are few: {steps / per_epoch:.0f} epochs"
     return int(decide("training.max_steps", steps, reason))
 
@@ -268,7 +287,9 @@ def _decide_budget(config: Config, steps: int, facts: DataFacts, decide: Decide)
     largest = decide("growth.max_rank", largest, "twice the block, or four times it where the data fills the block")
     why = f"{told}; at least a block of {BLOCK}, which a run never does worse with, and at most half the budget"
     start = decide("growth.start_rank", max(1, min(max(BLOCK, round(needed)), largest // 2)), why)
-    if config.task == "causal-lm":
+    if config.task == PREFERENCE:
+        decide("growth.measured_rate", False, "the rate that takes most off this loss leaves too little of the model")
+    elif config.writes_text:
         decide("growth.measured_rate", True, "the rate below is where the measuring begins")
     else:  # MiniLM on SST-2: one run of three went to chance with a measured rate
         decide("growth.measured_rate", False, "gradients of a new head are too noisy to measure by")
@@ -278,8 +299,8 @@ def _decide_budget(config: Config, steps: int, facts: DataFacts, decide: Decide)
         width, std = facts.model.width, facts.model.weight_std
         rate = rate_for(steps=steps, width=width, weight_std=std, scale=alpha, rank=start)
         why = f"noise makes 2.5 % of weights of size {std:.2g} and width {width} in {steps} steps"
-    rate = decide("training.learning_rate", float(f"{rate:.1e}"), why)
-    if config.task != "causal-lm":
+    rate = _decide_rate(config, rate, why, decide)
+    if not config.writes_text:
         decide("training.head_learning_rate", min(rate, 1e-3), "the adapter's, at most 1e-3: the head is a full matrix")
     decide("growth.dropout", 0.0, "none")
     decide("growth.min_lr_ratio", 0.1, "the cosine ends at a tenth")
@@ -295,10 +316,17 @@ def _needed_rank(config: Config, steps: int, facts: DataFacts) -> tuple[float, s
     return needed, f"rank {needed:.2g} takes in {bits:,.0f} bits in {steps} steps"
 
 
+def _decide_rate(config: Config, rate: float, reason: str, decide: Decide) -> float:
+    """The learning rate, or of preferences a fortieth of it."""
+    if config.task == PREFERENCE:
+        rate, reason = PREFERENCE_RATE * rate, f"a fortieth of the rate for answers ({reason})"
+    return float(decide("training.learning_rate", float(f"{rate:.1e}"), reason))
+
+
 def _decide_patience(config: Config, planned: int, facts: DataFacts, decide: Decide) -> None:
     if config.growth.preset == "paper" or not METHODS[config.method].grows:
         decide("training.patience", 0, "the run has a length of its own")
-    elif config.task != "causal-lm":
+    elif not config.writes_text:
         decide("training.patience", 0, "scores of labels rise and fall from one validation to the next")
     elif facts.validation_rows < FEWEST_VALIDATION_ROWS:
         decide("training.patience", 0, f"{facts.validation_rows} validation rows are too few to end a run by")
@@ -317,10 +345,10 @@ def _decide_loops(config: Config, steps: int, decide: Decide) -> None:
     decide("growth.warmup", min(100, t_in // 10), "a tenth of t_in, at most 100")
     decide("growth.restart_warmup", min(50, t_in // 10), "a tenth of t_in, at most 50")
     decide("growth.check_every", min(10, max(1, t_in // 8)), "eight checks in an inner loop, at least every 10 steps")
-    rate = float(f"{min(1e-2, max(1e-4, 0.12 / t_in)):.1e}")
+    rate = min(1e-2, max(1e-4, 0.12 / t_in))
     reason = "0.12 / t_in, within 1e-4 .. 1e-2: a short inner loop needs larger steps"
-    rate = decide("training.learning_rate", rate, reason)
-    if config.task != "causal-lm":
+    rate = _decide_rate(config, rate, reason, decide)
+    if not config.writes_text:
         decide("training.head_learning_rate", min(rate, 1e-3), "the adapter's, at most 1e-3: the head is a full matrix")
     eps_out = float(f"{0.02 * rate * t_in:.1e}")
     _decide_outer(eps_out, "a fiftieth of learning rate x t_in, the most that one element can move", decide)
@@ -329,7 +357,7 @@ def _decide_loops(config: Config, steps: int, decide: Decide) -> None:
 
 
 def _decide_paper(config: Config, steps: int, facts: DataFacts, decide: Decide) -> None:
-    llama = config.task == "causal-lm"
+    llama = config.writes_text
     model = "paper, LLaMA3-8B" if llama else "paper, RoBERTa-base"
     modules = (PAPER_MODULES, model) if llama else ("all-linear", "paper: all of an encoder's")
     decide("growth.target_modules", *modules)
@@ -355,7 +383,7 @@ def _decide_outer(eps_out: float, reason: str, decide: Decide) -> None:
 
 
 def _decide_head_rate(config: Config, rate: float, decide: Decide) -> None:
-    if config.task != "causal-lm":
+    if not config.writes_text:
         decide("training.head_learning_rate", rate, "the adapter's")
 
 
@@ -375,7 +403,7 @@ def _decide_fixed(config: Config, steps: int, facts: DataFacts, decide: Decide) 
     """One rule for LoRA, PEFT's LoRA and AdaLoRA, so that what differs between them is the method."""
     decide("growth.target_modules", "all-linear", "every linear layer but the head")
     decide("growth.alpha", 2.0 * config.rank, "2 x rank")
-    _decide_head_rate(config, decide("training.learning_rate", 2e-4, "usual for LoRA"), decide)
+    _decide_head_rate(config, _decide_rate(config, 2e-4, "usual for LoRA", decide), decide)
     decide("growth.warmup", min(100, steps // 20), "a twentieth of the run, at most 100")
     decide("growth.dropout", 0.0, "none")
     decide("growth.min_lr_ratio", 0.1, "as aroma's")

@@ -25,6 +25,7 @@ from pydantic_core import PydanticCustomError
 from qaroma.config.levels import LEVEL_CHOICES, LEVELS
 from qaroma.config.methods import DEFAULT_METHOD, FIXED_RANK, METHODS, MethodName
 from qaroma.config.metrics import LabelMetric
+from qaroma.config.tasks import PREFERENCE, WRITING, TaskName
 from qaroma.text.characters import is_unicode
 
 if TYPE_CHECKING:
@@ -114,12 +115,12 @@ class DataSection(Section):
     columns: Annotated[dict[str, str], BeforeValidator(_pairs)] = Field(
         default_factory=dict,
         description="Keys of your rows that stand for others, as prompt=question,completion=answer (also system, "
-        "context, history, tools, weight, messages, text).",
+        "context, history, tools, weight, messages, text, chosen, rejected).",
     )
     feedback: Literal["refuse", "good"] = Field(
         "refuse",
         description="Rows that say which answers are good (chosen and rejected, or a label true or false): refuse "
-        "them, or train plainly on the good answers alone.",
+        "them, or train plainly on the good answers alone. Task preference trains on both of chosen and rejected.",
     )
     tools: Literal["template", "text"] = Field(
         "template",
@@ -223,6 +224,9 @@ class TrainingSection(Section):
     epochs: PositiveFloat | None = Field(None, description="Passes over the data; ignored where max_steps is given.")
     micro_batch: PositiveInt = Field(4, description="Examples in one forward pass.")
     grad_accum: PositiveInt = Field(4, description="Forward passes in one optimiser step.")
+    beta: PositiveFloat = Field(
+        0.1, description="Of task preference: how much staying close to the model it starts from counts (DPO's beta)."
+    )
     weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay of the active factors.")
     max_grad_norm: PositiveFloat = Field(1.0, description="Gradients are clipped to this norm.")
     memory: Annotated[MemoryLevel, BeforeValidator(str)] = Field(
@@ -278,9 +282,10 @@ class Config(Section):
 
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
-    task: Literal["causal-lm", "classification", "regression"] = Field(
+    task: TaskName = Field(
         "causal-lm",
-        description="causal-lm: answers or text; classification and regression: a label for a text or a pair of texts.",
+        description="causal-lm: answers or text; preference: of two answers rather the chosen than the rejected one "
+        "(DPO); classification and regression: a label for a text or a pair of texts.",
     )
     method: MethodName = Field(
         DEFAULT_METHOD,
@@ -294,6 +299,16 @@ class Config(Section):
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     output: str | None = Field(None, description="Run directory; None is runs/<model>-<data>.")
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether the model is to write text; else it has a new head, and labels."""
+        return self.task in WRITING
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of one example: a preference has two."""
+        return 2 if self.task == PREFERENCE else 1
 
 
 class ResolvedModelSection(ModelSection):

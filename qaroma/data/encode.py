@@ -13,54 +13,30 @@ inside the example of a later turn where that example begins with its very token
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any, Generic, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from qaroma.data.example import IGNORED as IGNORED
+from qaroma.data.example import Example as Example
+from qaroma.data.example import Pair
 from qaroma.data.fields import BadRow
-from qaroma.data.forms import Parsed, parse_rows, report_bad_rows
+from qaroma.data.forms import Parsed, parse_pairs, parse_rows, report_bad_rows
 from qaroma.data.sources import Row, RowSet
-from qaroma.data.templates import Template
+from qaroma.data.templates import Template, Turn
 from qaroma.data.tokens import added_bos, tokenize, tokenize_continuation
 from qaroma.data.turns import Message
 from qaroma.errors import QaromaError
 
-IGNORED = -100
 TEXT_CHUNK = 1024
 
 _ROWS_AT_ONCE = 512
 _SHOWN_TOO_LONG = 5
 
-
-@dataclass(frozen=True)
-class Example:
-    """One training sequence.
-
-    Attributes:
-        input_ids: Token ids, of length L.
-        labels: Aligned with ``input_ids``: the same id where the loss counts the token, else -100.
-            The first is always -100, since nothing predicts it.
-        origin: ``file:line`` of its row (of plain text: of the document that it begins in).
-        conversation: The turns in it, the last one the assistant's; empty for plain text.
-        weight: How often it appears in an epoch.
-        loss_weights: Aligned with ``labels``, the factor of each token's loss; empty where all are 1.
-        lengths: Of the sequences packed into it; empty where it is one.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    origin: str = ""
-    conversation: tuple[Message, ...] = ()
-    weight: float = 1.0
-    loss_weights: tuple[float, ...] = ()
-    lengths: tuple[int, ...] = ()
-
-    @property
-    def trained(self) -> int:
-        """Number of tokens that the loss counts."""
-        return len(self.labels) - self.labels.count(IGNORED)
+_E = TypeVar("_E", Example, Pair)
 
 
 @dataclass(frozen=True)
@@ -73,11 +49,11 @@ class _Span:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class Encoded(Generic[_E]):
     """Examples, and what became of the rows they were made of.
 
     Attributes:
-        examples: In the order of the rows.
+        examples: In the order of the rows; or pairs of examples.
         template: The template they were rendered with; the one the adapter must remember.
         forms: The form of each file.
         dropped_too_long: Examples left out because of their length.
@@ -86,7 +62,7 @@ class Encoded:
         notes: Sentences to print.
     """
 
-    examples: list[Example]
+    examples: list[_E]
     template: Template
     forms: dict[str, str] = field(default_factory=dict)
     dropped_too_long: int = 0
@@ -101,8 +77,8 @@ class Encoded:
 
     @property
     def lengths(self) -> list[int]:
-        """The number of tokens of each example."""
-        return [len(example.input_ids) for example in self.examples]
+        """The number of tokens of each sequence: a pair has two."""
+        return [sequence.tokens for example in self.examples for sequence in example.sequences.values()]
 
     @property
     def trained_tokens(self) -> int:
@@ -110,10 +86,12 @@ class Encoded:
         return sum(example.trained for example in self.examples)
 
     @property
-    def distinct_trained_tokens(self) -> int:
-        """The same, copies of a row counted once."""
-        once = {(example.origin, tuple(example.input_ids)): example for example in self.examples}
-        return sum(example.trained for example in once.values())
+    def distinct(self) -> list[_E]:
+        """The examples, copies of a row counted once."""
+        once: dict[Hashable, _E] = {}
+        for example in self.examples:
+            once[example.origin, tuple(tuple(s.input_ids) for s in example.sequences.values())] = example
+        return list(once.values())
 
     @property
     def conversations(self) -> list[tuple[Message, ...]]:
@@ -129,12 +107,13 @@ def encode_rows(
     form: str = "auto",
     columns: Mapping[str, str] | None = None,
     feedback: str = "refuse",
+    pairs: bool = False,
     train_on: str = "answer",
     max_length: int | None = None,
     on_too_long: str = "drop",
     skip_bad: bool = False,
     vocabulary: int | None = None,
-) -> Encoded:
+) -> Encoded[Any]:
     """Recognise, render and tokenise rows.
 
     Args:
@@ -143,6 +122,7 @@ def encode_rows(
         template: From :meth:`Template.choose`, or the one an adapter remembers.
         form: A form to force, or ``auto``: each file by its keys.
         columns, feedback: See :func:`qaroma.data.forms.parse_rows`.
+        pairs: Rows have a better and a worse answer, and become pairs of examples.
         train_on: ``answer``: the loss counts the assistant's turns; ``all``: every token.
         max_length: Greatest length in tokens, see :func:`limit_length`; None is no limit, and chunks of
             1024 for plain text.
@@ -160,24 +140,62 @@ def encode_rows(
     if train_on not in ("answer", "all"):
         raise QaromaError(f"got train_on '{train_on}'; expected answer or all.")
     given = rows if isinstance(rows, RowSet) else RowSet(list(rows))
-    parsed = parse_rows(given.rows, form, columns=columns, feedback=feedback)
+    if pairs:
+        _require_usual(form=(form, "auto"), feedback=(feedback, "refuse"), train_on=(train_on, "answer"))
+        parsed = parse_pairs(given.rows, columns=columns)
+    else:
+        parsed = parse_rows(given.rows, form, columns=columns, feedback=feedback)
     template = template.fitted(messages for _, messages in parsed.conversations)
-    examples = list(_conversation_examples(parsed, tokenizer, template, train_on))
-    bad = [*given.bad, *parsed.bad]
+    encoded_talks = list(_conversation_examples(parsed, tokenizer, template, train_on))
+    examples: list[Any] = _paired(parsed, encoded_talks) if pairs else [e for talk in encoded_talks for e in talk]
+    bad = [*given.bad, *dict.fromkeys(parsed.bad)]
     if bad and not skip_bad:
         raise report_bad_rows(bad, len(given.rows) + len(given.bad))
     examples += _text_examples(parsed.documents, tokenizer, max_length or TEXT_CHUNK)
     notes = [*given.notes, *parsed.notes, *_about_weights(parsed)]
     if not examples:
         raise report_bad_rows(bad, len(bad)) if bad else _nothing_left(notes)
-    encoded = Encoded(examples, template, parsed.forms, bad=bad, notes=notes)
+    encoded: Encoded[Any] = Encoded(examples, template, parsed.forms, bad=bad, notes=notes)
     if vocabulary is not None:
         _require_known(encoded, tokenizer, vocabulary)
     _require_trained(encoded, "a row needs an answer (or plain text) of at least two tokens")
     return limit_length(encoded, max_length, on_too_long)
 
 
-def limit_length(encoded: Encoded, max_length: int | None, on_too_long: str = "drop") -> Encoded:
+def _require_usual(**settings: tuple[str, str]) -> None:
+    """Refuse settings of plain training where pairs are trained.
+
+    Args:
+        settings: by the name in the section ``data``, the value given and the one expected.
+    """
+    for name, (given, usual) in settings.items():
+        if given != usual:
+            raise QaromaError(f"got data.{'format' if name == 'form' else name} {given} with --task preference, which "
+                              f"trains on both answers of each row; leave it out ({usual})")  # fmt: skip
+
+
+def _paired(parsed: Parsed, talks: Sequence[list[Example]]) -> list[Pair]:
+    """Pairs of the examples of either answer; rows that make no pair join the bad rows.
+
+    Args:
+        parsed: of :func:`qaroma.data.forms.parse_pairs`.
+        talks: the examples of each of its conversations; none where the template refused it.
+    """
+    pairs = []
+    for (row, _), chosen, rejected in zip(parsed.conversations[::2], talks[::2], talks[1::2], strict=True):
+        if len(chosen) > 1 or len(rejected) > 1:
+            parsed.bad.append(
+                f"{row.place}: an answer has several turns, of which the chat template shows the earlier ones in "
+                "another way later; expected answers of one turn"
+            )
+        elif chosen and rejected and chosen[0].input_ids == rejected[0].input_ids:
+            parsed.bad.append(f"{row.place}: the chat template makes the same text of chosen and rejected")
+        elif chosen and rejected:
+            pairs.append(Pair(chosen[0], rejected[0], row.weight))
+    return pairs
+
+
+def limit_length(encoded: Encoded[_E], max_length: int | None, on_too_long: str = "drop") -> Encoded[_E]:
     """Deal with the examples longer than a limit.
 
     Plain text is never dropped: its chunks are cut again.
@@ -198,64 +216,66 @@ def limit_length(encoded: Encoded, max_length: int | None, on_too_long: str = "d
         raise QaromaError(f"got on_too_long '{on_too_long}'; expected drop, truncate or error.")
     if max_length is None:
         return encoded
-    too_long = [e for e in encoded.examples if len(e.input_ids) > max_length and e.conversation]
+    too_long = [e for e in encoded.examples if _longest(e) > max_length and e.conversation]
     if too_long and on_too_long == "error":
-        places = ", ".join(f"{e.origin} ({len(e.input_ids)})" for e in too_long[:_SHOWN_TOO_LONG])
+        places = ", ".join(f"{e.origin} ({_longest(e)})" for e in too_long[:_SHOWN_TOO_LONG])
         raise QaromaError(
             f"{len(too_long)} examples are longer than {max_length} tokens: {places}"
             f"{', ...' if len(too_long) > _SHOWN_TOO_LONG else ''}. Type a greater --max-length, "
             "or --on-too-long truncate or drop."
         )
-    kept: list[Example] = []
+    kept: list[Any] = []
     truncated = dropped = 0
     for example in encoded.examples:
-        if len(example.input_ids) <= max_length:
+        if _longest(example) <= max_length:
             kept.append(example)
-        elif not example.conversation:
+        elif isinstance(example, Example) and not example.conversation:
             kept += [
                 _example(piece, [_Span(0, len(piece))], example) for piece in _pieces(example.input_ids, max_length)
             ]
+        elif on_too_long == "truncate" and (cut := example.cut(max_length)) is not None:
+            kept.append(cut)
+            truncated += 1
         else:
-            cut = replace(
-                example,
-                input_ids=example.input_ids[:max_length],
-                labels=example.labels[:max_length],
-                loss_weights=example.loss_weights[:max_length],
-            )
-            if on_too_long == "truncate" and cut.trained:
-                kept.append(cut)
-                truncated += 1
-            else:
-                dropped += 1
+            dropped += 1
     limited = replace(
         encoded,
         examples=kept,
         truncated=encoded.truncated + truncated,
         dropped_too_long=encoded.dropped_too_long + dropped,
     )
-    longest = max(encoded.lengths)
-    _require_trained(limited, f"--max-length is {max_length} and the longest example has {longest}; raise it")
+    advice = f"--max-length is {max_length} and the longest example has {max(encoded.lengths)}; raise it"
+    _require_trained(limited, advice)
     return limited
+
+
+def _longest(example: Example | Pair) -> int:
+    """Tokens of its longest sequence."""
+    return max(sequence.tokens for sequence in example.sequences.values())
 
 
 def _conversation_examples(
     parsed: Parsed, tokenizer: PreTrainedTokenizerBase, template: Template, train_on: str
-) -> Iterator[Example]:
-    """Render and tokenise the conversations, some hundreds at a time; refused ones join the bad rows."""
+) -> Iterator[list[Example]]:
+    """Render and tokenise the conversations, some hundreds at a time; refused ones join the bad rows.
+
+    Yields:
+        The examples of each conversation; none of one that was refused, or has nothing trained.
+    """
     same: dict[int, int] = {}  # one int object for each id, or a large data set takes three times the memory
     for start in range(0, len(parsed.conversations), _ROWS_AT_ONCE):
-        rendered = []
+        rendered: list[tuple[Row, list[Message], list[Turn]]] = []
         for row, messages in parsed.conversations[start : start + _ROWS_AT_ONCE]:
             try:
                 rendered.append((row, messages, template.turns(messages)))
             except BadRow as error:
+                rendered.append((row, messages, []))
                 parsed.bad.append(f"{row.place}: {error}")
         texts = [
             text for _, _, turns in rendered for turn in turns for text in (turn.prompt, turn.prompt + turn.answer)
         ]
-        if not texts:
-            continue
-        ids = iter([[same.setdefault(token, token) for token in row] for row in tokenize(tokenizer, texts)])
+        found = tokenize(tokenizer, texts) if texts else []
+        ids = iter([[same.setdefault(token, token) for token in row] for row in found])
         for row, messages, turns in rendered:
             tokenised = []
             for turn in turns:
@@ -263,7 +283,7 @@ def _conversation_examples(
                 if whole[: len(prompt)] != prompt:
                     whole = prompt + tokenize_continuation(tokenizer, turn.answer)
                 tokenised.append((len(prompt), whole))
-            yield from _examples_of_row(row, messages, tokenised, train_on)
+            yield _examples_of_row(row, messages, tokenised, train_on) if tokenised else []
 
 
 def _examples_of_row(
@@ -358,9 +378,9 @@ def _nothing_left(notes: Sequence[str]) -> QaromaError:
     return QaromaError(f"the data holds no rows to train on{left_out}; expected at least one.")
 
 
-def _require_known(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+def _require_known(encoded: Encoded[Any], tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
     """Refuse ids that have no row in the embedding: on a GPU they would end the process in the midst of a step."""
-    for example in encoded.examples:
+    for example in (s for e in encoded.examples for s in e.sequences.values()):
         last = max(example.input_ids)
         if last >= vocabulary:
             token = tokenizer.convert_ids_to_tokens(last)
@@ -371,7 +391,7 @@ def _require_known(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, vocabul
             )
 
 
-def _require_trained(encoded: Encoded, advice: str) -> None:
+def _require_trained(encoded: Encoded[Any], advice: str) -> None:
     if not any(example.trained for example in encoded.examples):
         dropped = f" ({encoded.dropped_too_long} examples dropped as too long)" if encoded.dropped_too_long else ""
         raise QaromaError(f"the data has no token to train on{dropped}: {advice}.")

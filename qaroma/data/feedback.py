@@ -1,18 +1,18 @@
 """Rows that say which answers are good: preferences (chosen and rejected), and answers with a label (KTO).
 
 Trained on plainly they would teach the bad answers too, so they are refused unless the good ones alone
-are asked for.
+are asked for; task ``preference`` trains on both answers of a preference.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qaroma.data.calls import read_tools
-from qaroma.data.fields import BadRow, Fields, parsed_cell
-from qaroma.data.rows import QUESTIONS, Ignored, instruction_turn, question_turns
+from qaroma.data.fields import BadRow, Fields, parsed_cell, shared_length, turns_cell
+from qaroma.data.rows import QUESTIONS, TURNS, Ignored, instruction_turn, question_turns
 from qaroma.data.sources import Row
 from qaroma.data.turns import Message, read_turns
 from qaroma.errors import QaromaError
@@ -22,15 +22,21 @@ LABELS = ("label", "kto_tag")
 
 _PAIRS = (("chosen", "rejected"), ("chosen_response", "rejected_response"),
           ("preferred_output", "non_preferred_output"))  # fmt: skip
-_CHOSEN = tuple(chosen for chosen, _ in _PAIRS)
-_REJECTED = tuple(rejected for _, rejected in _PAIRS)
+_SIDES = tuple(tuple(names) for names in zip(*_PAIRS, strict=True))  # the better answer's names, the worse one's
+_BESIDE = ("rejected_response", "rejected_messages")  # beside turns that end with the better answer (ms-swift)
 _TURN = re.compile(r"\n*\s*(Human|Assistant): ?")
 _TRUTHS: Mapping[Any, bool] = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
 
 
 def is_preference(fields: Fields) -> bool:
     """Whether a row holds a better and a worse answer."""
-    return any(chosen in fields and rejected in fields for chosen, rejected in _PAIRS)
+    return any(chosen in fields and rejected in fields for chosen, rejected in _PAIRS) or _stands_beside(fields)
+
+
+def _stands_beside(fields: Fields) -> bool:
+    """Whether the worse answer stands beside turns that end with the better one."""
+    chosen = any(name in fields for name in _SIDES[0])
+    return not chosen and any(name in fields for name in _BESIDE) and any(name in fields for name in TURNS)
 
 
 def verdict(row: Row, form: str, feedback: str) -> bool | None:
@@ -48,7 +54,10 @@ def verdict(row: Row, form: str, feedback: str) -> bool | None:
         raise QaromaError(f"got feedback '{feedback}'; expected {' or '.join(FEEDBACK)}.")
     if form == "preference":
         good: bool | None = True
-        what, way = "two answers, chosen and rejected (preferences)", "train plainly on the chosen ones"
+        what, way = (
+            "two answers, chosen and rejected (preferences)",
+            "train plainly on the chosen ones, or --task preference to train on both",
+        )
     else:
         fields = Fields(row.value) if isinstance(row.value, dict) else Fields({})
         label = next((fields.peek(key) for key in LABELS if key in fields), None)
@@ -66,18 +75,43 @@ def chosen_turns(fields: Fields, of_turns: Ignored) -> list[Message]:
     Raises:
         BadRow: no question, or no chosen answer.
     """
-    chosen = parsed_cell(fields.get(*_CHOSEN))
-    fields.get(*_REJECTED)
-    if isinstance(chosen, Mapping) and "messages" in chosen:
-        chosen = chosen["messages"]
+    return _answered(fields, of_turns, 0)
+
+
+def rejected_turns(fields: Fields, of_turns: Ignored) -> list[Message]:
+    """As :func:`chosen_turns`, with the answer that was rejected."""
+    return _answered(fields, of_turns, 1)
+
+
+def _answered(fields: Fields, of_turns: Ignored, side: int) -> list[Message]:
+    """The turns of a preference with one of its answers: 0 is the chosen one, 1 the rejected one."""
+    if _stands_beside(fields):
+        return _answered_beside(fields, of_turns, side)
+    both = [turns_cell(fields.get(*names)) for names in _SIDES]
+    answer = both[side]
+    if answer is None:
+        raise BadRow(f"the field '{_SIDES[side][0]}' is missing")
+    if isinstance(answer, Mapping) and "messages" in answer:
+        answer = answer["messages"]
     asked = _asked(fields, of_turns)
-    if isinstance(chosen, str) and not asked:
-        return _marked(chosen)
-    if isinstance(chosen, str):
-        return [*asked, Message("assistant", chosen)]
-    answer = read_turns([chosen] if isinstance(chosen, Mapping) else chosen, fields.name(*_CHOSEN), of_turns)
-    whole = len(answer) > 1 and any(turn.role == "user" for turn in answer)
-    return answer if whole else [*asked, *answer]
+    if isinstance(answer, str) and not asked:
+        return _marked(answer) or _continued(both, side)
+    if isinstance(answer, str):
+        return [*asked, Message("assistant", answer)]
+    turns = read_turns([answer] if isinstance(answer, Mapping) else answer, fields.name(*_SIDES[side]), of_turns)
+    whole = len(turns) > 1 and any(turn.role == "user" for turn in turns)
+    return turns if whole else [*asked, *turns]
+
+
+def _answered_beside(fields: Fields, of_turns: Ignored, side: int) -> list[Message]:
+    """As :func:`_answered`, where turns end with the better answer and the worse one stands beside them."""
+    name, rejected = fields.name(*TURNS), turns_cell(fields.get(*_BESIDE))
+    turns = read_turns(parsed_cell(fields.get(*TURNS)), name, of_turns)
+    if side == 0:
+        return turns
+    if isinstance(rejected, str):
+        return [*turns[:-1], Message("assistant", rejected)]
+    return read_turns(rejected, fields.name(*_BESIDE), of_turns)
 
 
 def _asked(fields: Fields, of_turns: Ignored) -> list[Message]:
@@ -98,9 +132,22 @@ def _asked(fields: Fields, of_turns: Ignored) -> list[Message]:
 
 
 def _marked(dialogue: str) -> list[Message]:
-    """The turns of a text that names its speakers (``Human:`` and ``Assistant:``)."""
+    """The turns of a text that names its speakers (``Human:`` and ``Assistant:``); empty where it does not."""
     pieces = _TURN.split(dialogue)
     if len(pieces) < 4 or pieces[0].strip():
-        raise BadRow("the chosen answer has no question; expected a prompt, or turns of 'Human:' and 'Assistant:'")
+        return []
     roles = {"Human": "user", "Assistant": "assistant"}
     return [Message(roles[who], said.strip()) for who, said in zip(pieces[1::2], pieces[2::2], strict=True)]
+
+
+def _continued(both: Sequence[Any], side: int) -> list[Message]:
+    """The turns of two texts that begin alike: the words that they share are the question (TRL's implicit prompt)."""
+    texts = [text if isinstance(text, str) else "" for text in both]
+    shared = texts[0][: shared_length(*texts)]
+    question = shared[: max(shared.rfind(" "), shared.rfind("\n"), 0)]
+    if not question.strip():
+        raise BadRow(
+            "chosen and rejected are texts without a question; expected a prompt, turns of 'Human:' and "
+            "'Assistant:', or texts that begin alike"
+        )
+    return [Message("user", question), Message("assistant", texts[side][len(question) :])]

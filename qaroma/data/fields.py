@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qaroma.text.json_text import parse_json
+
+_OF_TURNS = {"role", "from", "messages"}  # a turn has one of these, or a list of them is under the last
 
 
 class BadRow(Exception):
@@ -102,6 +104,12 @@ def kind_of(value: Any) -> str:
     return "an empty list" if value == [] else names.get(type(value).__name__, f"a {type(value).__name__}")
 
 
+def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many of their first elements two sequences share."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
 def parsed_cell(cell: Any) -> Any:
     """What was written into a cell of a table as JSON or as Python prints it; anything else as it is."""
     if not (isinstance(cell, str) and cell.lstrip()[:1] in ("[", "{")):
@@ -115,3 +123,11 @@ def parsed_cell(cell: Any) -> Any:
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return cell
     return value if isinstance(value, list | dict) else cell
+
+
+def turns_cell(cell: Any) -> Any:
+    """As :func:`parsed_cell` where that gives turns; a text that happens to be JSON is a text."""
+    value = parsed_cell(cell)
+    turns = value if isinstance(value, list) else [value]
+    are_turns = turns and all(isinstance(turn, Mapping) and _OF_TURNS & turn.keys() for turn in turns)
+    return value if are_turns else cell

@@ -20,12 +20,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeAlias
 
 from qaroma.data.calls import read_calls
-from qaroma.data.feedback import LABELS, chosen_turns, is_preference, verdict
+from qaroma.data.feedback import LABELS, chosen_turns, is_preference, rejected_turns, verdict
 from qaroma.data.fields import BadRow as BadRow
-from qaroma.data.fields import Fields, parsed_cell, text
+from qaroma.data.fields import Fields, parsed_cell, shared_length, text
 from qaroma.data.rows import ANSWERS, QUESTIONS, TURNS, Ignored, alpaca, completion, history, messages, opening
 from qaroma.data.sources import Row
 from qaroma.data.turns import Message as Message
@@ -33,7 +33,8 @@ from qaroma.data.turns import checked, loss_weight, require_unicode
 from qaroma.errors import QaromaError
 
 FORMS = ("alpaca", "completion", "messages", "sharegpt", "text")
-COLUMNS = ("prompt", "completion", "system", "context", "history", "tools", "weight", "messages", "text")
+COLUMNS = ("prompt", "completion", "system", "context", "history", "tools", "weight", "messages", "text", "chosen",
+           "rejected")  # fmt: skip
 
 _EXPECTED = (
     "messages; conversations; instruction and output; prompt and completion; or text. "
@@ -42,13 +43,23 @@ _EXPECTED = (
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _SHOWN_BAD_ROWS = 10
 
+Reader: TypeAlias = Callable[[Fields, Ignored], list[Message]]
+_READERS: Mapping[str, Reader] = {
+    "alpaca": alpaca,
+    "completion": completion,
+    "messages": messages,
+    "sharegpt": messages,
+    "preference": chosen_turns,
+}
+
 
 @dataclass
 class Parsed:
     """Rows of any forms as conversations and documents.
 
     Attributes:
-        conversations: pairs of a row and its turns; the last one is the assistant's.
+        conversations: pairs of a row and its turns; the last one is the assistant's. Of preferences each row has
+            two, the chosen one first.
         documents: pairs of a row and its plain text.
         forms: the form of each file.
         bad: ``file:line: what is wrong``.
@@ -185,6 +196,44 @@ def parse_rows(
     return parsed
 
 
+def parse_pairs(rows: Sequence[Row], *, columns: Mapping[str, str] | None = None) -> Parsed:
+    """As :func:`parse_rows` for rows with a better and a worse answer, of which both are wanted.
+
+    Returns:
+        Two conversations a row, the better answer's first, and the bad rows, each with its place.
+
+    Raises:
+        QaromaError: rows of another form; columns that are nowhere.
+    """
+    rows, _ = _renamed(rows, columns or {})
+    parsed = Parsed()
+    for file, group in groupby(rows, key=lambda row: row.file):
+        members = list(group)
+        if not holds_pairs(members):
+            raise QaromaError(
+                f"{members[0].place} is of the form {recognise(members)}, with one answer; expected a chosen and a "
+                "rejected one for --task preference. Leave --task out to train on answers as they are"
+            )
+        parsed.forms[file] = "preference"
+        for row in members:
+            try:
+                parsed.conversations += [(row, turns) for turns in to_pair(row, parsed.ignored)]
+            except BadRow as error:
+                parsed.bad.append(f"{row.place}: {error}")
+    return parsed
+
+
+def holds_pairs(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> bool:
+    """Whether some rows have a better and a worse answer.
+
+    Args:
+        rows: of any files.
+        columns: as :func:`parse_rows` takes them.
+    """
+    renamed, _ = _renamed(rows, columns or {})
+    return any(isinstance(row.value, dict) and is_preference(Fields(row.value)) for row in renamed)
+
+
 def _renamed(rows: Sequence[Row], columns: Mapping[str, str]) -> tuple[Sequence[Row], str]:
     """Rows under the keys of ``COLUMNS``, and the form that these keys say."""
     unknown = [key for key in columns if key not in COLUMNS]
@@ -202,7 +251,8 @@ def _renamed(rows: Sequence[Row], columns: Mapping[str, str]) -> tuple[Sequence[
             others = {name: value for name, value in row.value.items() if name not in columns.values()}
             row = replace(row, value=others | {key: row.value.get(name) for key, name in columns.items()})
         renamed.append(row)
-    forms = {"messages": "messages", "completion": "completion", "prompt": "completion", "text": "text"}
+    forms = {"chosen": "auto", "messages": "messages", "completion": "completion", "prompt": "completion",
+             "text": "text"}  # fmt: skip
     return renamed, next((form for key, form in forms.items() if key in columns), "auto")
 
 
@@ -221,30 +271,53 @@ def to_conversation(row: Row, form: str, ignored: set[str] | None = None) -> lis
         BadRow: a field is missing, blank or of the wrong type, a role is unknown, or the turns do
             not end with the assistant's.
     """
+    return _conversations(row, form, (_READERS[form],), ignored)[0]
+
+
+def to_pair(row: Row, ignored: set[str] | None = None) -> tuple[list[Message], list[Message]]:
+    """The turns of a preference with the better answer, and with the worse one.
+
+    Turns that both begin with are context: their weight is 0.
+
+    Args:
+        row: the row.
+        ignored: as :func:`to_conversation` takes it.
+
+    Raises:
+        BadRow: as :func:`to_conversation`; answers that are the same, to different questions, or weighted.
+    """
+    chosen, rejected = _conversations(row, "preference", (chosen_turns, rejected_turns), ignored)
+    if chosen == rejected:
+        raise BadRow("chosen and rejected are the same; expected two different answers")
+    shared = min(shared_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+    if not chosen[shared].role == rejected[shared].role == "assistant":
+        raise BadRow(f"chosen and rejected part at turn {shared + 1}, which is no answer; expected one question")
+    if any(turn.weight != 1.0 for turn in (*chosen[shared:], *rejected[shared:])):
+        raise BadRow("an answer has a weight other than 1; a pair is trained whole")
+    context = [replace(turn, weight=0.0) if turn.role == "assistant" else turn for turn in chosen[:shared]]
+    return [*context, *chosen[shared:]], [*context, *rejected[shared:]]
+
+
+def _conversations(row: Row, form: str, readers: Sequence[Reader], ignored: set[str] | None) -> list[list[Message]]:
+    """The turns of one row, as each of some readers has them."""
     if not isinstance(row.value, dict):
         raise BadRow(f"got plain text; expected the fields of the form {form}")
     fields, ignored = Fields(row.value), set() if ignored is None else ignored
     media = next((key for key in _MEDIA if fields.peek(key) not in (None, "", [])), None)
     if media:
         raise BadRow(f"the row has {media}, which a text run does not see; leave such rows out with --skip-bad-rows")
-    readers: Mapping[str, Callable[[Fields, Ignored], list[Message]]] = {
-        "alpaca": alpaca,
-        "completion": completion,
-        "messages": messages,
-        "sharegpt": messages,
-        "preference": chosen_turns,
-    }
 
     def of_turns(names: Iterable[str]) -> None:
         ignored.update(f"turns: {name}" for name in names)
 
-    turns = [*opening(fields, of_turns), *history(fields, of_turns), *readers[form](fields, of_turns)]
+    before = [*opening(fields, of_turns), *history(fields, of_turns)]
+    talks = [[*before, *read(fields, of_turns)] for read in readers]
     weight = loss_weight(fields, "the row")
     if weight != 1.0:
-        turns = [replace(turn, weight=turn.weight * weight) for turn in turns]
+        talks = [[replace(turn, weight=turn.weight * weight) for turn in turns] for turns in talks]
     fields.get(*LABELS)
     ignored.update(fields.ignored())
-    return checked(turns)
+    return [checked(turns) for turns in talks]
 
 
 def report_bad_rows(bad: Sequence[str], total: int) -> QaromaError:

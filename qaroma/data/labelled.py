@@ -54,6 +54,11 @@ class LabelledExample:
     origin: str = ""
     weight: float = 1.0
 
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return len(self.input_ids)
+
 
 @dataclass(frozen=True)
 class LabelledSet:

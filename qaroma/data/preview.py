@@ -13,12 +13,13 @@ TRAINED_STYLE = "bold green"
 MARKS = ("⟦", "⟧")
 
 
-def preview(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
+def preview(example: Example, tokenizer: PreTrainedTokenizerBase, name: str = "") -> Text:
     """An example decoded, what is trained in green and between ⟦ and ⟧.
 
     Args:
         example: The example.
         tokenizer: The base's tokenizer.
+        name: What it is called in the heading; empty for one alone.
 
     Returns:
         A heading with the counts and the origin, then the text with its special tokens. The marks show
@@ -27,7 +28,8 @@ def preview(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
     origin = f", from {example.origin}" if example.origin else ""
     factors = {w for w, label in zip(example.loss_weights, example.labels, strict=False) if label != IGNORED}
     weighted = f", loss times {min(factors):g} to {max(factors):g}" if factors else ""
-    shown = Text(f"{len(example.input_ids)} tokens, {example.trained} trained{weighted}{origin}\n", style="dim")
+    called = f"{name}: " if name else ""
+    shown = Text(f"{called}{example.tokens} tokens, {example.trained} trained{weighted}{origin}\n", style="dim")
     for trained, piece in trained_pieces(example, tokenizer):
         if trained:
             shown.append(f"{MARKS[0]}{piece}{MARKS[1]}", style=TRAINED_STYLE)

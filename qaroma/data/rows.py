@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
 from qaroma.data.calls import read_calls, read_tools
-from qaroma.data.fields import BadRow, Fields, kind_of, optional_text, parsed_cell, text
+from qaroma.data.fields import BadRow, Fields, kind_of, optional_text, parsed_cell, text, turns_cell
 from qaroma.data.glaive import glaive_system, glaive_turns
 from qaroma.data.turns import Message, read_turns
 
@@ -68,7 +68,7 @@ def question_turns(fields: Fields, of_turns: Ignored) -> list[Message]:
     Raises:
         BadRow: it is missing, blank or no text.
     """
-    asked = parsed_cell(fields.get(*QUESTIONS))
+    asked = turns_cell(fields.get(*QUESTIONS))
     if isinstance(asked, list) and asked and isinstance(asked[0], Mapping):
         return read_turns(asked, fields.name(*QUESTIONS), of_turns)
     parts = [text(fields, *QUESTIONS), optional_text(fields, "context")]
@@ -77,10 +77,11 @@ def question_turns(fields: Fields, of_turns: Ignored) -> list[Message]:
 
 def completion(fields: Fields, of_turns: Ignored) -> list[Message]:
     asked = question_turns(fields, of_turns)
-    answer = parsed_cell(fields.get(*ANSWERS))
+    answer = turns_cell(fields.get(*ANSWERS))
     name = fields.name(*ANSWERS)
-    if isinstance(answer, list) and name == "answers":
-        return [*asked, Message("assistant", "", calls=read_calls(answer, "the field 'answers'"))]
+    calls = parsed_cell(answer) if name == "answers" else None
+    if isinstance(calls, list):
+        return [*asked, Message("assistant", "", calls=read_calls(calls, "the field 'answers'"))]
     if isinstance(answer, list) and answer and isinstance(answer[0], Mapping):  # TRL's conversational variant
         return [*asked, *read_turns(answer, name, of_turns)]
     return [*asked, Message("assistant", text(fields, *ANSWERS))]

@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Protocol, TypeVar
 
 from qaroma.config.presets import FEWEST_VALIDATION_ROWS
-from qaroma.data.encode import Encoded, Example
+from qaroma.data.encode import Encoded
+from qaroma.data.example import Example, Pair
 from qaroma.errors import QaromaError
 
 _ENOUGH_ROWS = 4 * FEWEST_VALIDATION_ROWS  # from so many on, a share that is smaller is not taken at its word
@@ -28,6 +29,7 @@ class Weighted(Protocol):
 
 
 _Weighted = TypeVar("_Weighted", bound=Weighted)
+_E = TypeVar("_E", Example, Pair)
 
 
 def held_out_keys(keys: Iterable[Hashable], *, share: float, at_most: int, seed: int) -> set[Hashable]:
@@ -81,8 +83,8 @@ def repeated(examples: Sequence[_Weighted], *, seed: int) -> list[_Weighted]:
 
 
 def split_validation(
-    encoded: Encoded, *, share: float = 0.05, at_most: int = 500, seed: int = 0
-) -> tuple[Encoded, Encoded]:
+    encoded: Encoded[_E], *, share: float = 0.05, at_most: int = 500, seed: int = 0
+) -> tuple[Encoded[_E], Encoded[_E]]:
     """Set a random part of the rows aside for validation, and give the rest its weights.
 
     All examples of one row fall on the same side, and copies are made after the split, so that no row
@@ -98,11 +100,11 @@ def split_validation(
         Training and validation examples, each in their former order; the training ones as :func:`weigh`
         repeats them.
     """
-    keys: list[Hashable] = [e.origin if e.conversation else tuple(e.input_ids) for e in encoded.examples]
+    keys: list[Hashable] = [e.origin if e.conversation else tuple(e.sequences[""].input_ids) for e in encoded.examples]
     chosen = held_out_keys(keys, share=share, at_most=at_most, seed=seed)
     pairs = list(zip(keys, encoded.examples, strict=True))
     train = replace(encoded, examples=[example for key, example in pairs if key not in chosen])
-    held_out: dict[Hashable, list[Example]] = defaultdict(list)
+    held_out: dict[Hashable, list[_E]] = defaultdict(list)
     for key, example in pairs:
         if key in chosen and example not in held_out[key]:
             held_out[key].append(example)
@@ -110,7 +112,7 @@ def split_validation(
     return weigh(train, seed=seed), validation
 
 
-def weigh(encoded: Encoded, *, seed: int = 0) -> Encoded:
+def weigh(encoded: Encoded[_E], *, seed: int = 0) -> Encoded[_E]:
     """Repeat each example as its weight says (:func:`repeated`).
 
     Args:

@@ -19,21 +19,29 @@ from torch.utils.checkpoint import checkpoint
 class ToHost(Protocol):
     """The way by which tensors leave the device: :func:`to_host`, or one that takes note of them."""
 
-    def __call__(self, tensor: Tensor, stream: Any = None) -> Tensor: ...
+    def __call__(self, tensor: Tensor, stream: Any = None, *, pinned: bool = True) -> Tensor: ...
 
 
-def to_host(tensor: Tensor, stream: Any = None) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on a device, for which the host does not wait: it goes by way of pinned memory."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def to_host(tensor: Tensor, stream: Any = None, *, pinned: bool = True) -> Tensor:
     """A copy in host memory.
 
     Args:
         tensor: on a GPU; a CPU tensor is returned as it is, since it lies in host memory already.
         stream: CUDA stream to copy on, behind what the current one has queued; None copies in order.
+        pinned: in memory that the card reads and writes by itself, of which torch takes powers of two.
 
     Returns:
-        Pinned CPU tensor, valid when ``stream`` has come so far.
+        CPU tensor, valid when ``stream`` has come so far.
     """
     if tensor.is_cuda:
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
         if stream is None:
             return host.copy_(tensor)
         stream.wait_stream(torch.cuda.current_stream(tensor.device))

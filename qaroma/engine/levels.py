@@ -7,6 +7,7 @@ from typing import Any
 from qaroma.config.levels import LEVELS
 from qaroma.engine.checkpointing import ToHost, disable_checkpointing, enable_checkpointing, to_host
 from qaroma.engine.placement import move_embeddings_to_host, quantise_head
+from qaroma.engine.streaming import stream_layers
 from qaroma.engine.tiled import tile_tokenwise, untile
 
 
@@ -15,20 +16,22 @@ def apply_level(
 ) -> None:
     """Put a model into a memory level; a later call may go further down.
 
-    What a level saves comes at a price in time, and at level 3 in exactness: the head's logits are
+    What a level saves comes at a price in time, and from level 3 on in exactness: the head's logits are
     those of its 4-bit weight.
 
     Args:
         model: transformers model, with or without an adapter on; changed in place.
         level: index into :data:`qaroma.config.levels.LEVELS`.
-        quant_type, double_quantization: of the head at level 3.
-        copy_out: brings to the host what levels 2 and 3 keep there.
+        quant_type, double_quantization: of the head from level 3 on.
+        copy_out: brings to the host what levels keep there from 2 on.
     """
     chosen = LEVELS[level]
     if chosen.packed_head:
         quantise_head(model, quant_type, double_quantization=double_quantization)
     if chosen.host_embeddings:
         move_embeddings_to_host(model, copy_out)
+    if chosen.streamed:
+        stream_layers(model, copy_out)
     if chosen.tiled:
         tile_tokenwise(model)
     else:

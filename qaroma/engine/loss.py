@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qaroma.method.dequantise import block_maxima, dense_rows, dense_weight
+from qaroma.method.dequantise import block_maxima, dense_rows, dense_weight, product_in_fp32
 
 CHUNK_BYTES = 256 * 2**20  # that a chunk of tokens may take, however few there are
 HIDDEN_SHARE = 6  # times the hidden states' own bytes is what it may take where they are many
@@ -88,7 +88,7 @@ class LMHead:
         grad_CD = grad_CV.new_zeros(grad_CV.shape[0], weight_columns)
         for start in range(0, self.vocabulary, BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, self.vocabulary)
-            grad_CD += _product_in_fp32(grad_CV[:, start:stop].to(dtype), self._rows(start, stop, dtype))
+            grad_CD += product_in_fp32(grad_CV[:, start:stop].to(dtype), self._rows(start, stop, dtype))
         return grad_CD.to(dtype)
 
 
@@ -99,9 +99,6 @@ def linear_cross_entropy(hidden_TD: Tensor, head: LMHead, targets_T: Tensor, wei
 
         (weights_T * F.cross_entropy(head.logits(hidden_TD), targets_T, reduction="none")).sum()
 
-    The head is frozen, so the gradient at the hidden states is all that the backward pass needs: it is
-    made chunk by chunk in the forward pass, while a chunk's logits are there.
-
     Args:
         hidden_TD: hidden states that predict a trained token.
         head: see :class:`LMHead`.
@@ -111,58 +108,58 @@ def linear_cross_entropy(hidden_TD: Tensor, head: LMHead, targets_T: Tensor, wei
     Returns:
         fp32 scalar.
     """
+    losses_T = token_losses(hidden_TD, head, targets_T)
+    return (losses_T if weights_T is None else losses_T * weights_T).sum()
+
+
+def token_losses(hidden_TD: Tensor, head: LMHead, targets_T: Tensor) -> Tensor:
+    """The cross-entropy of each token: its negative log-probability.
+
+    Equivalent to, and tested against::
+
+        F.cross_entropy(head.logits(hidden_TD), targets_T, reduction="none")
+
+    The head is frozen, so the gradient at the hidden states is all that the backward pass needs: it is
+    made chunk by chunk in the forward pass, while a chunk's logits are there.
+
+    Args:
+        hidden_TD, head, targets_T: see :func:`linear_cross_entropy`.
+
+    Returns:
+        (T,) fp32.
+    """
     wanted = hidden_TD.requires_grad and torch.is_grad_enabled()
-    return _LinearCrossEntropy.apply(hidden_TD, targets_T, weights_T, head, wanted)  # type: ignore[no-any-return, no-untyped-call]
+    return _TokenLosses.apply(hidden_TD, targets_T, head, wanted)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32: partial sums over blocks of the vocabulary are not rounded where the device can help it."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()
-
-
-def _add_chunk(
-    total: Tensor,
-    hidden_CD: Tensor,
-    targets_C1: Tensor,
-    weights_C1: Tensor | None,
-    head: LMHead,
-    grad_CD: Tensor | None,
-) -> None:
-    """Add a chunk's loss to ``total`` and write its gradient into ``grad_CD``; the logits die here."""
+def _fill_chunk(losses_C: Tensor, grad_CD: Tensor | None, hidden_CD: Tensor, targets_C1: Tensor, head: LMHead) -> None:
+    """Write the losses of a chunk's tokens, and their gradients where these are wanted; the logits die here."""
     logits_CV = head.logits(hidden_CD)
     size = math.ceil(targets_C1.shape[0] / SLICES)
     for start in range(0, targets_C1.shape[0], size):
         logits_SV, targets_S1 = logits_CV[start : start + size], targets_C1[start : start + size]
         log_normaliser_S1 = logits_SV.logsumexp(dim=1, keepdim=True)
-        losses_S1 = log_normaliser_S1 - logits_SV.gather(1, targets_S1)
-        total += losses_S1.sum() if weights_C1 is None else (losses_S1 * weights_C1[start : start + size]).sum()
+        losses_C[start : start + size] = (log_normaliser_S1 - logits_SV.gather(1, targets_S1))[:, 0]
         if grad_CD is not None:
             head.softmax_minus_one_hot(logits_SV, log_normaliser_S1, targets_S1)
     if grad_CD is not None:
         grad_CD.copy_(head.backward(logits_CV, hidden_CD.dtype))
-        if weights_C1 is not None:
-            grad_CD *= weights_C1
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _TokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden_TD: Tensor, targets_T: Tensor, weights_T: Tensor | None, head: LMHead, wanted: bool
-    ) -> Tensor:
-        total = torch.zeros((), device=hidden_TD.device)
+    def forward(ctx: Any, hidden_TD: Tensor, targets_T: Tensor, head: LMHead, wanted: bool) -> Tensor:
+        losses_T = torch.empty(targets_T.shape, device=hidden_TD.device)
         grad_TD = torch.empty_like(hidden_TD) if wanted else None
         chunk = head.chunk(hidden_TD)
         for start in range(0, hidden_TD.shape[0], chunk):
             rows = slice(start, start + chunk)
             grad_CD = None if grad_TD is None else grad_TD[rows]
-            weights_C1 = None if weights_T is None else weights_T[rows, None]
-            _add_chunk(total, hidden_TD[rows], targets_T[rows, None], weights_C1, head, grad_CD)
+            _fill_chunk(losses_T[rows], grad_CD, hidden_TD[rows], targets_T[rows, None], head)
         ctx.save_for_backward(grad_TD)
-        return total
+        return losses_T
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_TD,) = ctx.saved_tensors
-        return grad_TD * grad_total.to(grad_TD.dtype), None, None, None, None
+        return grad_TD * grad_T[:, None].to(grad_TD.dtype), None, None, None

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qaroma.engine.checkpointing import ToHost, to_host
+from qaroma.engine.checkpointing import ToHost, to_device, to_host
 
 
 class HostEmbedding(nn.Module):
     """An embedding whose table stays in host memory: only the rows that are looked up travel.
 
+    The table is none of the model's parameters, the first of which tells transformers where a model computes.
+
     Args:
         inner: the embedding; moved to the host.
         device: where its output goes.
         copy_out: brings the table to the host.
+
+    Attributes:
+        at_hand: ids of the pass to come, (B, L) on the host already; None where only the device has them.
     """
+
+    at_hand: Tensor | None
 
     def __init__(self, inner: nn.Module, device: torch.device, copy_out: ToHost = to_host) -> None:
         super().__init__()
-        self.inner, self.device = inner, device
         table: nn.Parameter = inner.weight  # type: ignore[assignment]
-        inner.weight = nn.Parameter(copy_out(table.data), requires_grad=False)
+        inner.weight = nn.Parameter(copy_out(table.data, pinned=False), requires_grad=False)
         inner.to("cpu")
+        self._unregistered, self.device, self.at_hand = (inner,), device, None
+
+    @property
+    def inner(self) -> nn.Module:
+        return self._unregistered[0]
 
     @property
     def weight(self) -> Tensor:
@@ -32,8 +45,27 @@ class HostEmbedding(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(B, L) on any device -> (B, L, D) on the model's device."""
-        rows: Tensor = self.inner(input_ids.to("cpu"))
-        return rows.to(self.device, non_blocking=True)
+        rows: Tensor = self.inner(input_ids.to("cpu") if self.at_hand is None else self.at_hand)
+        return to_device(rows, self.device)
+
+
+@contextmanager
+def ids_at_hand(model: Any, ids: Tensor | None) -> Iterator[None]:
+    """Spare a model whose embeddings lie in host memory the wait for its ids to come back from the device.
+
+    Args:
+        model: transformers model; one whose embeddings lie elsewhere is left alone.
+        ids: (B, L) on the host, what every pass inside is given on the device; None where they are not there.
+    """
+    embeddings = None if ids is None else model.get_input_embeddings()
+    if not isinstance(embeddings, HostEmbedding):
+        yield
+        return
+    embeddings.at_hand = ids
+    try:
+        yield
+    finally:
+        embeddings.at_hand = None
 
 
 def move_embeddings_to_host(model: Any, copy_out: ToHost = to_host) -> bool:
@@ -52,9 +84,7 @@ def move_embeddings_to_host(model: Any, copy_out: ToHost = to_host) -> bool:
     head = model.get_output_embeddings()
     if head is not None and getattr(head, "weight", None) is embedding.weight:
         return False
-    # The embeddings may have been loaded to the host already: the other parameters tell where the model computes.
-    device = next(p.device for p in model.parameters() if p is not embedding.weight)
-    model.set_input_embeddings(HostEmbedding(embedding, device, copy_out))
+    model.set_input_embeddings(HostEmbedding(embedding, compute_device(model), copy_out))
     return True
 
 
@@ -89,7 +119,7 @@ def quantise_head(model: Any, quant_type: str = "nf4", *, double_quantization: b
         device="meta",
     )
     packed.weight = bnb.nn.Params4bit(
-        weight.cpu() if weight.is_cuda else weight.clone(),
+        weight if weight.is_cuda else weight.clone(),  # on a card it is packed from where it lies: a copy may not fit
         requires_grad=False,
         quant_type=quant_type,
         compress_statistics=double_quantization,
@@ -102,6 +132,11 @@ def quantise_head(model: Any, quant_type: str = "nf4", *, double_quantization: b
 
 
 def compute_device(model: Any) -> torch.device:
-    """Where a causal model computes: its head's device, since its embeddings may lie in host memory."""
-    device: torch.device = model.get_output_embeddings().weight.device
+    """Where a model computes: its head's device, since its embeddings and its layers may lie in host memory.
+
+    A classifier's head is its last parameter.
+    """
+    head = model.get_output_embeddings()
+    *_, last = model.parameters()
+    device: torch.device = (last if head is None else head.weight).device
     return device

@@ -70,8 +70,12 @@ def tiled(module: nn.Module, forward: Callable[[Tensor], Tensor], tile: int, x: 
         return forward(x)
     rows = max(1, tile // x.shape[-1])
     keeper = _Keeper()
-    kept = _KeepInput.apply(x.flatten(0, -2), keeper)  # type: ignore[no-untyped-call]
     parameters = [p for p in module.parameters() if p.requires_grad]
+    if (
+        parameters and not x.requires_grad
+    ):  # as in a first layer whose attention trains nothing: autograd would not save it
+        x = x.detach().requires_grad_()
+    kept = _KeepInput.apply(x.flatten(0, -2), keeper)  # type: ignore[no-untyped-call]
     y_TD: Tensor = _Tiled.apply(kept, keeper, forward, rows, *parameters)  # type: ignore[no-untyped-call]
     return y_TD.view_as(x)
 

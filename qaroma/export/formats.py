@@ -11,8 +11,9 @@ import torch
 
 from qaroma.errors import QaromaError
 from qaroma.export import gguf_adapter, gguf_model
+from qaroma.export.gguf_layout import read_linears
 from qaroma.export.gguf_names import GgufNames
-from qaroma.export.gguf_vocab import pre_tokenizer_name
+from qaroma.export.gguf_vocab import check_vocabulary
 from qaroma.export.live import LiveModel
 from qaroma.export.merged import copy_code, write_generation_settings, write_merged
 from qaroma.export.ollama import modelfile
@@ -27,10 +28,10 @@ from qaroma.export.selftest import (
     share_arrived,
 )
 from qaroma.export.subject import Subject
-from qaroma.export.weights import checkpoint_tensors, gguf_tensors
+from qaroma.export.weights import checkpoint_tensors
 from qaroma.method.factors import Factors
 from qaroma.runs.adapter import write_adapter_files
-from qaroma.runs.peft_limits import lost_in_peft, told_of_peft
+from qaroma.runs.peft_limits import told_of_peft
 from qaroma.runs.peft_lora import read_lora
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -87,7 +88,7 @@ def _check_gguf(subject: Subject, update: dict[str, Factors], outtype: str) -> N
     _check_gguf_adapter(subject, update, outtype)
     gguf_model.check_outtype(outtype)
     gguf_model.check_positions(subject.config)
-    pre_tokenizer_name(subject.tokenizer)
+    check_vocabulary(subject.tokenizer, subject.template)
 
 
 def _write_peft(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def _write_gguf_adapter(tuned: LiveModel, folder: Path, dtype: torch.dtype, outt
 
 def _write_merged(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
     subject = tuned.subject
-    told = write_merged(folder, tuned.tensors(), tuned.update, subject.config, dtype=dtype)
+    told = write_merged(folder, tuned.tensors(), tuned.stored_update(), subject.config, dtype=dtype)
     stops = subject.template.stop_token_ids(subject.tokenizer)
     write_generation_settings(folder, subject.tokenizer, stops, subject.base.generation_settings())
     if subject.base.trust_remote_code:
@@ -139,18 +140,19 @@ def _test_lora(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str)
     """In PEFT itself, or by PEFT's rules in plain torch where it is not installed."""
     tolerance = LOGIT_TOLERANCE[_NAMES[dtype]]
     live = tuned.answers()
-    if installed("peft") and not lost_in_peft(tuned.subject.config, tuned.update):
+    told = told_of_peft(tuned.subject.config, tuned.update)
+    if installed("peft") and told is None:
         with in_peft(tuned.model(), folder) as model:
             return compare_model(model, live, engine="PEFT", tolerance=tolerance)
     with on_hooks(tuned.model(), read_lora(folder)[0]):
-        why = "it would leave modules out" if installed("peft") else "peft is not installed"
+        why = "it does not load this one whole" if installed("peft") else "peft is not installed"
         engine = f"PEFT's rules in plain torch ({why})"
         return compare_model(tuned.model(), live, engine=engine, tolerance=tolerance)
 
 
 def _test_gguf_adapter(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> SelfTest:
     """Read with gguf-py and applied by llama.cpp's rules; llama.cpp itself would need a GGUF of the base."""
-    read = gguf_adapter.read_gguf_adapter(folder / gguf_adapter.FILE, tuned.subject.config)
+    read = gguf_adapter.read_gguf_adapter(folder / gguf_adapter.FILE, tuned.subject.config, tuned.update)
     with on_hooks(tuned.model(), read):
         tolerance = LOGIT_TOLERANCE[_NAMES[dtype]]
         engine = "gguf-py, by llama.cpp's rules"
@@ -159,7 +161,7 @@ def _test_gguf_adapter(tuned: LiveModel, folder: Path, dtype: torch.dtype, outty
 
 def _test_merged(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> SelfTest:
     live = tuned.merged_answers()
-    share = share_arrived(checkpoint_tensors(folder), tuned.tensors(), tuned.update)
+    share = share_arrived(checkpoint_tensors(folder), tuned.tensors(), tuned.stored_update())
     device, arithmetic = tuned.room_for_dense(_NAMES[dtype])
     model = load_merged(folder, arithmetic, device, trust_remote_code=tuned.subject.base.trust_remote_code)
     tolerance = LOGIT_TOLERANCE[_NAMES[dtype]]
@@ -173,7 +175,7 @@ def _test_gguf(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str)
     """In llama.cpp where it is installed, else through transformers' own GGUF reader."""
     subject, path = tuned.subject, folder / gguf_model.FILE
     live = tuned.merged_answers()
-    share = share_arrived(gguf_tensors(path, subject.config), tuned.tensors(), tuned.update)
+    share = share_arrived(read_linears(path, subject.config, tuned.update), tuned.tensors(), tuned.update)
     kind = _OUTTYPE_TOLERANCE[outtype]
     if installed("xllamacpp"):
         engine = LlamaCpp(path, context=max(len(one.ids) for one in live))

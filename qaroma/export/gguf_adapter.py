@@ -7,6 +7,7 @@ The file holds B as (M, R); it is turned here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,13 @@ def write_gguf_adapter(folder: Path, update: Update, config: Any, *, name: str, 
     return {"rank": rank}
 
 
-def read_gguf_adapter(path: Path, config: Any) -> dict[str, Factors]:
+def read_gguf_adapter(path: Path, config: Any, modules: Iterable[str]) -> dict[str, Factors]:
     """Read an adapter back by llama.cpp's rules: alpha over each tensor's rank, rows put in transformers' order.
 
     Args:
         path: the file.
         config: the base's transformers configuration.
+        modules: full names of those that may be in it.
     """
     from gguf import GGUFReader, Keys, dequantize
 
@@ -74,7 +76,7 @@ def read_gguf_adapter(path: Path, config: Any) -> dict[str, Factors]:
     alpha = float(reader.fields[Keys.Adapter.LORA_ALPHA].contents())
     tensors = {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
     found = {}
-    for module in _modules(config):
+    for module in modules:
         stored = names.tensor(f"{module}.weight")
         if f"{stored}.lora_a" not in tensors:
             continue
@@ -84,12 +86,6 @@ def read_gguf_adapter(path: Path, config: Any) -> dict[str, Factors]:
             B = B[order.argsort()]
         found[module] = Factors(A, B.T * (alpha / A.shape[0]))
     return found
-
-
-def _modules(config: Any) -> list[str]:
-    """Linear layers of a decoder of the covered architectures."""
-    parts = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
-    return [f"model.layers.{layer}.{part}" for layer in range(config.num_hidden_layers) for part in parts]
 
 
 def _stored(values: torch.Tensor, dtype: torch.dtype) -> tuple[np.ndarray[Any, Any], Any]:

@@ -11,6 +11,8 @@ import torch
 
 from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
+from qaroma.export.gguf_families import ARCHITECTURES, head_width, rope_of
+from qaroma.export.gguf_layout import gguf_layout
 from qaroma.export.gguf_names import GgufNames
 from qaroma.export.gguf_vocab import add_vocabulary
 from qaroma.export.weights import StoredTensor, merged_tensors
@@ -59,22 +61,23 @@ def write_gguf_model(
     writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_file_type(_file_type(outtype))
     _add_hyper_parameters(writer, config)
+    names.architecture.settings(writer, config)
     add_vocabulary(writer, tokenizer, template, config.vocab_size)
-    stored = merged_tensors(tensors, update)
+    stored = gguf_layout(merged_tensors(tensors, update), names)
     factors = rope_factors(config)
-    kinds = [_kind_of(tensor, kind) for tensor in stored]
+    kinds = [_kind_of(tensor, kind) for tensor, _ in stored]
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
-    for tensor, its_kind in zip(stored, kinds, strict=True):
+    for (tensor, _), its_kind in zip(stored, kinds, strict=True):
         size = _row_bytes(tensor, its_kind) * (tensor.elements // tensor.shape[-1])
-        writer.add_tensor_info(names.tensor(tensor.name), tensor.shape, np.float32, size, raw_dtype=its_kind)
+        writer.add_tensor_info(tensor.name, tensor.shape, np.float32, size, raw_dtype=its_kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(factors)
-    for tensor, its_kind in zip(stored, kinds, strict=True):
-        writer.write_tensor_data(_converted(tensor, its_kind, names.row_order(tensor.name, tensor.shape[0])))
+    for (tensor, order), its_kind in zip(stored, kinds, strict=True):
+        writer.write_tensor_data(_converted(tensor, its_kind, order))
     writer.close()
     return {"bytes": (folder / FILE).stat().st_size}
 
@@ -107,7 +110,7 @@ def check_positions(config: Any) -> None:
     Raises:
         QaromaError: dynamic scaling, LongRoPE and others.
     """
-    kind = config.rope_parameters.get("rope_type", "default")
+    kind = rope_of(config).get("rope_type", "default")
     if kind not in ("default", "linear", "yarn", "llama3"):
         raise QaromaError(
             f"the base scales its positions by '{kind}', which is not written to GGUF here; "
@@ -118,13 +121,15 @@ def check_positions(config: Any) -> None:
 def context_length(config: Any) -> int:
     """Tokens up to which llama.cpp computes what the base does.
 
-    None of the architectures that are written here has a sliding window in llama.cpp, which lets every token see all
-    before it. Within the first window that is the same, so the file's context ends there.
+    Where it has no sliding window for a family, it lets every token see all before it. Within the first window that is
+    the same, so the file's context ends there.
 
     Args:
         config: the base's transformers configuration.
     """
     longest, window = int(config.max_position_embeddings), getattr(config, "sliding_window", None)
+    if ARCHITECTURES[config.model_type].slides:
+        return longest
     kinds = getattr(config, "layer_types", None)
     slides = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
     return min(longest, int(window)) if window and slides else longest
@@ -138,11 +143,11 @@ def _file_type(outtype: str) -> int:
 
 
 def _kind_of(tensor: StoredTensor, kind: Any) -> Any:
-    """Vectors stay f32; a matrix whose rows are no whole number of blocks becomes f16."""
+    """Vectors and routers stay f32; a matrix whose rows are no whole number of blocks becomes f16."""
     from gguf import GGML_QUANT_SIZES
     from gguf import GGMLQuantizationType as Kind
 
-    if len(tensor.shape) < 2:
+    if len(tensor.shape) < 2 or ".ffn_gate_inp." in tensor.name:
         return Kind.F32
     return kind if tensor.shape[-1] % GGML_QUANT_SIZES[kind][0] == 0 else Kind.F16
 
@@ -173,8 +178,7 @@ def _converted(tensor: StoredTensor, kind: Any, order: torch.Tensor | None) -> n
 
 
 def _add_hyper_parameters(writer: Any, config: Any) -> None:
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope = config.rope_parameters
+    head, rope = head_width(config), rope_of(config)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(context_length(config))
     writer.add_embedding_length(config.hidden_size)
@@ -185,7 +189,7 @@ def _add_hyper_parameters(writer: Any, config: Any) -> None:
     writer.add_value_length(head)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_rope_dimension_count(head)
+    writer.add_rope_dimension_count(int(head * rope.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(rope["rope_theta"])
     kind = rope.get("rope_type", "default")
     if kind == "linear":
@@ -213,14 +217,13 @@ def rope_factors(config: Any) -> np.ndarray[Any, Any] | None:
     Returns:
         (head_dim / 2,), fp32.
     """
-    rope = config.rope_parameters
+    rope = rope_of(config)
     if rope.get("rope_type") != "llama3":
         return None
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     low, high, original = (
         rope[key] for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     )
-    frequencies = rope["rope_theta"] ** -(np.arange(0, head, 2, dtype=np.float64) / head)
+    frequencies = rope["rope_theta"] ** -(np.arange(0, head_width(config), 2, dtype=np.float64) / head_width(config))
     turns = original * frequencies / (2 * math.pi)  # full turns within the original context
     blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
     inverse: np.ndarray[Any, Any] = (1 - blend) / rope["factor"] + blend

@@ -6,35 +6,13 @@ for Llama's architecture the rows of q and k are stored in another order; an ada
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qaroma.errors import QaromaError
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One of llama.cpp's architectures.
-
-    Attributes:
-        name: as ``general.architecture`` has it.
-        interleaved: whether rows of q and k are stored as neighbouring pairs.
-    """
-
-    name: str
-    interleaved: bool
-
-
-# model_type of transformers -> llama.cpp's architecture. Only those whose other tensors are stored as they are.
-ARCHITECTURES = {
-    "llama": Architecture("llama", True),
-    "mistral": Architecture("llama", True),
-    "qwen2": Architecture("qwen2", False),
-    "qwen3": Architecture("qwen3", False),
-}
+from qaroma.export.gguf_families import ARCHITECTURES
 
 
 class GgufNames:
@@ -44,7 +22,8 @@ class GgufNames:
         config: the model's transformers configuration.
 
     Raises:
-        QaromaError: an architecture that is not among :data:`ARCHITECTURES`.
+        QaromaError: an architecture that is not among :data:`ARCHITECTURES`, or a configuration of one that
+            llama.cpp computes otherwise.
     """
 
     def __init__(self, config: Any) -> None:
@@ -57,6 +36,12 @@ class GgufNames:
                 f"expected {', '.join(ARCHITECTURES)}. Type: --format padded, or --format merged"
             )
         self.config, self.architecture = config, ARCHITECTURES[kind]
+        unlike = self.architecture.unlike(config)
+        if unlike is not None:
+            raise QaromaError(
+                f"the base is a {kind} model with {unlike}, which llama.cpp computes otherwise; "
+                "type: --format padded, or --format merged"
+            )
         key = next(key for key, name in MODEL_ARCH_NAMES.items() if name == self.architecture.name)
         self._map = get_tensor_name_map(key, config.num_hidden_layers)
 

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer as GGUF's metadata.
+"""A tokenizer as GGUF's metadata: byte-level BPE here, SentencePiece vocabularies in ``gguf_pieces``.
 
 llama.cpp does not read a tokenizer's regular expressions: it has its own, under a name. The name is
 found by comparing the tokenizer's way of cutting text with those that are known to be the same.
@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from qaroma.data.forms import Message
 from qaroma.data.templates import Template
 from qaroma.data.tokens import added_bos
 from qaroma.errors import QaromaError
 from qaroma.export.chat_template import complete_jinja
+from qaroma.export.gguf_pieces import add_pieces, is_pieces, space_before
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -32,6 +34,36 @@ _NAMES = {
 _WHOLE_WORDS_FIRST = {"smaug-bpe": "llama-bpe"}
 
 
+def check_vocabulary(tokenizer: Any, template: Template) -> None:
+    """Refuse a tokenizer that GGUF's metadata cannot describe.
+
+    Args:
+        tokenizer: transformers' fast tokenizer.
+        template: of the run.
+
+    Raises:
+        QaromaError: neither byte-level BPE that is cut in a way known here, nor a SentencePiece vocabulary.
+    """
+    state = _state(tokenizer)
+    if is_pieces(state):
+        space_before(state, _prompt(tokenizer, template))
+    else:
+        pre_tokenizer_name(tokenizer)
+
+
+def _state(tokenizer: Any) -> dict[str, Any]:
+    if not getattr(tokenizer, "backend_tokenizer", None):
+        raise QaromaError("the base's tokenizer has no tokenizer.json; type: --format gguf-adapter, or --format merged")
+    state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return state
+
+
+def _prompt(tokenizer: Any, template: Template) -> str:
+    """A prompt as llama.cpp is given it: without the BOS that it adds by itself."""
+    text = template.render_prompt([Message("user", "a")])
+    return text if added_bos(tokenizer) is None else text.removeprefix(tokenizer.bos_token)
+
+
 def pre_tokenizer_name(tokenizer: Any) -> str:
     """llama.cpp's name of the way a tokenizer cuts text before merging.
 
@@ -39,16 +71,13 @@ def pre_tokenizer_name(tokenizer: Any) -> str:
         tokenizer: transformers' fast tokenizer.
 
     Raises:
-        QaromaError: not a byte-level BPE tokenizer, or one that cuts in a way not known here.
+        QaromaError: not a BPE tokenizer, or one that cuts in a way not known here.
     """
-    if not getattr(tokenizer, "backend_tokenizer", None):
-        raise QaromaError("the base's tokenizer has no tokenizer.json; type: --format gguf-adapter, or --format merged")
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    if state["model"]["type"] != "BPE" or state["model"].get("byte_fallback"):
+    state = _state(tokenizer)
+    if state["model"]["type"] != "BPE":
         raise QaromaError(
-            f"the base's tokenizer is of the kind {state['model']['type']}"
-            f"{' with byte fallback (SentencePiece)' if state['model'].get('byte_fallback') else ''}; GGUF model files "
-            "are written for byte-level BPE only. Type: --format gguf-adapter, or --format merged"
+            f"the base's tokenizer is of the kind {state['model']['type']}; GGUF model files are written for BPE only. "
+            "Type: --format gguf-adapter, or --format merged"
         )
     steps = _steps(state["pre_tokenizer"])
     normaliser = state.get("normalizer")
@@ -95,15 +124,17 @@ def add_vocabulary(writer: Any, tokenizer: Any, template: Template, size: int) -
     Raises:
         QaromaError: a tokenizer that GGUF's metadata cannot describe.
     """
-    pre = pre_tokenizer_name(tokenizer)
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state = _state(tokenizer)
     tokens, types = _tokens(tokenizer, state, size)
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in state["model"]["merges"]]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges(merges)
+    if is_pieces(state):
+        add_pieces(writer, state, tokens, types, _prompt(tokenizer, template))
+    else:
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in state["model"]["merges"]]
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre_tokenizer_name(tokenizer))
+        writer.add_token_list(tokens)
+        writer.add_token_types(types)
+        writer.add_token_merges(merges)
     for name in ("bos", "eos", "unk", "pad"):
         token = getattr(tokenizer, f"{name}_token_id")
         if token is not None:

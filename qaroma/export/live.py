@@ -65,6 +65,11 @@ class LiveModel:
             self._model = self.subject.base.model(self.device, dtype=torch.float32)
         return self._model
 
+    def stored_update(self) -> dict[str, Factors]:
+        """The update as a checkpoint holds the weights: A^T B is added to one that lies as (N, M)."""
+        turned = self.subject.transposed
+        return {name: Factors(f.B, f.A) if name in turned else f for name, f in self.update.items()}
+
     def tensors(self) -> list[StoredTensor]:
         """What is merged into."""
         if self.merge_into == "dequantised":

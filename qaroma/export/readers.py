@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from qaroma.engine.placement import compute_device
+from qaroma.errors import QaromaError
 from qaroma.method.factors import Update
+from qaroma.model.gguf import metadata_string
 
 # (token ids, first position wanted) -> logits (positions, vocabulary), fp32 on the CPU.
 Logits = Callable[[Sequence[int], int], Tensor]
@@ -90,9 +92,20 @@ def load_merged(folder: Path, dtype: torch.dtype, device: torch.device, *, trust
 
 
 def load_gguf_model(path: Path, device: torch.device) -> Any:
-    """A GGUF model as transformers' own reader dequantises it, in fp32."""
-    from transformers import AutoModelForCausalLM, GgufConfig
+    """A GGUF model as transformers' own reader dequantises it, in fp32.
 
+    Raises:
+        QaromaError: a family that transformers does not read from GGUF.
+    """
+    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    family = metadata_string(path, "general.architecture")
+    if family not in (name.replace("_", "") for name in GGUF_SUPPORTED_ARCHITECTURES):
+        raise QaromaError(
+            f"transformers does not read {family} from GGUF, so that the self-test wants llama.cpp; "
+            "type: pip install xllamacpp, or add --no-self-test"
+        )
     model: Any = AutoModelForCausalLM.from_pretrained(
         str(path.parent),
         gguf_file=path.name,

@@ -119,16 +119,16 @@ def live_answers(
 
 
 def _greedy(model: Any, ids: list[int], tokens: int, stops: set[int]) -> list[int]:
-    """Greedy search by hand, with a key-value cache: no setting of the base's can interfere."""
+    """Greedy search by hand: no setting of the base's can interfere. With a cache of keys where a family has one."""
     device = compute_device(model)
     cache, fed = None, ids
     ids = list(ids)
     for _ in range(tokens):
         output = model(input_ids=torch.tensor([fed], device=device), past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        cache = getattr(output, "past_key_values", None)
         token = int(output.logits[0, -1].argmax())
         ids.append(token)
-        fed = [token]
+        fed = ids if cache is None else [token]
         if token in stops:
             break
     return ids

@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
 from qaroma.inference.open import RememberedBase, remembered_base, template_of
 from qaroma.method.attach import check_shapes, linear_shapes
+from qaroma.method.dequantise import is_transposed
 from qaroma.method.factors import Factors
 from qaroma.model.builtin import SMOLLM2_HUB_ID
+from qaroma.model.skeleton import skeleton
 from qaroma.runs.adapter import read_adapter
-from qaroma.runs.adapter_info import CAUSAL, AdapterInfo
+from qaroma.runs.adapter_info import AdapterInfo
 from qaroma.runs.checkpoint import adapter_in
 from qaroma.runs.directory import GROWTH, STATE, RunDirectory
 from qaroma.runs.log import read_records
@@ -35,6 +36,7 @@ class Subject:
         base: the base, not loaded.
         config, tokenizer, template: of the base and the run.
         shapes: (M, N) of each of the base's linear layers.
+        transposed: those whose weight a checkpoint holds as (N, M).
     """
 
     folder: Path
@@ -46,6 +48,7 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase
     template: Template
     shapes: dict[str, tuple[int, int]]
+    transposed: frozenset[str]
 
     @property
     def name(self) -> str:
@@ -70,13 +73,14 @@ def open_subject(path: str | Path, *, base: str | None = None, trust_remote_code
         QaromaError: nothing of these, or an adapter that is not the base's.
     """
     folder, info, update = _adapter_at(Path(path))
-    if info.task.kind != CAUSAL:
+    if info.task.outputs is not None:
         raise QaromaError(
             f"{path} is a {info.task.kind} run, which these forms cannot hold; its adapter folder loads in PEFT"
         )
     remembered = remembered_base(info, folder, base=base, trust_remote_code=trust_remote_code)
     config = remembered.config()
-    shapes = _shapes(config, remembered)
+    network = _network(config, remembered)
+    shapes = linear_shapes(network)
     for name in info.components:
         if name not in shapes:
             raise QaromaError(
@@ -86,7 +90,8 @@ def open_subject(path: str | Path, *, base: str | None = None, trust_remote_code
     check_shapes(whole, shapes, str(path))
     tokenizer = remembered.tokenizer()
     template = template_of(info.task, tokenizer)
-    return Subject(folder, run_of(folder), info, whole, remembered, config, tokenizer, template, shapes)
+    transposed = frozenset(name for name in shapes if is_transposed(network.get_submodule(name)))
+    return Subject(folder, run_of(folder), info, whole, remembered, config, tokenizer, template, shapes, transposed)
 
 
 def _adapter_at(path: Path) -> tuple[Path, AdapterInfo, dict[str, Factors]]:
@@ -126,13 +131,9 @@ def records_of(run: RunDirectory | None) -> list[dict[str, Any]]:
     return read_records(run) if run else []
 
 
-def _shapes(config: Any, base: RememberedBase) -> dict[str, tuple[int, int]]:
-    """Linear layers of the model that a configuration describes; no weight is read or made."""
-    from transformers import AutoModelForCausalLM
-
+def _network(config: Any, base: RememberedBase) -> Any:
+    """The model that a configuration describes; no weight is read or made."""
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
+        return skeleton(config, trust_remote_code=base.trust_remote_code)
     except ValueError as error:
         raise QaromaError(f"'{base.name}' is no causal language model that transformers knows ({error})") from error
-    return linear_shapes(model)

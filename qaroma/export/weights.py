@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qaroma.errors import QaromaError
 from qaroma.method.adapter import AdaptedLinear
-from qaroma.method.dequantise import dense_rows
+from qaroma.method.dequantise import dense_rows, dense_weight, is_stored_transposed
 from qaroma.method.factors import Update
 from qaroma.model.builtin import resolve_model
 from qaroma.model.weight_files import weight_files
@@ -61,7 +61,7 @@ def merged_tensors(tensors: list[StoredTensor], update: Update) -> list[StoredTe
 
     Args:
         tensors: all of a base's.
-        update: the update.
+        update: the update, A and B changed over for weights that are stored as (N, M).
 
     Raises:
         QaromaError: a module whose weight is not among the tensors, or is of another shape.
@@ -111,6 +111,11 @@ def dequantised_tensors(model: nn.Module) -> list[StoredTensor]:
 def _of_parameter(name: str, key: str, module: nn.Module, parameter: Tensor) -> StoredTensor:
     if key == "weight" and getattr(parameter, "quant_state", None) is not None:
         shape: tuple[int, ...] = (module.out_features, module.in_features)  # type: ignore[assignment]
+        if is_stored_transposed(module):
+            turned = shape[::-1]
+            return StoredTensor(
+                name, turned, torch.float32, lambda a, b: dense_weight(module, torch.float32).T[a:b].cpu()
+            )
         return StoredTensor(name, shape, torch.float32, lambda a, b: dense_rows(module, a, b, torch.float32).cpu())
     if not parameter.shape:
         return StoredTensor(name, (), parameter.dtype, lambda a, b: parameter.detach().cpu())

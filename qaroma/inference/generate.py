@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from qaroma.data.forms import Message
 from qaroma.data.templates import Template
+from qaroma.engine.no_memory import card_is_full
 from qaroma.engine.placement import compute_device
 from qaroma.errors import QaromaError
 from qaroma.tasks.evaluation import evaluating
@@ -50,7 +51,7 @@ def generate(
         template: the template it was trained with.
         conversations: turns; a last one of the assistant's is the expected answer and is left out.
         max_new_tokens: longest answer.
-        batch_size: prompts in one batch.
+        batch_size: prompts in one batch; fewer where memory does not suffice for so many.
 
     Returns:
         The answers, in the order of the conversations, without special tokens.
@@ -67,11 +68,18 @@ def generate(
     # Longest first, so that a batch too large for the memory fails at once.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     with evaluating(model), _caching(model):
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            new_ids = _generate_batch(model, [prompts[index] for index in indices], settings)
+        while order:
+            indices = order[:batch_size]
+            try:
+                new_ids = _generate_batch(model, [prompts[index] for index in indices], settings)
+            except RuntimeError as error:
+                if batch_size == 1 or not card_is_full(error):
+                    raise
+                batch_size = max(1, min(batch_size, len(indices)) // 2)
+                continue
             for index, ids in zip(indices, new_ids, strict=True):
                 answers[index] = _decoded(tokenizer, ids, stops)
+            order = order[batch_size:]
     return answers
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,22 +13,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qaroma.config.metrics import metrics_of
 from qaroma.data.encode import encode_rows
-from qaroma.data.forms import Message
+from qaroma.data.forms import Message, holds_pairs
 from qaroma.data.labelled import Kind, encode_labelled, takes_token_types
 from qaroma.data.sources import RowSet, read_rows
 from qaroma.data.templates import Template
-from qaroma.engine.placement import quantise_head
+from qaroma.engine.placement import compute_device, quantise_head
 from qaroma.errors import QaromaError
 from qaroma.inference.answer_test import AnswerTest, read_conversations
 from qaroma.inference.generate import generate
+from qaroma.inference.room import has_room, stream_to_answer
+from qaroma.method.attach import attach_update, detach
+from qaroma.method.factors import Factors
 from qaroma.model.base import fingerprint, load_base, load_model_config, load_tokenizer, resolve_device, resolve_dtype
+from qaroma.model.found import find_model
 from qaroma.model.generation import generation_settings
-from qaroma.runs.adapter import load_adapter
-from qaroma.runs.adapter_info import CAUSAL, AdapterInfo, BaseInfo, TaskInfo
+from qaroma.runs.adapter import load_adapter, read_adapter
+from qaroma.runs.adapter_info import AdapterInfo, BaseInfo, TaskInfo
 from qaroma.runs.directory import adapter_folder
 from qaroma.tasks.base import Task
 from qaroma.tasks.causal_lm import CausalLM
 from qaroma.tasks.labelled import labelled_task
+from qaroma.tasks.preference import Preference, answer_log_probabilities
 
 MICRO_BATCH = 8
 
@@ -75,7 +81,7 @@ class RememberedBase:
     def model(
         self, device: torch.device, *, dtype: torch.dtype | None = None, quantization: str | None = None
     ) -> PreTrainedModel:
-        """Its weights as training held them, without the adapter.
+        """Its weights as training held them, without the adapter; streamed where the device has no room for them.
 
         Args:
             device: where they go.
@@ -87,26 +93,34 @@ class RememberedBase:
         """
         info = self.info
         packed = info.head_quantization if quantization is None else "none"
+        kind, dtype = quantization or info.quantization, dtype or resolve_dtype(info.compute_dtype, device)
+        found = find_model(self.name, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        streamed = self.task.outputs is None and not has_room(
+            found, device, dtype=dtype, packed=kind != "none", double=info.double_quantization,
+            packed_head=packed != "none",
+        )  # fmt: skip
         model = load_base(
-            self.name,
-            quantization=quantization or info.quantization,
+            found,
+            quantization=kind,
             double_quantization=info.double_quantization,
             quantize_head=packed != "none",
-            compute_dtype=dtype or resolve_dtype(info.compute_dtype, device),
+            compute_dtype=dtype,
             device=device,
             # Flash attention saves training's memory; it may be missing here, and gives what SDPA gives.
             attention="eager" if info.attention == "eager" else "sdpa",
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
             num_labels=self.task.outputs,
+            host_embeddings=streamed,
+            host_layers=streamed,
         )
         if packed != "none":
             quantise_head(model, packed, double_quantization=info.double_quantization)
-        found = fingerprint(model)
-        if found != info.fingerprint:
+        if streamed:
+            stream_to_answer(model)
+        identity = fingerprint(model)
+        if identity != info.fingerprint:
             raise QaromaError(
                 f"{self.adapter} was trained on {info.name} (fingerprint {info.fingerprint}), "
-                f"but {self.name} is another model ({found}); give the right one with --base"
+                f"but {self.name} is another model ({identity}); give the right one with --base"
             )
         return model
 
@@ -157,7 +171,7 @@ def open_run(
     """
     folder = adapter_folder(run)
     info = AdapterInfo.read(folder)
-    if info.task.kind != CAUSAL:
+    if info.task.outputs is not None:
         raise QaromaError(
             f"{run} was trained for {info.task.kind} and writes no text; score it with: "
             f"qaroma evaluate {Path(run).as_posix()} --data FILE"
@@ -184,6 +198,8 @@ def open_base(
 ) -> TunedModel:
     """Load a base as training would, untuned, with the template that training would choose.
 
+    It is streamed where the device has no room for it.
+
     Args:
         name: built-in name, folder, .gguf file or hub id.
         quantization: ``nf4``, ``fp4`` or ``none``.
@@ -194,15 +210,21 @@ def open_base(
         QaromaError: no such model, or one that cannot be read.
     """
     target = resolve_device(device)
-    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    dtype = resolve_dtype("auto", target)
+    found = find_model(name, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(found)
     template = Template.choose(tokenizer)
+    streamed = not has_room(found, target, dtype=dtype, packed=quantization != "none")
     model = load_base(
-        name,
+        found,
         quantization=quantization,
-        compute_dtype=resolve_dtype("auto", target),
+        compute_dtype=dtype,
         device=target,
-        trust_remote_code=trust_remote_code,
+        host_embeddings=streamed,
+        host_layers=streamed,
     )
+    if streamed:
+        stream_to_answer(model)
     return TunedModel(model.eval(), tokenizer, template)
 
 
@@ -239,7 +261,7 @@ def evaluate_run(
 
     Returns:
         ``rows, tokens, loss, perplexity`` and, unless the data is plain text, ``exact_match``; of a run with
-        labels ``rows`` and what its task evaluates.
+        labels, and of one of preferences on such rows, ``rows`` and what its task evaluates.
     """
     folder = adapter_folder(run)
     info = AdapterInfo.read(folder)
@@ -247,19 +269,44 @@ def evaluate_run(
     read = read_rows(data)
     if rows is not None:
         read = read.head(rows)
-    if info.task.kind != CAUSAL:
+    if info.task.outputs is not None:
         return _evaluate_labelled(remembered, read, device, skip_bad)
-    tuned = open_run(folder, base=base, device=device, trust_remote_code=trust_remote_code)
     reading: dict[str, Any] = {"form": data_format, "columns": columns, "feedback": feedback, "skip_bad": skip_bad}
+    if info.task.beta is not None and feedback == "refuse" and holds_pairs(read.rows, columns):
+        return _evaluate_pairs(remembered, read, device, info.task.beta, reading)
+    tuned = open_run(folder, base=base, device=device, trust_remote_code=trust_remote_code)
     encoded = encode_rows(read, tuned.tokenizer, tuned.template, **reading)
     task = CausalLM(tuned.tokenizer.pad_token_id or 0)
     figures: dict[str, Any] = {"rows": len(encoded.examples)}
-    figures.update(task.evaluate(tuned.model, _batches(task, encoded.examples), tuned.model.device))
+    figures.update(task.evaluate(tuned.model, _batches(task, encoded.examples), compute_device(tuned.model)))
     if encoded.form != "text":
         conversations = read_conversations(data, rows=rows, **reading)
         answers = AnswerTest(conversations, tuned.tokenizer, tuned.template, max_new_tokens).run(tuned.model)
         figures["exact_match"] = answers.exact_match
     return figures
+
+
+def _evaluate_pairs(
+    remembered: RememberedBase, rows: RowSet, device: str, beta: float, reading: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The figures of preferences, beside the model that the run started from."""
+    tokenizer, model = remembered.tokenizer(), remembered.model(resolve_device(device)).eval()
+    encoded = encode_rows(rows, tokenizer, template_of(remembered.task, tokenizer), pairs=True, **reading)
+    task = Preference(beta, tokenizer.pad_token_id or 0)
+    saved = read_adapter(remembered.adapter)
+    start = {
+        name: Factors(*(factor[: remembered.task.start[name]] for factor in factors))
+        for name, factors in saved.update.items()
+        if name in remembered.task.start
+    }
+    adapter = attach_update(model, start)
+    ordered = sorted(encoded.examples, key=lambda pair: pair.tokens)
+    known = answer_log_probabilities(task, model, ordered, model.device, batch=MICRO_BATCH)
+    pairs = [replace(pair, reference=value) for pair, value in zip(ordered, chain.from_iterable(known), strict=True)]
+    detach(adapter)
+    load_adapter(model, remembered.adapter)
+    figures = task.evaluate(model.eval(), _batches(task, pairs), model.device)
+    return {"rows": len(pairs), **figures}
 
 
 def _evaluate_labelled(remembered: RememberedBase, rows: RowSet, device: str, skip_bad: bool) -> dict[str, Any]:
@@ -279,11 +326,11 @@ def _evaluate_labelled(remembered: RememberedBase, rows: RowSet, device: str, sk
         token_types=takes_token_types(model.config),
         skip_bad=skip_bad,
     )
-    figures = task.evaluate(model, _batches(task, encoded.examples), model.device)
+    figures = task.evaluate(model, _batches(task, encoded.examples), compute_device(model))
     return {"rows": len(encoded.examples), **figures}
 
 
 def _batches(task: Task, examples: Sequence[Any]) -> Iterator[Any]:
     """Micro-batches of examples of similar lengths."""
-    ordered = sorted(examples, key=lambda e: len(e.input_ids))
+    ordered = sorted(examples, key=lambda e: e.tokens)
     return (task.collate(ordered[i : i + MICRO_BATCH]) for i in range(0, len(ordered), MICRO_BATCH))

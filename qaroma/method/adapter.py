@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qaroma.errors import QaromaError
+from qaroma.method.dequantise import layer_shape
 from qaroma.method.factors import Factors
 from qaroma.method.lowrank import Active, lowrank_linear
 
@@ -31,7 +32,7 @@ class AdaptedLinear(nn.Module):
     number moves.
 
     Args:
-        base: ``nn.Linear`` or ``Linear4bit``; kept as it is and never trained.
+        base: ``nn.Linear``, ``Linear4bit`` or ``Conv1D``; kept as it is and never trained.
         scale: alpha / inner rank.
         dtype: compute dtype of the factors.
         dropout: probability, applied before A, on the active components only.
@@ -45,8 +46,9 @@ class AdaptedLinear(nn.Module):
     def __init__(self, base: nn.Module, *, scale: float, dtype: torch.dtype, dropout: float = 0.0) -> None:
         super().__init__()
         self.base = base
-        self.in_features: int = base.in_features  # type: ignore[assignment]
-        self.out_features: int = base.out_features  # type: ignore[assignment]
+        shape = layer_shape(base)
+        assert shape is not None
+        self.out_features, self.in_features = shape
         self.scale, self.dropout = scale, dropout
         device: torch.device = base.weight.device  # type: ignore[assignment]
         self.register_buffer("A", torch.zeros(0, self.in_features, dtype=dtype, device=device), persistent=False)

@@ -10,7 +10,9 @@ from torch import nn
 
 from qaroma.errors import QaromaError
 from qaroma.method.adapter import AdaptedLinear, Adapter
+from qaroma.method.dequantise import layer_shape
 from qaroma.method.factors import Update
+from qaroma.method.linear import has_matrix
 from qaroma.method.targets import find_targets
 
 
@@ -67,16 +69,17 @@ def detach(adapter: Adapter) -> None:
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(M, N) of every linear layer of a model, by its full name.
+    """(M, N) of every layer of a model that an adapter may hold, by its full name.
 
     Args:
         model: dense or in 4 bits, on any device, with an adapter on it or not.
     """
-    return {
-        name: (module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, AdaptedLinear))
-    }
+    shapes = {name: layer_shape(module) for name, module in model.named_modules() if _is_adaptable(module)}
+    return {name: shape for name, shape in shapes.items() if shape is not None}
+
+
+def _is_adaptable(module: nn.Module) -> bool:
+    return isinstance(module, AdaptedLinear) or has_matrix(module)
 
 
 def check_shapes(update: Update, shapes: Mapping[str, tuple[int, int]], where: str) -> None:

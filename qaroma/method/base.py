@@ -122,8 +122,8 @@ class Method:
         """A scalar to add to every step's loss; None adds nothing."""
         return None
 
-    def gradient_norm(self) -> float:
-        """The joint norm of what has accumulated; synchronises with the device."""
+    def gradient_norm(self) -> Tensor:
+        """The joint norm of what has accumulated, an fp32 scalar on the device."""
         raise NotImplementedError
 
     def step(self, loss: float | None = None) -> list[GrowthEvent]:
@@ -351,8 +351,8 @@ class AdapterMethod(Method):
             seed=options.seed,
         )
 
-    def gradient_norm(self) -> float:
-        return float(torch.linalg.vector_norm(self.trainer.optimiser.gradients))
+    def gradient_norm(self) -> Tensor:
+        return torch.linalg.vector_norm(self.trainer.optimiser.gradients)  # type: ignore[no-any-return]
 
     def zero_grad(self) -> None:
         self.trainer.optimiser.zero_grad()

@@ -11,23 +11,69 @@ import torch
 from torch import Tensor, nn
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a layer keeps its weight as (N, M), as GPT-2's ``Conv1D`` does."""
+    return hasattr(module, "nf")
+
+
+def is_stored_transposed(module: nn.Module) -> bool:
+    """Whether a checkpoint holds a layer's weight as (N, M), though it may lie here in 4 bits, as (M, N)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return is_transposed(module) or getattr(module, "source_cls", None) is Conv1D
+
+
+def layer_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(M, N) of a layer by the sizes that it tells; None where it tells none."""
+    told: Any = module
+    if is_transposed(module):
+        return told.nf, told.nx
+    sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    return None if None in sizes else sizes  # type: ignore[return-value]
+
+
+def frozen_weight(module: nn.Module) -> Any:
+    """The weight of a linear layer, there for what is computed with it next.
+
+    One that is streamed from host memory (:mod:`qaroma.engine.streaming`) is asked for: until another
+    layer's is, its values can be read.
+
+    Args:
+        module: ``nn.Linear`` or bitsandbytes ``Linear4bit``.
+    """
+    weight: Any = module.weight
+    ask = getattr(weight, "ask", None)
+    if ask is not None:
+        ask()
+    return weight
+
+
 def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
     """The weight of a linear layer as a dense matrix.
 
     Args:
-        module: ``nn.Linear`` or bitsandbytes ``Linear4bit``.
+        module: ``nn.Linear``, ``Conv1D`` or bitsandbytes ``Linear4bit``.
         dtype: dtype of the result; a 4-bit weight is dequantised in the dtype it was quantised from first.
 
     Returns:
-        Tensor of shape (M, N), without gradient; the weight itself where it is plain and of that dtype.
+        Tensor of shape (M, N), without gradient; the weight itself, or a view of it, where it is plain and of
+        that dtype.
     """
-    weight: Any = module.weight
+    weight = frozen_weight(module)
     state = getattr(weight, "quant_state", None)
     if state is None:
-        return weight.detach().to(dtype)  # type: ignore[no-any-return]
+        plain = weight.detach().to(dtype)
+        return plain.T if is_transposed(module) else plain  # type: ignore[no-any-return]
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(weight.data, state).to(dtype)  # type: ignore[no-any-return]
+
+
+def product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in fp32: on a card a sum over many rows is not rounded to 16 bits at its end, at no cost."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
 
 
 def block_maxima(module: nn.Module) -> Tensor:
@@ -41,8 +87,7 @@ def block_maxima(module: nn.Module) -> Tensor:
     """
     from bitsandbytes.functional import dequantize_blockwise
 
-    weight: Any = module.weight
-    state = weight.quant_state
+    state = frozen_weight(module).quant_state
     if not state.nested:
         return state.absmax  # type: ignore[no-any-return]
     return (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()  # type: ignore[no-any-return]
@@ -63,10 +108,10 @@ def dense_rows(module: nn.Module, start: int, stop: int, dtype: torch.dtype, max
     Returns:
         Tensor of shape (stop - start, N).
     """
-    weight: Any = module.weight
+    weight = frozen_weight(module)
     state = getattr(weight, "quant_state", None)
     if state is None:
-        return weight.detach()[start:stop].to(dtype)  # type: ignore[no-any-return]
+        return dense_weight(module, weight.dtype)[start:stop].to(dtype)
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     columns = state.shape[1]

@@ -12,6 +12,15 @@ from torch import Tensor, nn
 from qaroma.errors import QaromaError
 
 
+def backbone(model: Any) -> Any:
+    """A model without its output head: what makes its hidden states.
+
+    Args:
+        model: a transformers model with a head; Llama 4's text model does not know its own by ``base_model``.
+    """
+    return getattr(model, "model", model) if model.base_model is model else model.base_model
+
+
 def head_names(model: Any, missing: Iterable[str] = ()) -> list[str]:
     """The modules of a classifier that lie outside its backbone, and those of the backbone that are new.
 

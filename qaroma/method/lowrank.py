@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qaroma.method.dequantise import dense_weight
+from qaroma.method.dequantise import dense_weight, product_in_fp32
 
 
 class Active(NamedTuple):
@@ -51,7 +51,9 @@ def lowrank_linear(x: Tensor, base: nn.Module | None, A_RN: Tensor, B_RM: Tensor
         (..., M) in the compute dtype.
     """
     A_param, B_param = (active.A, active.B) if active is not None else (None, None)
-    return _LowRankLinear.apply(x, A_param, B_param, base, A_RN, B_RM, active)  # type: ignore[no-any-return, no-untyped-call]
+    y_TM = _LowRankLinear.apply(x, A_param, B_param, base, A_RN, B_RM, active)  # type: ignore[no-untyped-call]
+    # The view is made out here: autograd refuses one that a function returns to whoever adds to it in place (Falcon).
+    return y_TM.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -76,12 +78,12 @@ class _LowRankLinear(torch.autograd.Function):
             y_TM = F.linear(x_TN, dense_weight(base, x.dtype), None if bias is None else bias.to(x.dtype))
         if A_RN.shape[0]:
             y_TM.addmm_(x_TN @ A_RN.T, B_RM)  # in place: no second tensor of y's size
-        return y_TM.view(*x.shape[:-1], -1)
+        return y_TM
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        x_TN, grad_TM = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
+        x_TN = x.reshape(-1, x.shape[-1])
         grad_x = grad_A = grad_B = None
         # Gradient at the output of A, shared by both gradients below.
         grad_TR = grad_TM @ ctx.B_RM.T
@@ -90,6 +92,6 @@ class _LowRankLinear(torch.autograd.Function):
             grad_x = grad_TN.addmm_(grad_TR, ctx.A_RN).view_as(x)
         if ctx.active is not None:
             rows = slice(ctx.active.start, ctx.active.start + ctx.active.A.shape[0])
-            grad_A = (grad_TR[:, rows].T @ x_TN).float()
-            grad_B = ((x_TN @ ctx.A_RN[rows].T).T @ grad_TM).float().mul_(ctx.active.scale)
+            grad_A = product_in_fp32(grad_TR[:, rows].T, x_TN)
+            grad_B = product_in_fp32((x_TN @ ctx.A_RN[rows].T).T, grad_TM).mul_(ctx.active.scale)
         return grad_x, grad_A, grad_B, None, None, None, None

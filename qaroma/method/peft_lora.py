@@ -148,9 +148,9 @@ class PeftMethod(Method):
     def build(cls, attached: Any, options: MethodOptions, head: Sequence[nn.Parameter] = ()) -> PeftMethod:
         return cls(attached, head=head, **options.optimisation(), **options.cosine())
 
-    def gradient_norm(self) -> float:
+    def gradient_norm(self) -> Tensor:
         found = [p.grad for p in self._parameters.values() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(found))
+        return torch.nn.utils.get_total_norm(found)
 
     def step(self, loss: float | None = None) -> list[GrowthEvent]:
         """Clip, update, zero the gradients. Nothing grows."""

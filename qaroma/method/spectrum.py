@@ -59,7 +59,7 @@ def component_cosines(A_RN: Tensor, B_RM: Tensor, components: Sequence[int]) -> 
         (P, P), fp64 on the factors' device; 0 where a component is zero.
     """
     places_P = torch.arange(len(components))
-    owner_R = torch.repeat_interleave(places_P, torch.tensor(components, dtype=torch.long))
+    owner_R = torch.repeat_interleave(places_P, torch.tensor(components, dtype=torch.long), output_size=sum(components))
     belongs_PR = (owner_R == places_P[:, None]).to(A_RN.device, torch.float64)
     A, B = A_RN.double(), B_RM.double()
     inner_PP = belongs_PR @ ((A @ A.T) * (B @ B.T)) @ belongs_PR.T

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from qaroma.errors import QaromaError
 from qaroma.method.head import head_names
+from qaroma.method.linear import has_matrix, is_linear, uncalled_layers
 from qaroma.text.patterns import Patterns
 
 _ALL = "--set growth.target_modules=all-linear"
@@ -31,9 +32,9 @@ def find_targets(model: Any, targets: str | list[str] = "all-linear") -> list[st
 
     Raises:
         QaromaError: a name that matches nothing (the nearest ones are said), a layer that cannot carry
-            an adapter here (Conv1D, fused experts, the head), or a model without linear layers.
+            an adapter here (fused experts, a router, the head), or a model without linear layers.
     """
-    linear = _linear_names(model)
+    linear = _layers_by_use(model).linear
     if not linear:
         raise QaromaError(_nothing_to_adapt(model))
     if targets == "all-linear":
@@ -66,10 +67,61 @@ def unadaptable(model: Any) -> list[str]:
             f"{len(experts)} fused expert weights ({experts[0]}, ...) are not linear layers: "
             "they get no adapter and are not quantised."
         )
-    convolutions = _conv1d_names(model)
-    if convolutions:
-        notes.append(f"{len(convolutions)} Conv1D layers ({convolutions[0]}, ...) get no adapter.")
+    layers = _layers_by_use(model)
+    if layers.uncalled:
+        notes.append(
+            f"{len(layers.uncalled)} layers ({layers.uncalled[0]}, ...) are never called, only their weights are used: "
+            "they get no adapter and are not quantised."
+        )
+    for kind, names in _by_kind(model, layers.other).items():
+        notes.append(
+            f"{len(names)} layers of type {kind} ({names[0]}, ...) do more than multiply: they get no adapter."
+        )
+    if getattr(model, "is_loaded_in_4bit", False):
+        modules = dict(model.named_modules())
+        dense = [name for name in layers.linear if getattr(modules[name].weight, "quant_state", None) is None]
+        for kind, names in _by_kind(model, dense).items():
+            notes.append(
+                f"{len(names)} layers of type {kind} ({names[0]}, ...) are not in 4 bits: "
+                "transformers does not put that type there."
+            )
     return notes
+
+
+class _Layers(NamedTuple):
+    """A model's layers with a weight matrix, but for its head, by what can be done with them.
+
+    Attributes:
+        linear: take an adapter.
+        uncalled: are linear, and never called.
+        other: do something else than a linear layer.
+    """
+
+    linear: list[str]
+    uncalled: list[str]
+    other: list[str]
+
+
+def _layers_by_use(model: Any) -> _Layers:
+    head, uncalled = _head(model), uncalled_layers(model)
+    kinds: dict[tuple[str, ...], bool] = {}  # one layer of a kind is called, not every one
+    layers = _Layers([], [], [])
+    for name, module in model.named_modules():
+        if module in head or not has_matrix(module):
+            continue
+        kind = (type(module).__module__, type(module).__qualname__)
+        if kind not in kinds:
+            kinds[kind] = is_linear(module)
+        place = layers.other if not kinds[kind] else layers.uncalled if name in uncalled else layers.linear
+        place.append(name)
+    return layers
+
+
+def _by_kind(model: Any, names: list[str]) -> dict[str, list[str]]:
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(type(model.get_submodule(name)).__name__, []).append(name)
+    return kinds
 
 
 def _head(model: Any) -> set[nn.Module]:
@@ -80,15 +132,6 @@ def _head(model: Any) -> set[nn.Module]:
     if not hasattr(model, "base_model") or model.base_model is model:
         return set()
     return {module for name in head_names(model) for module in model.get_submodule(name).modules()}
-
-
-def _linear_names(model: Any) -> list[str]:
-    head = _head(model)
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module not in head]
-
-
-def _conv1d_names(model: Any) -> list[str]:
-    return [name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"]
 
 
 def _fused_experts(model: Any) -> list[str]:
@@ -120,11 +163,6 @@ def _by_expression(linear: list[str], expression: str) -> list[str]:
 
 def _nothing_to_adapt(model: Any) -> str:
     kind = type(model).__name__
-    if _conv1d_names(model):
-        return (
-            f"{kind} keeps its weights in Conv1D layers, which cannot be adapted unquantised; "
-            "expected linear layers. Type: --set model.quantization=nf4"
-        )
     if _fused_experts(model):
         return f"{kind} keeps its weights in fused experts, which cannot be adapted. Name another base with --model"
     return f"{kind} has no linear layers to adapt; expected at least one. Name another base with --model"
@@ -138,9 +176,9 @@ def _why_not(model: Any, target: str, linear: list[str]) -> str:
         if _matches(name, target):
             if module in _head(model):
                 return f"'{target}' is the output head, which is not adapted. Type: {_ALL}"
-            kind = type(module).__name__
-            hint = "--set model.quantization=nf4" if kind == "Conv1D" else _ALL
-            return f"'{target}' is of type {kind}; expected a linear layer. Type: {hint}"
+            if name in uncalled_layers(model):
+                return f"'{target}' is never called, only its weight is used: an adapter has no effect. Type: {_ALL}"
+            return f"'{target}' is of type {type(module).__name__}; expected a linear layer. Type: {_ALL}"
     ends = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
     near = difflib.get_close_matches(target.rpartition(".")[2], ends, n=3, cutoff=0.5)
     near = near or difflib.get_close_matches(target, linear, n=3, cutoff=0.6)

@@ -12,6 +12,7 @@ import copy
 import hashlib
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,15 @@ from torch import Tensor
 
 from qaroma.errors import QaromaError
 from qaroma.method.head import classifier_around, classifier_head, may_be_new, unsaid_about_the_head
+from qaroma.method.linear import uncalled_layers
 from qaroma.model.bnb import bnb
 from qaroma.model.builtin import ResolvedModel, resolve_model
-from qaroma.model.devices import device_map, without_hooks
+from qaroma.model.devices import device_map, layers_go_to_host, without_hooks
 from qaroma.model.failures import explained, readable
 from qaroma.model.found import FoundModel, find_model, loader_keywords, stored_quantization
 from qaroma.model.gguf import load_gguf, load_gguf_tokenizer
 from qaroma.model.hostmemory import FreedMemoryGoesBack
+from qaroma.model.skeleton import skeleton
 from qaroma.model.tokenizer_file import require_bounded
 from qaroma.model.weight_files import require_safetensors
 
@@ -172,6 +175,7 @@ def load_base(
     trust_remote_code: bool = False,
     num_labels: int | None = None,
     host_embeddings: bool = False,
+    host_layers: bool = False,
 ) -> PreTrainedModel:
     """Load a language model, frozen, its linear layers in 4 bits but for the output head.
 
@@ -192,6 +196,8 @@ def load_base(
         host_embeddings: leave a causal model's input embeddings in host memory, for memory levels that keep
             them there, so that they never take the device's. Not done where the head shares their table, nor
             with a GGUF file or a checkpoint that is stored in 4 bits.
+        host_layers: leave the matrices of all layers in host memory, each quantised on the device, for
+            :func:`qaroma.engine.streaming.stream_layers`: they cannot compute before.
 
     Returns:
         The model in eval mode; no parameter requires a gradient.
@@ -215,16 +221,19 @@ def load_base(
     bnb_config = None
     if stored is None and quantization != "none":
         bnb_config = _bnb_config(quantization, double_quantization, dtype)
-        bnb_config.llm_int8_skip_modules = _left_dense(config, quantize_head, classifier=num_labels is not None)
+        with explained(model.name, gguf=place.gguf_file is not None):
+            bnb_config.llm_int8_skip_modules = _left_dense(model, config, quantize_head, num_labels is not None)
     apart = host_embeddings and num_labels is None and stored is None and place.gguf_file is None
-    with explained(model.name, gguf=place.gguf_file is not None), FreedMemoryGoesBack():
+    staying = layers_go_to_host(target) if host_layers else nullcontext()
+    with explained(model.name, gguf=place.gguf_file is not None), FreedMemoryGoesBack(), staying:
         implementation = _implementation(attention)
         devices = device_map(config, target, host_embeddings=apart, trust_remote_code=model.trust_remote_code)
         if bnb_config is not None:
             bnb_config.llm_int8_enable_fp32_cpu_offload = len(devices) > 1  # or any part on the CPU is refused
         network, info = _read(
-            model, config, bnb_config, dtype, devices, implementation, classifier=num_labels is not None
-        )
+            model, config, bnb_config, dtype, devices, implementation,
+            classifier=num_labels is not None, host_layers=host_layers,
+        )  # fmt: skip
     missing = sorted(info["missing_keys"])
     if num_labels is not None:
         network.new_parameters = [name for name in missing if may_be_new(network, name)]
@@ -245,16 +254,21 @@ def _bnb_config(quantization: str, double_quantization: bool, dtype: torch.dtype
     )
 
 
-def _left_dense(config: Any, quantize_head: bool, *, classifier: bool) -> list[str] | None:
-    """Modules that stay dense; None lets transformers leave the output head out, which it does only then."""
+def _left_dense(found: FoundModel, config: Any, quantize_head: bool, classifier: bool) -> list[str]:
+    """Modules that stay dense: the head, and layers whose weights the model's own code multiplies by."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    network = skeleton(config, trust_remote_code=found.trust_remote_code, classifier=classifier)
+    uncalled = sorted(uncalled_layers(network))
     if classifier:
-        return [*classifier_head(config), "pooler"]
-    return [] if quantize_head and not config.get_text_config().tie_word_embeddings else None
+        return [*classifier_head(config), "pooler", *uncalled]
+    packed_head = quantize_head and not config.get_text_config().tie_word_embeddings
+    return uncalled if packed_head else [*get_keys_to_not_convert(network), *uncalled]
 
 
 def _read(
     found: FoundModel, config: Any, bnb_config: Any, dtype: torch.dtype, devices: dict[str, Any],
-    attention: str | None, *, classifier: bool,
+    attention: str | None, *, classifier: bool, host_layers: bool,
 ) -> tuple[Any, Any]:  # fmt: skip
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -262,7 +276,7 @@ def _read(
     if place.gguf_file is not None:
         network, info = load_gguf(
             place.folder_or_id, place.gguf_file, config,
-            dtype=dtype, device=device, attention=attention, bnb_config=bnb_config,
+            dtype=dtype, device=device, attention=attention, bnb_config=bnb_config, host_layers=host_layers,
         )  # fmt: skip
         return (classifier_around(network, config, device), info) if classifier else (network, info)
     require_safetensors(found.name, Path(place.folder_or_id))

@@ -6,12 +6,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from qaroma.config.presets import ModelFacts
+from qaroma.config.tasks import WRITING
+from qaroma.method.dequantise import layer_shape
 from qaroma.method.targets import find_targets
 from qaroma.model.found import FoundModel
+from qaroma.model.skeleton import skeleton
 from qaroma.model.weight_files import INDEX, SINGLE, names_in
 
 SAMPLED_WEIGHTS, SAMPLED_ROWS = 8, 256  # layers, and rows of each, whose elements are looked at
@@ -31,10 +33,19 @@ def facts_of_base(base: FoundModel, targets: str | list[str], *, task: str) -> M
     Raises:
         QaromaError: targets that the base does not have.
     """
-    with torch.device("meta"):
-        model = _automatic(task).from_config(base.config, trust_remote_code=base.trust_remote_code)
+    model = skeleton(base.config, trust_remote_code=base.trust_remote_code, classifier=task not in WRITING)
     initial = float(getattr(base.config.get_text_config(), "initializer_range", None) or 0.02)
     return facts_of_module(model, find_targets(model, targets), weight_std=_stored_std(base) or initial)
+
+
+def component_parameters(base: FoundModel, targets: str | list[str], *, task: str) -> int:
+    """N + M of one rank-one component, summed over all layers that are adapted; of the weights none is read.
+
+    Args:
+        base, targets, task: as :func:`facts_of_base` takes them.
+    """
+    model = skeleton(base.config, trust_remote_code=base.trust_remote_code, classifier=task not in WRITING)
+    return facts_of_module(model, find_targets(model, targets), weight_std=0.0).component_parameters
 
 
 def facts_of_module(model: nn.Module, names: list[str], *, weight_std: float | None = None) -> ModelFacts:
@@ -48,17 +59,12 @@ def facts_of_module(model: nn.Module, names: list[str], *, weight_std: float | N
     layers: list[Any] = [model.get_submodule(name) for name in names]
     if weight_std is None:
         weight_std = median(float(layer.weight.detach().float().std()) for layer in layers)
+    shapes = [shape for layer in layers if (shape := layer_shape(layer)) is not None]
     return ModelFacts(
-        component_parameters=sum(layer.in_features + layer.out_features for layer in layers),
-        width=int(median(layer.in_features for layer in layers)),
+        component_parameters=sum(rows + columns for rows, columns in shapes),
+        width=int(median(columns for _, columns in shapes)),
         weight_std=weight_std,
     )
-
-
-def _automatic(task: str) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    return AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
 
 
 def _stored_std(base: FoundModel) -> float | None:

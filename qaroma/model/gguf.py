@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qaroma.method.linear import uncalled_layers
+from qaroma.model.devices import matrix_to_host, move_all_but_layers
+
 # Architectures whose tensors are those of transformers but for their names (gguf's own table) and the order of
 # llama's query and key rows. Experts are fused in the file: a name is then missing, and transformers' reader is taken.
 _STREAMED = frozenset({"llama", "qwen2", "qwen3"})
@@ -111,6 +114,7 @@ def load_gguf(
     device: torch.device,
     attention: str | None,
     bnb_config: Any,
+    host_layers: bool = False,
 ) -> tuple[Any, Mapping[str, Any]]:
     """Load a causal language model from a GGUF file.
 
@@ -122,6 +126,7 @@ def load_gguf(
         device: where the model goes.
         attention: transformers' attention implementation; None leaves the choice to it.
         bnb_config: transformers' BitsAndBytesConfig, or None for a dense model.
+        host_layers: leave the matrices of the layers in host memory.
 
     Returns:
         The model, and transformers' loading information.
@@ -148,8 +153,11 @@ def load_gguf(
         )
         _leave_gguf(model)
         if bnb_config is not None:
-            quantise_linears(model, bnb_config, device)
-        model.to(device)
+            quantise_linears(model, bnb_config, device, host_layers=host_layers)
+        if host_layers:
+            move_all_but_layers(model.requires_grad_(False), device)
+        else:
+            model.to(device)
     model.config.name_or_path = str(Path(folder) / file)
     return model, info
 
@@ -164,19 +172,20 @@ def _leave_gguf(model: Any) -> None:
     model.is_quantized = False
 
 
-def quantise_linears(model: Any, bnb_config: Any, device: torch.device) -> None:
+def quantise_linears(model: Any, bnb_config: Any, device: torch.device, *, host_layers: bool = False) -> None:
     """Put bitsandbytes' 4-bit layers in the place of a dense model's linear layers, one after another.
 
     Args:
         model: a transformers model on the host; its output head stays as it is.
         bnb_config: transformers' BitsAndBytesConfig.
-        device: where the quantised weights go.
+        device: where the weights are quantised and stay.
+        host_layers: bring them back to the host.
     """
     from qaroma.model.bnb import bnb
 
-    head = model.get_output_embeddings()
+    head, uncalled = model.get_output_embeddings(), uncalled_layers(model)
     for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or module is head:
+        if type(module) is not nn.Linear or module is head or name in uncalled:
             continue
         with torch.device("meta"):
             new = bnb.nn.Linear4bit(
@@ -190,6 +199,8 @@ def quantise_linears(model: Any, bnb_config: Any, device: torch.device) -> None:
         settings = new.weight.__dict__
         new.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, **settings).to(device)
         new.bias = module.bias
+        if host_layers:
+            matrix_to_host(new, "weight")
         model.set_submodule(name, new)
         del module  # the dense weight goes before the next one is quantised
     model.config.quantization_config = bnb_config

@@ -6,7 +6,12 @@ import re
 
 from qaroma.errors import QaromaError
 
-RESERVE = int(0.65 * 2**30)  # of a card's memory: CUDA's context and what fragmentation costs
+CONTEXT = int(0.4 * 2**30)  # of a card's memory: what CUDA takes in a process before its first tensor
+FRAGMENTS = int(0.25 * 2**30)  # what lies between tensors and fits none; of memory that was free beside the context
+RESERVE = CONTEXT + FRAGMENTS  # of a whole card
+
+PCIE = 25.0  # GB/s that copies from pinned memory reach over PCIe 4.0 x16, of 31.5 in each direction
+TFLOPS = 124.0  # three quarters of the 165.2 in bf16 that NVIDIA's Ada whitepaper gives for an RTX 4090
 
 _UNITS = {"": 2**30, "g": 2**30, "m": 2**20, "t": 2**40}
 

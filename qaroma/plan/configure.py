@@ -22,9 +22,11 @@ from qaroma.config.levels import LEVELS
 from qaroma.config.load import config_fields, require_model_and_data
 from qaroma.config.presets import LARGE_BUDGET, Decision, resolve
 from qaroma.config.schema import Config, DataSource, ResolvedConfig
+from qaroma.config.tasks import PREFERENCE
 from qaroma.config.words import memory_size
 from qaroma.data.encode import Encoded, limit_length
-from qaroma.data.sources import read_rows
+from qaroma.data.forms import holds_pairs
+from qaroma.data.sources import RowSet, read_rows
 from qaroma.data.split import split_validation
 from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
@@ -158,13 +160,22 @@ def make_start(config: Config, room: Room, *, tell: Callable[[str], None] = lamb
     tokenizer = load_tokenizer(base)
     template = Template.choose(tokenizer, config.data.template, config.data.tools)
     rows = read_rows([(source.path, source.weight) for source in config.data.train], seed=config.training.seed)
+    found = _task_found(config, rows)
+    config = config.model_copy(update={"task": found.value}) if found else config
     encoded = encoded_as_asked(config, rows, base, tokenizer, template, max_length=None)
     look = _look(encoded)
     longest = base.longest_input
     wanted = max(GRAIN, math.ceil(look.p95 / GRAIN) * GRAIN)
     planner = Planner(plannable(base))
     # Which rank the data needs is known when its length is: the step is planned for the largest that may train.
-    wished = StepSettings(0, min(wanted, longest or wanted), inner_rank=LARGE_BUDGET, frozen_rank=0, dtype=room.dtype)
+    wished = StepSettings(
+        0,
+        min(wanted, longest or wanted),
+        sequences=config.sequences,
+        inner_rank=LARGE_BUDGET,
+        frozen_rank=0,
+        dtype=room.dtype,
+    )
     step = fit_step(planner, wished, room, tell=tell)
     chosen, settings = config.model_copy(deep=True), step.settings
     chosen.data.max_length = settings.seq_len
@@ -184,13 +195,23 @@ def make_start(config: Config, room: Room, *, tell: Callable[[str], None] = lamb
         ("training", config.training, set[str]()),
     ]
     choices = [
+        *([found] if found else []),
         *(Decision(f"{name}.{key}", getattr(section, key), "as asked for")
           for name, section, always in given for key in type(section).model_fields
           if key in always or (key in section.model_fields_set and key not in _PLANNED)),
         *_of_the_plan(wanted, longest, look, within, step, room),
         *decisions,
     ]  # fmt: skip
-    return Start(resolved, tuple(choices), look, step, room, within.dropped_too_long, tuple(encoded.notes))
+    notes = (*([f"task {found.value}: {found.reason}"] if found else []), *encoded.notes)
+    return Start(resolved, tuple(choices), look, step, room, within.dropped_too_long, notes)
+
+
+def _task_found(config: Config, rows: RowSet) -> Decision | None:
+    """The task that the rows ask for, where nothing was said of it."""
+    said = config.data.feedback != "refuse" or config.data.format != "auto" or "task" in config.model_fields_set
+    if said or not holds_pairs(rows.rows, config.data.columns):
+        return None
+    return Decision("task", PREFERENCE, "the rows have a chosen and a rejected answer each")
 
 
 def fit_step(
@@ -242,7 +263,7 @@ def _longest_held(planner: Planner, settings: StepSettings, room: Room) -> int:
     return fits * GRAIN
 
 
-def _look(encoded: Encoded) -> DataLook:
+def _look(encoded: Encoded[Any]) -> DataLook:
     ordered = sorted(encoded.lengths)
 
     def quantile(share: float) -> int:
@@ -266,7 +287,7 @@ def letters(text: str) -> str:
 
 
 def _of_the_plan(
-    wanted: int, longest: int | None, look: DataLook, within: Encoded, step: Estimate, room: Room
+    wanted: int, longest: int | None, look: DataLook, within: Encoded[Any], step: Estimate, room: Room
 ) -> list[Decision]:
     """The choices that the lengths and the card decide."""
     settings = step.settings
@@ -325,13 +346,16 @@ def start_yaml(start: Start, file: str) -> str:
     lines = [f"# {line}".rstrip() for line in lines]
     fields = config_fields()
     for section in Config.model_fields:
-        chosen = [choice for choice in start.choices if choice.key.startswith(f"{section}.")]
-        if chosen:
-            lines += ["", f"{section}:"]
+        chosen = [choice for choice in start.choices if choice.key.partition(".")[0] == section]
+        lines += [""] if chosen else []
+        indent = ""
+        if chosen and chosen[0].key != section:
+            lines.append(f"{section}:")
+            indent = "  "
         for choice in chosen:
             about = f"{fields[choice.key].description} Here: {choice.reason}."
-            lines += textwrap.wrap(about, _WIDTH, initial_indent="  # ", subsequent_indent="  # ")
-            lines.append(f"  {choice.key.partition('.')[2]}: {_value(choice.value)}")
+            lines += textwrap.wrap(about, _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+            lines.append(f"{indent}{choice.key.rpartition('.')[2]}: {_value(choice.value)}")
     return "\n".join(lines) + "\n"
 
 

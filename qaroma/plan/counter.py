@@ -106,10 +106,13 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
             entry = self._see(tensor)
             self._move(entry, category, entry.memory)
 
-    def copy_to_host(self, tensor: Tensor, stream: Any = None) -> Tensor:
+    def copy_to_host(self, tensor: Tensor, stream: Any = None, *, pinned: bool = True) -> Tensor:
         """In place of :func:`qaroma.engine.checkpointing.to_host` where there is no GPU: a copy on the tensor's own
-        device that counts in the host's memory."""
-        copy = tensor.clone()
+        device that counts in the host's memory, with all that torch takes for a pinned one."""
+        values = tensor.numel()
+        size = values * tensor.element_size()
+        room = tensor.new_empty((1 << max(0, size - 1).bit_length()) // tensor.element_size() if pinned else values)
+        copy = room[:values].view(tensor.shape).copy_(tensor)
         entry = self._see(copy)
         self._move(entry, entry.category, self.host)
         return copy

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedTokenizerBase
 
 from qaroma.config.methods import METHODS
-from qaroma.config.presets import BITS_A_TOKEN, DataFacts, ModelFacts
+from qaroma.config.presets import DataFacts, ModelFacts, told_bits
 from qaroma.config.schema import Config
+from qaroma.config.tasks import PREFERENCE
 from qaroma.data.encode import Encoded, encode_rows
 from qaroma.data.sources import RowSet
 from qaroma.data.templates import Template
@@ -22,7 +25,7 @@ def encoded_as_asked(
     template: Template,
     *,
     max_length: int | None,
-) -> Encoded:
+) -> Encoded[Any]:
     """Rows of conversations as the settings of ``data`` have them; as :func:`qaroma.data.encode.encode_rows`."""
     data = config.data
     return encode_rows(
@@ -32,6 +35,7 @@ def encoded_as_asked(
         form=data.format,
         columns=data.columns,
         feedback=data.feedback,
+        pairs=config.task == PREFERENCE,
         train_on=data.train_on,
         max_length=max_length,
         on_too_long=data.on_too_long,
@@ -41,7 +45,7 @@ def encoded_as_asked(
 
 
 def conversation_facts(
-    config: Config, base: FoundModel, *, lengths: list[int], train: Encoded, validation_rows: int
+    config: Config, base: FoundModel, *, lengths: list[int], train: Encoded[Any], validation_rows: int
 ) -> DataFacts:
     """The facts of a run on conversations.
 
@@ -57,7 +61,7 @@ def conversation_facts(
         lengths,
         base.longest_input,
         validation_rows=validation_rows,
-        trained_bits=BITS_A_TOKEN * train.distinct_trained_tokens,
+        trained_bits=told_bits(config.task, train.distinct),
         model=model_facts(config, base),
     )
 

@@ -15,8 +15,9 @@ from qaroma.config.levels import LEVELS
 from qaroma.config.words import memory_size
 from qaroma.errors import QaromaError
 from qaroma.model.failures import explained
-from qaroma.plan.card import RESERVE
+from qaroma.plan.card import PCIE, RESERVE, TFLOPS
 from qaroma.plan.counter import WORKSPACE
+from qaroma.plan.pace import StreamedPace, streamed_pace
 from qaroma.plan.search import LONGEST, Estimate, Planner
 from qaroma.plan.shapes import model_config
 from qaroma.plan.trace import StepSettings
@@ -47,6 +48,7 @@ class Plan:
         chosen: the level to use; None where none fits.
         longest: the step with the longest context that fits; None without a card, or where nothing does.
         disk: bytes of the base's download and of a run.
+        pace: of the step whose base is streamed; None where no such level was looked at.
     """
 
     model: str
@@ -59,11 +61,18 @@ class Plan:
     chosen: Estimate | None
     longest: Estimate | None
     disk: int
+    pace: StreamedPace | None = None
 
     @property
     def shown(self) -> Estimate:
         """The step whose bytes are laid out: the chosen one, or the smallest there is."""
         return self.chosen or self.levels[-1]
+
+    def seconds(self, found: Estimate) -> float | None:
+        """A step's time by arithmetic, of one whose base is streamed."""
+        if self.pace is None or not found.streamed:
+            return None
+        return self.pace.seconds(found.settings.seq_len, found.settings.micro_batch)
 
     def to_json(self) -> dict[str, Any]:
         """Every figure, in bytes and tokens."""
@@ -72,6 +81,7 @@ class Plan:
             "model": self.model,
             "seq_len": settings.seq_len,
             "micro_batch": settings.micro_batch,
+            "sequences": settings.micro_batch * settings.sequences,
             "memory_level": settings.level,
             "peak_bytes": shown.peak,
             "resident_bytes": shown.resident,
@@ -85,7 +95,7 @@ class Plan:
             "breakdown": shown.breakdown,
             "levels": [
                 {"memory_level": e.settings.level, "peak_bytes": e.peak, "resident_bytes": e.resident,
-                 "host_bytes": e.host, "full_depth": e.exact}
+                 "host_bytes": e.host, "full_depth": e.exact, "seconds_by_arithmetic": self.seconds(e)}
                 for e in self.levels
             ],
         }  # fmt: skip
@@ -93,7 +103,8 @@ class Plan:
 
 def make_plan(
     model: str, settings: StepSettings, *, memory: str = "auto", vram: int | None = None,
-    trust_remote_code: bool = False, tell: Callable[[str], None] = lambda _: None,
+    pcie: float = PCIE, tflops: float = TFLOPS, trust_remote_code: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Plan:  # fmt: skip
     """Find out what a step takes and what a card holds.
 
@@ -102,6 +113,7 @@ def make_plan(
         settings: of the step; its level does not matter.
         memory: ``auto`` or a level.
         vram: bytes of the card, if one is meant.
+        pcie, tflops: GB/s to it and TFLOP/s that it reaches, for the time of a step whose base is streamed.
         trust_remote_code: run Python code that comes with the model.
         tell: called with what is being looked at.
 
@@ -135,6 +147,7 @@ def make_plan(
     width = adapter_parameters(base, settings.targets)
     trained, frozen = width * settings.inner_rank, width * settings.frozen_rank
     disk = 2 * parameters + CHECKPOINTS * (12 * trained + 2 * frozen)
+    streamed = next((found.streamed for found in levels if found.streamed), 0)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return Plan(
         model,
@@ -147,6 +160,7 @@ def make_plan(
         chosen,
         longest,
         disk,
+        streamed_pace(base, streamed, pcie=pcie, tflops=tflops) if streamed else None,
     )
 
 
@@ -154,8 +168,9 @@ def print_plan(plan: Plan, console: Console) -> None:
     """Write a plan for people."""
     say = partial(console.print, highlight=False, soft_wrap=True)
     settings = plan.shown.settings
+    pairs = " pairs of 2" if settings.sequences == 2 else ""
     say(
-        f"{plan.model}: {plan.parameters:,} parameters; {settings.micro_batch} x {settings.seq_len:,} tokens, "
+        f"{plan.model}: {plan.parameters:,} parameters; {settings.micro_batch}{pairs} x {settings.seq_len:,} tokens, "
         f"{settings.frozen_rank} frozen ranks and {settings.inner_rank} in training in every layer\n"
     )
     console.print(_levels_table(plan))
@@ -211,10 +226,21 @@ def _lines(plan: Plan) -> list[str]:
     host = plan.shown.host
     if host:
         lines.append(f"Host memory: {memory_size(host)}{_beside_this_machine(host)}.")
+    lines += [_pace_line(plan.pace, found) for found in plan.levels if plan.pace and found.streamed]
     if plan.attention == "eager":
         lines.append("transformers has no fused attention for it: memory grows with the square of the context.")
     lines.append(f"Disk: {memory_size(plan.disk)} for the download in bf16 and the checkpoints of a run.")
     return lines
+
+
+def _pace_line(pace: StreamedPace, found: Estimate) -> str:
+    settings = found.settings
+    seconds = pace.seconds(settings.seq_len, settings.micro_batch)
+    return (
+        f"Level {settings.level} by arithmetic, not measured: {seconds:.3g} s a step at {pace.tflops:g} TFLOP/s and "
+        f"{pace.pcie:g} GB/s, where the layers' {memory_size(found.streamed)} take {pace.copying():.2g} s a pass: they "
+        f"hide behind what is computed from {pace.hidden_from():,} tokens a step on."
+    )
 
 
 def _context_lines(plan: Plan) -> list[str]:

@@ -34,6 +34,7 @@ class Estimate:
         breakdown: what the device holds at the peak; sums to ``peak``.
         phases: the peak of each phase of the step.
         exact: traced at full depth, not extrapolated.
+        streamed: bytes of the layers' weights that wait in host memory.
     """
 
     settings: StepSettings
@@ -43,6 +44,7 @@ class Estimate:
     breakdown: dict[str, int]
     phases: dict[str, int]
     exact: bool
+    streamed: int = 0
 
     @property
     def phase(self) -> str:
@@ -74,7 +76,9 @@ class Planner:
             return round(a + (b - a) * steps)
 
         peaks = {name: _peak_line(few.peaks[name], more.peaks[name], line) for name in more.peaks}
-        deep = Trace(line(few.resident, more.resident), peaks, line(few.host, more.host))
+        deep = Trace(
+            line(few.resident, more.resident), peaks, line(few.host, more.host), line(few.streamed, more.streamed)
+        )
         return self._estimate(settings, deep, exact=False)
 
     def exact(self, settings: StepSettings) -> Estimate:
@@ -144,7 +148,10 @@ class Planner:
         breakdown["layer_recompute" if LEVELS[settings.level].checkpointing else "activations"] = layer
         breakdown[WORKSPACE] = breakdown.get(WORKSPACE, 0) + FIXED
         phases = {name: peak.bytes + FIXED for name, peak in trace.peaks.items()}
-        return Estimate(settings, phases[phase], trace.resident + FIXED, trace.host, breakdown, phases, exact)
+        resident = trace.resident + FIXED
+        return Estimate(
+            settings, phases[phase], resident, trace.host, breakdown, phases, exact, streamed=trace.streamed
+        )
 
 
 def _peak_line(few: Peak, more: Peak, line: Callable[[int, int], int]) -> Peak:

@@ -21,6 +21,10 @@ _LLAMA3_8B = {
     **_LLAMA3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
     "tie_word_embeddings": False,
 }  # fmt: skip
+_LLAMA3_70B = {
+    **_LLAMA3, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+    "tie_word_embeddings": False,
+}  # fmt: skip
 _QWEN2 = {
     "model_type": "qwen2", "vocab_size": 151936, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
     "rope_theta": 1000000.0, "tie_word_embeddings": True,
@@ -45,7 +49,9 @@ def _sized(common: dict[str, Any], *sizes: int) -> dict[str, Any]:
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama3-8b": {**_LLAMA3_8B, "max_position_embeddings": 8192},
+    "llama3-70b": {**_LLAMA3_70B, "max_position_embeddings": 8192},
     "llama3.1-8b": _LLAMA3_8B,
+    "llama3.1-70b": _LLAMA3_70B,
     "llama3.2-1b": {**_sized(_LLAMA3, 2048, 8192, 16, 32, 8), "head_dim": 64},
     "llama3.2-3b": {**_sized(_LLAMA3, 3072, 8192, 28, 24, 8), "head_dim": 128},
     "mistral-7b": {

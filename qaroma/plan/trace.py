@@ -16,6 +16,7 @@ from qaroma.errors import QaromaError
 from qaroma.method.aroma import GrowthController
 from qaroma.method.attach import attach
 from qaroma.method.growth import GrowthSettings
+from qaroma.method.head import backbone
 from qaroma.plan.counter import LiveStorages, Peak
 from qaroma.plan.weightless import weightless
 from qaroma.plan.weightless_model import materialise, tensors_of, weightless_model
@@ -28,7 +29,8 @@ class StepSettings:
 
     Attributes:
         level: memory level, index into :data:`qaroma.config.levels.LEVELS`.
-        seq_len, micro_batch: tokens of a sequence, all of them trained, and sequences.
+        seq_len, micro_batch: tokens of a sequence, all of them trained, and examples.
+        sequences: of one example; a preference has two.
         inner_rank, frozen_rank: of the component that trains, and of the frozen ones, in every layer.
         targets: layers that have an adapter.
         quantized, double_quantization: whether linear layers lie in 4 bits, and their constants in 8.
@@ -38,6 +40,7 @@ class StepSettings:
     level: int
     seq_len: int
     micro_batch: int = 1
+    sequences: int = 1
     inner_rank: int = 1
     frozen_rank: int = 16
     targets: str | tuple[str, ...] = "all-linear"
@@ -55,11 +58,13 @@ class Trace:
         peaks: the most on the device in each phase: ``setup`` (adapter and optimiser are made),
             ``forward``, ``loss``, ``backward``, ``update``. Loading the base is no part of it.
         host: the most in host memory.
+        streamed: of which the layers' weights wait there.
     """
 
     resident: int
     peaks: dict[str, Peak]
     host: int
+    streamed: int = 0
 
     @property
     def peak(self) -> Peak:
@@ -90,7 +95,8 @@ def trace_step(config: Any, settings: StepSettings) -> Trace:
                 f"({str(error).splitlines()[0]}). Type, to measure instead: qaroma finetune --max-steps 3"
             ) from error
     peaks = {phase: peak for phase, peak in counter.device.peaks.items() if phase != "load"}
-    return Trace(resident, peaks, counter.host.peak.bytes)
+    stream = getattr(model, "layer_stream", None)
+    return Trace(resident, peaks, counter.host.peak.bytes, stream.bytes if stream else 0)
 
 
 def count_step(model: Any, settings: StepSettings, counter: LiveStorages) -> int:
@@ -116,7 +122,7 @@ def _set_up(model: Any, settings: StepSettings, counter: LiveStorages) -> Growth
     """What ``finetune`` has in memory before a step, some components later."""
     counter.adopt(tensors_of(model.get_output_embeddings()), "head")
     counter.adopt(tensors_of(model.get_input_embeddings()), "embeddings")  # where a table is both, it stands here
-    counter.category = "embeddings"
+    counter.category = "layer_buffers"
     apply_level(model, settings.level, copy_out=counter.copy_to_host)
     counter.phase("setup", "adapter")
     targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
@@ -135,7 +141,7 @@ def _set_up(model: Any, settings: StepSettings, counter: LiveStorages) -> Growth
 def _step(model: Any, method: GrowthController, settings: StepSettings, counter: LiveStorages) -> None:
     """Forward, loss, backward, update: what the loop does between two checks of growth."""
     counter.phase("forward", "checkpoints")
-    shape = (settings.micro_batch, settings.seq_len)
+    shape = (settings.micro_batch * settings.sequences, settings.seq_len)
     tokens = torch.zeros(shape, dtype=torch.int64)
     positions = torch.arange(settings.seq_len).expand(shape)
     batch = TokenBatch(tokens, tokens, positions, ((shape[1],),) * shape[0], torch.arange(1, tokens.numel()))
@@ -150,7 +156,7 @@ def _step(model: Any, method: GrowthController, settings: StepSettings, counter:
 @contextmanager
 def _booked_by_place(model: Any, counter: LiveStorages) -> Iterator[None]:
     """Tell the counter what the forward pass is doing: a layer, what lies between layers, or the loss."""
-    decoder = model.base_model
+    decoder = backbone(model)
     forward = True
 
     def inside(*_: Any) -> None:

@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from qaroma.engine.streaming import constants_of
+from qaroma.method.dequantise import layer_shape
+from qaroma.method.linear import uncalled_layers
 from qaroma.method.targets import find_targets
 from qaroma.model.bnb import bnb
 
@@ -51,17 +55,20 @@ def weightless_model(
     with torch.device("meta"):
         model = _from_config(config, dtype)
         head = model.get_output_embeddings()
-        linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        uncalled = uncalled_layers(model)
+        # As transformers does: neither subclasses of these two are put into 4 bits, nor is what needs its plain weight.
+        linear = [(name, module) for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
         for name, plain in linear:
-            if not (packed_head if plain is head else packed):
+            if name in uncalled or not (packed_head if plain is head else packed):
                 continue
             parent, _, child = name.rpartition(".")
+            (rows, columns), bias = layer_shape(plain) or (0, 0), plain.bias
             layer = bnb.nn.Linear4bit(
-                plain.in_features, plain.out_features, plain.bias is not None,
+                columns, rows, bias is not None,
                 compute_dtype=dtype, compress_statistics=double or plain is head, quant_type="nf4",
             )  # fmt: skip
-            if plain.bias is not None:
-                layer.bias = plain.bias
+            if bias is not None:
+                layer.bias = bias
             setattr(model.get_submodule(parent), child, layer)
     return model.requires_grad_(False).eval()
 
@@ -125,14 +132,21 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
     """Every tensor that a module holds, quantisation constants included."""
     for tensor in (*module.parameters(), *module.buffers()):
         yield tensor
-        state = getattr(tensor, "quant_state", None)
-        while state is not None:
-            yield from (part for part in (state.absmax, state.code, state.offset) if part is not None)
-            state = state.state2
+        yield from (getattr(*place) for place in constants_of(tensor))
+
+
+def base_bytes(
+    config: Any, *, dtype: torch.dtype = torch.bfloat16, packed: bool = True, double: bool = True,
+    packed_head: bool = False,
+) -> int:  # fmt: skip
+    """What the weights of a base take in memory; the arguments are :func:`weightless_model`'s."""
+    model = weightless_model(config, dtype=dtype, packed=packed, double=double, packed_head=packed_head)
+    with torch.device("meta"):
+        materialise(model)
+    return sum(tensor.nbytes for tensor in tensors_of(model))
 
 
 def adapter_parameters(model: nn.Module, targets: str | tuple[str, ...] = "all-linear") -> int:
     """Parameters of a rank-one component in every layer that has an adapter: the sum of in- and out-features."""
     names = find_targets(model, targets if isinstance(targets, str) else list(targets))
-    layers: list[Any] = [model.get_submodule(name) for name in names]
-    return sum(layer.in_features + layer.out_features for layer in layers)
+    return sum(sum(layer_shape(model.get_submodule(name)) or ()) for name in names)

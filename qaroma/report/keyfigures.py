@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from qaroma.config.metrics import METRICS, metric_facts
+from qaroma.config.metrics import METRICS, metric_facts, metrics_of
+from qaroma.config.tasks import PREFERENCE
 from qaroma.config.words import duration, memory_size
 from qaroma.report.outcome import outcome
 from qaroma.report.spectra import Spectra
@@ -61,7 +62,8 @@ def key_figures(run: Run, spectra: Spectra | None = None) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     figures = figures_of(run)
-    for name in dict.fromkeys(("loss", run.metric)):
+    of_pairs = metrics_of(run.task) if run.task == PREFERENCE else ()
+    for name in dict.fromkeys(("loss", run.metric, *of_pairs)):
         measured = validation_of(run, name)
         if measured is not None and measured.best_step:
             best = metric_facts(name).text(measured.best)

@@ -10,7 +10,8 @@ from qaroma.config.metrics import Metric, metric_facts
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.reading import Run
 
-_SLIGHT = 0.01  # of a figure: a last validation that gains less says that the run has come to its end
+# What a last validation gains at least where a run still improves: of the figure, or of all that was gained.
+_OF_FIGURE, _OF_GAIN = 0.01, 0.02
 
 ENDINGS = {
     "grown": "every module has the rank it needs",
@@ -62,11 +63,12 @@ def outcome(run: Run) -> Outcome:
 
 
 def _still_improves(facts: Metric, values: Sequence[float]) -> bool:
-    """Whether the last validation gained more than a hundredth on the one before."""
+    """Whether the last validation gained on the one before."""
     if len(values) < 2:
         return False
     before, last = values[-2:]
-    return facts.better(last, before) and abs(last - before) > _SLIGHT * abs(before)
+    least = min(_OF_FIGURE * abs(before), _OF_GAIN * abs(last - values[0]))
+    return facts.better(last, before) and abs(last - before) > least
 
 
 def _longer(run: Run) -> str:

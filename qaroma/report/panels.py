@@ -12,6 +12,10 @@ MOST_POINTS = 800  # a line of more is thinned: a screen has no more columns
 MOST_MODULES = 5
 _LOG_FROM = 30.0  # largest by smallest value from which a loss is drawn logarithmically
 _SMOOTH_FROM = 40
+_OF_PAIRS = {
+    "accuracy": "Pairs whose chosen answer gained more (running mean)",
+    "margin": "Margin of the chosen answer (running mean)",
+}
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def growth_panels(runs: Sequence[Run], modules: Sequence[str], metric: str) -> l
 
 
 def training_panels(runs: Sequence[Run]) -> list[Panel]:
-    """Loss and learning rate against the step."""
+    """Loss, what is told of preferences beside it, and learning rate against the step."""
     lines = []
     for place, (run, name) in enumerate(zip(runs, _run_labels(runs), strict=True)):
         loss = run.series("loss")
@@ -111,9 +115,15 @@ def training_panels(runs: Sequence[Run]) -> list[Panel]:
     title = "Training loss" if len(runs) == 1 else "Training loss (running mean)"
     panels = [
         Panel("loss", title, lines, last, logarithmic=_wide(lines)),
+        *(Panel(name, told, _smooth(runs, name), last) for name, told in _OF_PAIRS.items()),
         Panel("learning-rate", "Learning rate", rates, last, from_zero=True),
     ]
     return [panel for panel in panels if any(len(line.series) for line in panel.lines)]
+
+
+def _smooth(runs: Sequence[Run], name: str) -> list[Line]:
+    """One figure of the steps, as a running mean: single steps of few pairs jump."""
+    return _of_runs(runs, [thinned(running_mean(run.series(name))) for run in runs])
 
 
 def choose_modules(run: Run, most: int = MOST_MODULES) -> list[str]:

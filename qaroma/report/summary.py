@@ -5,7 +5,6 @@ Everything takes plain values and returns or prints rich renderables; rich is im
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +61,6 @@ class RunSummary:
     Args:
         run: run directory.
         adapter: folder of the adapter.
-        base: what ``from_pretrained`` takes for the base: a folder or a hub id.
         steps: optimiser steps done.
         ended: why the run ended, and whether that is a success.
         ranks: rank of each target module of the best adapter, by its full name, zeros included.
@@ -70,13 +68,12 @@ class RunSummary:
         scores: figures before and after.
         examples: answers before and after.
         evaluation_data: what the scores were measured on, as ``--data`` takes it.
-        base_gguf: file name in ``base`` if the base is a GGUF file.
         outputs: of a classifier or regression; None where the model writes text.
+        in_gguf: whether the model can be exported as GGUF.
     """
 
     run: str
     adapter: str
-    base: str
     steps: int
     ended: Outcome
     ranks: Mapping[str, int]
@@ -84,8 +81,8 @@ class RunSummary:
     scores: Sequence[Score] = field(default_factory=tuple)
     examples: Sequence[BeforeAfter] = field(default_factory=tuple)
     evaluation_data: str | None = None
-    base_gguf: str | None = None
     outputs: int | None = None
+    in_gguf: bool = True
 
 
 def print_summary(run: RunSummary, console: Console | None = None) -> None:
@@ -110,22 +107,14 @@ def print_summary(run: RunSummary, console: Console | None = None) -> None:
 
 
 def next_commands(run: RunSummary) -> list[str]:
-    """The commands to type after a run, and the Python lines that load its adapter in PEFT."""
+    """The commands to type after a run, each with what it is for."""
     where = quoted(Path(run.run).as_posix())
-    prompt = quoted(" ".join(run.examples[0].prompt.split())) if run.examples else '"your prompt"'
     data = quoted(run.evaluation_data) if run.evaluation_data else "FILE"
-    keywords = f", gguf_file={json.dumps(run.base_gguf, ensure_ascii=False)}" if run.base_gguf else ""
-    loader = "AutoModelForCausalLM"
-    if run.outputs is not None:
-        loader, keywords = "AutoModelForSequenceClassification", f"{keywords}, num_labels={run.outputs}"
-    base, adapter = (json.dumps(Path(path).as_posix(), ensure_ascii=False) for path in (run.base, run.adapter))
-    return [
-        *([f"qaroma generate {where} {prompt}"] if run.outputs is None else []),
-        f"qaroma evaluate {where} --data {data}",
-        "in Python, with PEFT:",
-        f"  base = {loader}.from_pretrained({base}{keywords})",
-        f"  model = PeftModel.from_pretrained(base, {adapter})",
-    ]
+    export = f"qaroma export {where} --format gguf     # for Ollama, LM Studio, llama.cpp"
+    if not run.in_gguf:
+        export = f"qaroma export {where} --format merged   # for vLLM, SGLang, transformers"
+    commands = [f"qaroma chat {where}", export] if run.outputs is None else []
+    return [*commands, f"qaroma evaluate {where} --data {data}", f"qaroma report {where}   # figures and one page"]
 
 
 def rank_map(ranks: Mapping[str, int]) -> RenderableType:

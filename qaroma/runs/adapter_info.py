@@ -12,12 +12,12 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from qaroma.config.tasks import WRITING, TaskName
 from qaroma.errors import QaromaError
 from qaroma.runs.directory import CONFIG, GROWTH, WEIGHTS
 from qaroma.text.json_text import parse_json
 
 VERSION = 2  # 1: qaroma 0.1.0, which did not say how the base attends and whether it needs code of its own
-CAUSAL = "causal-lm"
 
 # What a value of growth.json may be; the file may come from anywhere.
 Rank = Annotated[int, Field(ge=0, le=1 << 20)]
@@ -58,25 +58,29 @@ class TaskInfo:
     """What an adapter must know of its task to be used again.
 
     Attributes:
-        kind: ``causal-lm``, ``classification`` or ``regression``.
+        kind: of :data:`qaroma.config.tasks.TaskName`.
         template: of a language model, see :meth:`qaroma.data.templates.Template.to_json`.
         labels: names of a classifier's classes, in the order of its outputs.
         metric: by which the best adapter was chosen; None is the loss.
         max_length: tokens at which a text is cut.
         head: modules that were trained in full and are saved whole.
+        beta: of preferences, see :class:`qaroma.tasks.preference.Preference`.
+        start: of preferences, how many of each module's first ranks the model had on that the run started from.
     """
 
-    kind: Annotated[str, Field(pattern="^(causal-lm|classification|regression)$")] = CAUSAL
+    kind: TaskName = "causal-lm"
     template: Mapping[str, Any] | None = None
     labels: tuple[str, ...] = ()
     metric: str | None = None
     max_length: Annotated[int, Field(ge=1, le=1 << 31)] | None = None
     head: tuple[Text, ...] = ()
+    beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    start: Mapping[str, Rank] = field(default_factory=dict)
 
     @property
     def outputs(self) -> int | None:
-        """Outputs of the head (1 is a regression); None for a language model."""
-        return None if self.kind == CAUSAL else len(self.labels) or 1
+        """Outputs of the head (1 is a regression); None for a model that writes text."""
+        return None if self.kind in WRITING else len(self.labels) or 1
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ class AdapterInfo:
         """
         task = {name: values[name] for name in TaskInfo.__dataclass_fields__ if name in values}
         # Adapters of language models once left the kind out.
-        nested = {**values, "task": {**task, "kind": values.get("task", CAUSAL)}}
+        nested = {**values, "task": {**task, "kind": values.get("task", "causal-lm")}}
         try:
             return _form().validate_python(nested)
         except ValidationError as error:

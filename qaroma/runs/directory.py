@@ -5,6 +5,7 @@
     runs/<name>/config.yaml       what was run, every value resolved
     runs/<name>/metrics.jsonl     one JSON object a line: steps, growth events, evaluations
     runs/<name>/summary.json      the figures of the whole run, written when it ends
+    runs/<name>/reference.json    of preferences: what the starting model makes of the answers
     runs/<name>/checkpoints/      step-00000040/ ...
     runs/<name>/adapter/          the best adapter by validation (the last where there is none)
     runs/<name>/adapter_last/     the last one
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import yaml
 
+from qaroma.config.schema import ResolvedConfig
 from qaroma.errors import QaromaError
 from qaroma.runs.files import (
     cut_in_two,
@@ -54,6 +56,7 @@ class RunDirectory:
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.summary = self.path / "summary.json"
+        self.reference = self.path / "reference.json"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.adapter_last = self.path / "adapter_last"
@@ -128,6 +131,14 @@ class RunDirectory:
             make_directory(self.checkpoints)
         except OSError as error:
             raise QaromaError(f"cannot write to {self.path} ({error.strerror}); choose another --output") from error
+
+    @classmethod
+    def of(cls, config: ResolvedConfig) -> RunDirectory:
+        """Where a run is written: as its configuration says, or ``runs/<model>-<data>``, a new one."""
+        if config.output is not None:
+            return cls(config.output)
+        data = Path(config.data.train[0].path.replace(":", "-")).name.split(".")[0]
+        return cls.unused(f"{Path(config.model.name).name}-{data}")
 
     @classmethod
     def unused(cls, name: str) -> RunDirectory:

@@ -12,6 +12,9 @@ _TAKEN_FOR_EXPERTS = {
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
 }
 
+# Whose kernels on a GPU multiply by out_proj's weight themselves; PEFT therefore takes no adapter of it.
+_STATE_SPACE = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+
 
 def lost_in_peft(config: Any, modules: Iterable[str]) -> list[str]:
     """The modules whose update PEFT leaves out when it loads an adapter of them.
@@ -28,14 +31,32 @@ def lost_in_peft(config: Any, modules: Iterable[str]) -> list[str]:
     return [name for name in modules if name.rpartition(".")[2] in endings]
 
 
+def refused_by_peft(config: Any, modules: Iterable[str]) -> list[str]:
+    """The modules because of which PEFT refuses to load an adapter of them.
+
+    Args:
+        config: the base's transformers configuration.
+        modules: full names.
+    """
+    refused = config.model_type in _STATE_SPACE
+    return [name for name in modules if refused and name.rpartition(".")[2] == "out_proj"]
+
+
 def told_of_peft(config: Any, modules: Iterable[str]) -> str | None:
-    """A sentence on what PEFT leaves out; None where it loads all.
+    """A sentence on what PEFT leaves out or refuses; None where it loads all.
 
     Args:
         config: the base's transformers configuration.
         modules: full names.
     """
     every = list(modules)
+    refused = refused_by_peft(config, every)
+    if refused:
+        return (
+            f"PEFT refuses an adapter of this base: it takes no out_proj of the family {config.model_type} "
+            f"({len(refused)} of {len(every)} modules). qaroma itself and --format merged take it; "
+            "for PEFT, leave them out with --set growth.target_modules"
+        )
     lost = lost_in_peft(config, every)
     if not lost:
         return None

@@ -32,7 +32,6 @@ _NAME = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(\.[^.]+)?\.weight")
 _OTHER_KINDS = {
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
-    "fan_in_fan_out": "an adapter of transposed layers (fan_in_fan_out)",
     "lora_bias": "LoRA with biases (lora_bias)",
     "modules_to_save": "an adapter that replaces whole modules (modules_to_save)",
     "layer_replication": "an adapter that repeats layers (layer_replication)",

@@ -45,6 +45,10 @@ class Task(Protocol):
         """The summed loss over the counted targets, as an fp32 scalar, and their number."""
         ...
 
+    def step(self, model: nn.Module, batch: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The summed loss, and by name the sums of what else the log says of a step, without gradient."""
+        ...
+
     def evaluate(self, model: nn.Module, batches: Iterable[Any], device: torch.device) -> Mapping[str, Any]:
         """Figures over all batches, in eval mode and without gradient; ``loss`` is among them."""
         ...

@@ -14,8 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from qaroma.data.encode import IGNORED, Example
+from qaroma.engine.checkpointing import to_device
 from qaroma.engine.loss import LMHead, linear_cross_entropy
+from qaroma.engine.packed import packing_told
+from qaroma.engine.placement import ids_at_hand
 from qaroma.errors import QaromaError
+from qaroma.method.head import backbone
 from qaroma.tasks.evaluation import evaluate_loss
 
 # The head is asked where its largest logit is this: a soft cap bends nothing that lies far below it.
@@ -37,6 +41,7 @@ class TokenBatch:
         trained: (T,) int64, where the counted tokens stand in the flattened labels; made with the
             batch, so that no loss has to ask the device.
         weights: (T,) fp32, the factor of each counted token's loss; None where all are 1.
+        ids_on_host: ``input_ids`` of a batch that was brought to a card, as they were before.
     """
 
     input_ids: Tensor
@@ -45,6 +50,7 @@ class TokenBatch:
     lengths: tuple[tuple[int, ...], ...]
     trained: Tensor
     weights: Tensor | None = None
+    ids_on_host: Tensor | None = None
 
     @property
     def counted(self) -> int:
@@ -54,17 +60,23 @@ class TokenBatch:
     def to(self, device: torch.device) -> TokenBatch:
         return replace(
             self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            trained=self.trained.to(device, non_blocking=True),
-            weights=None if self.weights is None else self.weights.to(device, non_blocking=True),
+            input_ids=to_device(self.input_ids, device),
+            labels=to_device(self.labels, device),
+            position_ids=to_device(self.position_ids, device),
+            trained=to_device(self.trained, device),
+            weights=None if self.weights is None else to_device(self.weights, device),
+            ids_on_host=None if device.type == "cpu" else self.input_ids,
         )
 
     @property
     def tokens(self) -> int:
         """Tokens without padding."""
         return sum(sum(row) for row in self.lengths)
+
+    @property
+    def packed(self) -> bool:
+        """Whether a row holds several sequences."""
+        return any(len(row) > 1 for row in self.lengths)
 
 
 class CausalLM:
@@ -104,10 +116,12 @@ class CausalLM:
 
     def loss(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, int]:
         """Runs the model to its hidden states; only those that predict a trained token reach the head."""
-        hidden_BLD = hidden_states(model, batch)
-        hidden_TD = hidden_BLD.flatten(0, 1).index_select(0, batch.trained - 1)
-        targets_T = batch.labels.flatten().index_select(0, batch.trained)
+        hidden_TD, targets_T = trained_states(model, batch)
         return linear_cross_entropy(hidden_TD, LMHead(model), targets_T, batch.weights), batch.counted
+
+    def step(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss; nothing is told beside it."""
+        return self.loss(model, batch)[0], {}
 
     def evaluate(self, model: nn.Module, batches: Iterable[TokenBatch], device: torch.device) -> dict[str, Any]:
         """Loss per token, perplexity, and the number of tokens."""
@@ -135,9 +149,15 @@ def hidden_states(model: nn.Module, batch: TokenBatch) -> Tensor:
     No attention mask is passed: rows are padded on the right, so causality keeps padding out, and
     the fast causal kernels apply.
     """
-    decoder: Any = model.base_model
-    output = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+    with packing_told(batch.packed), ids_at_hand(model, batch.ids_on_host):
+        output = backbone(model)(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
     return output.last_hidden_state  # type: ignore[no-any-return]
+
+
+def trained_states(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """The hidden states that predict a trained token, (T, D), and these tokens, (T,)."""
+    hidden_TD = hidden_states(model, batch).flatten(0, 1).index_select(0, batch.trained - 1)
+    return hidden_TD, batch.labels.flatten().index_select(0, batch.trained)
 
 
 @torch.no_grad()

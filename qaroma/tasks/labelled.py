@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from qaroma.config.metrics import metrics_of
 from qaroma.data.labelled import LabelledExample
+from qaroma.engine.checkpointing import to_device
+from qaroma.engine.placement import ids_at_hand
 from qaroma.errors import QaromaError
 from qaroma.tasks.evaluation import evaluating, standard_error
 from qaroma.tasks.metrics import accuracy, confusion, f1, matthews, pearson, spearman
@@ -29,6 +31,7 @@ class LabelledBatch:
         token_type_ids: (B, L) int64, or None where the base has none.
         labels: (B,), int64 class indices or fp32 figures.
         tokens: without padding.
+        ids_on_host: ``input_ids`` of a batch that was brought to a card, as they were before.
     """
 
     input_ids: Tensor
@@ -36,6 +39,7 @@ class LabelledBatch:
     token_type_ids: Tensor | None
     labels: Tensor
     tokens: int
+    ids_on_host: Tensor | None = None
 
     @property
     def counted(self) -> int:
@@ -44,10 +48,11 @@ class LabelledBatch:
     def to(self, device: torch.device) -> LabelledBatch:
         return replace(
             self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            attention_mask=self.attention_mask.to(device, non_blocking=True),
-            token_type_ids=None if self.token_type_ids is None else self.token_type_ids.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
+            input_ids=to_device(self.input_ids, device),
+            attention_mask=to_device(self.attention_mask, device),
+            token_type_ids=None if self.token_type_ids is None else to_device(self.token_type_ids, device),
+            labels=to_device(self.labels, device),
+            ids_on_host=None if device.type == "cpu" else self.input_ids,
         )
 
 
@@ -78,10 +83,15 @@ class _Labelled:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids
-        return model(**inputs).logits.float()  # type: ignore[no-any-return]
+        with ids_at_hand(model, batch.ids_on_host):
+            return model(**inputs).logits.float()  # type: ignore[no-any-return]
 
     def loss(self, model: nn.Module, batch: LabelledBatch) -> tuple[Tensor, int]:
         return self.losses(self.logits(model, batch), batch.labels).sum(), batch.counted
+
+    def step(self, model: nn.Module, batch: LabelledBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss; nothing is told beside it."""
+        return self.loss(model, batch)[0], {}
 
     def losses(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
         """The loss of each example, (B,)."""

@@ -63,7 +63,7 @@ def _refuse_unused(config: Config, typed: Collection[str]) -> None:
     unused = [key for key in typed if method.grows and not method.criteria and key in CRITERIA]
     if not method.grows:
         unused = [key for key in typed if key.startswith("growth.") and key not in OF_FIXED_RANK]
-    if config.task == "causal-lm":
+    if config.writes_text:
         unused += [key for key in typed if key == "training.head_learning_rate"]
     if unused:
         raise QaromaError(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from qaroma.errors import QaromaError
 
-# Where a row lies and how it read as a conversation do not change what is trained.
-_NOT_TRAINED = ("origin", "conversation")
+# Where a row lies and how it read as a conversation do not change what is trained; the reference follows from the rest.
+_NOT_TRAINED = ("origin", "conversation", "reference")
 
 
 def data_fingerprint(train: Sequence[Any], validation: Sequence[Any]) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def data_fingerprint(train: Sequence[Any], validation: Sequence[Any]) -> dict[st
 
     Args:
         train, validation: dataclasses of numbers and lists of numbers, such as
-            :class:`qaroma.data.encode.Example`.
+            :class:`qaroma.data.example.Example`, or of those.
     """
     return {"training": _of(train), "validation": _of(validation)}
 
@@ -62,4 +62,7 @@ def _numbers(example: Any) -> Iterator[Sequence[float]]:
         if field.name in _NOT_TRAINED:
             continue
         value = getattr(example, field.name)
+        if is_dataclass(value):
+            yield from _numbers(value)
+            continue
         yield () if value is None else value if isinstance(value, (list, tuple)) else (value,)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, NoReturn
 
 import torch
+from torch import Tensor
 
 from qaroma.config.metrics import metric_facts
 from qaroma.errors import QaromaError
@@ -18,7 +19,7 @@ from qaroma.runs.directory import quoted
 from qaroma.runs.stop import StopRequest
 from qaroma.tasks.base import Batch
 from qaroma.training.live_page import LivePage
-from qaroma.training.memory import memory_bytes, relieve
+from qaroma.training.memory import memory_figures, with_relief
 from qaroma.training.progress import ProgressView
 from qaroma.training.session import Session
 from qaroma.training.trackers import track
@@ -62,7 +63,7 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
         state.trainable_start = method.trainable_parameters()
         _log_ranks(session, state, {})
         _validate(session, state, view)
-        _sample(session, state)
+        _sample(session, state, view)
         page.update()
         _probe(session, state, view)
     ending: Ending = "budget"
@@ -72,7 +73,7 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
         record = _train_step(session, state, view)
         if saved:  # that checkpoint has gone on well, so that older ones are not needed to go back to
             keep_newest(session.run.checkpoints, keep)
-        events = method.step(record["loss"])
+        events = method.step(record["figures"]["loss"])
         _record_step(session, state, record, events, view)
         ranks = _log_ranks(session, state, ranks)
         _probe(session, state, view)
@@ -85,7 +86,7 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
         every = session.config.evaluation.sample_every
         sampled = last or (validated if every is None else state.step % every == 0)
         if sampled:
-            _sample(session, state)
+            _sample(session, state, view)
         if validated or (sampled and session.sampler):
             page.update()
         saved = state.step % session.config.checkpoint.every == 0 or last or stop.requested or ending == "patience"
@@ -106,8 +107,8 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
 def _train_step(session: Session, state: FitState, view: ProgressView) -> dict[str, Any]:
     """Forward and backward passes of one step; gradients are left for the method."""
     start = time.perf_counter()
-    loss, tokens = _gradients(session, state, view)
-    return {"loss": loss, "tokens": tokens, "start": start}
+    figures, tokens = _gradients(session, state, view)
+    return {"figures": figures, "tokens": tokens, "start": start}
 
 
 def _probe(session: Session, state: FitState, view: ProgressView) -> None:
@@ -119,28 +120,25 @@ def _probe(session: Session, state: FitState, view: ProgressView) -> None:
     state.seconds += time.perf_counter() - start
 
 
-def _gradients(session: Session, state: FitState, view: ProgressView) -> tuple[float, int]:
-    """Mean loss and tokens of the next step's examples; saves memory and tries again where it does not suffice.
+def _gradients(session: Session, state: FitState, view: ProgressView) -> tuple[dict[str, float], int]:
+    """Figures and tokens of the next step's examples; saves memory and tries again where it does not suffice.
 
     Raises:
         QaromaError: the loss or the gradient is not finite.
     """
-    while True:
+
+    def gradients() -> tuple[dict[str, float], float, int]:
         micro_batches = session.plan.step(state.step)
         batches = [session.task.collate([session.train[i] for i in indices]) for indices in micro_batches]
-        try:
-            loss = accumulate(session, batches, lambda all_: view.counted(all_, f"step {state.step + 1}"))
-            break
-        except torch.OutOfMemoryError:
-            # Outside the except clause the failed step's tensors are gone, and can be given back.
-            pass
-        session.method.zero_grad()
-        view.console.print(f"step {state.step + 1}: out of memory; {relieve(session)}", style="yellow")
-    if not math.isfinite(loss):
-        _stop(session, state, f"the loss of step {state.step + 1} is {loss}")
-    if not math.isfinite(session.method.gradient_norm()):
+        found = accumulate(session, batches, lambda all_: view.counted(all_, f"step {state.step + 1}"))
+        return *found, sum(batch.tokens for batch in batches)
+
+    figures, norm, tokens = with_relief(session, gradients, f"step {state.step + 1}", view.console)
+    if not math.isfinite(figures["loss"]):
+        _stop(session, state, f"the loss of step {state.step + 1} is {figures['loss']}")
+    if not math.isfinite(norm):
         _stop(session, state, f"the gradient of step {state.step + 1} is not finite")
-    return loss, sum(batch.tokens for batch in batches)
+    return figures, tokens
 
 
 def _stop(session: Session, state: FitState, what: str) -> NoReturn:
@@ -181,8 +179,8 @@ def _smaller_rates(session: Session) -> str:
 
 def accumulate(
     session: Session, batches: Sequence[Batch], shown: Callable[[Sequence[Batch]], Iterable[Batch]] = iter
-) -> float:
-    """Gradients of the mean loss over all trained tokens of these micro-batches, however they are cut.
+) -> tuple[dict[str, float], float]:
+    """Gradients of the mean loss over all that these micro-batches count, however they are cut.
 
     Args:
         session: whose model they are of.
@@ -190,18 +188,21 @@ def accumulate(
         shown: goes through them, and shows how far it came.
 
     Returns:
-        That mean loss; one synchronisation with the device.
+        That mean loss first, and the means of what else the task tells of a step; and the gradients' joint norm. A step
+        waits for the device once, for these.
     """
     count = sum(batch.counted for batch in batches)
-    total = torch.zeros((), device=session.accelerator.device)
+    totals: dict[str, Tensor] = {}
     for batch in shown(batches):
-        loss_sum, _ = session.task.loss(session.model, batch.to(session.accelerator.device))
+        loss_sum, told = session.task.step(session.model, batch.to(session.accelerator.device))
         session.accelerator.backward(loss_sum / count)
-        total += loss_sum.detach()
+        for name, value in {"loss": loss_sum.detach(), **told}.items():
+            totals[name] = totals[name] + value if name in totals else value
     penalty = session.method.penalty()
     if penalty is not None:
         session.accelerator.backward(penalty)
-    return total.item() / count
+    *sums, norm = torch.stack([*totals.values(), session.method.gradient_norm()]).tolist()
+    return {name: value / count for name, value in zip(totals, sums, strict=True)}, norm
 
 
 def _record_step(
@@ -216,14 +217,14 @@ def _record_step(
     ranks = method.ranks().values()
     line = {
         "step": state.step,
-        "loss": record["loss"],
+        **record["figures"],
         "learning_rate": method.learning_rate,
         "mean_rank": sum(ranks) / len(ranks),
         "active_modules": method.active_modules(),
         "trainable_parameters": trainable,
         "tokens_per_second": record["tokens"] / seconds,
         "seconds": seconds,
-        "memory_bytes": memory_bytes(session.accelerator.device),
+        **memory_figures(session.accelerator.device),
     }
     session.log.write(line)
     track(session.accelerator, line)
@@ -252,7 +253,11 @@ def _validate(session: Session, state: FitState, view: ProgressView) -> None:
     """The task's figures on the validation rows; keeps the adapter where it is the best so far."""
     if not session.validation:
         return
-    figures = validation_metrics(session, lambda all_: view.counted(all_, "validation"))
+
+    def measure() -> dict[str, Any]:
+        return validation_metrics(session, lambda all_: view.counted(all_, "validation"))
+
+    figures = with_relief(session, measure, "validation", view.console)
     record = {"event": "validation", "step": state.step, **figures}
     session.log.write(record)
     track(session.accelerator, record, "validation/")
@@ -268,10 +273,12 @@ def _validate(session: Session, state: FitState, view: ProgressView) -> None:
         state.without_gain += 1
 
 
-def _sample(session: Session, state: FitState) -> None:
+def _sample(session: Session, state: FitState, view: ProgressView) -> None:
     """Answer the chosen prompts, where there are any."""
-    if session.sampler is not None:
-        session.log.write(session.sampler.record(session.model, state.step))
+    sampler = session.sampler
+    if sampler is not None:
+        record = with_relief(session, lambda: sampler.record(session.model, state.step), "samples", view.console)
+        session.log.write(record)
 
 
 def validation_metrics(session: Session, shown: Callable[[Sequence[Batch]], Iterable[Batch]] = iter) -> dict[str, Any]:

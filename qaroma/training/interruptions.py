@@ -10,15 +10,14 @@ from contextlib import contextmanager
 import torch
 
 from qaroma.config.words import memory_size
+from qaroma.engine.no_memory import card_is_full, host_is_full
 from qaroma.errors import QaromaError
 from qaroma.runs.checkpoint import list_checkpoints, step_of
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.files import disk_full, system_error
 
-# A card that is full before torch has its context, or that one program holds alone, is no OutOfMemoryError.
-_CARD = re.compile(r"CUDA error: out of memory|CUDA out of memory|busy or unavailable|CUBLAS_STATUS_ALLOC_FAILED")
+_HELD = re.compile(r"busy or unavailable")
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
-_HOST = re.compile(r"can't allocate memory|not enough memory")
 
 
 @contextmanager
@@ -49,12 +48,12 @@ def explain_interruption(error: Exception, run: RunDirectory) -> QaromaError | N
         return QaromaError(
             f"the disk is full: cannot write to {run.path} ({what}). {_safe(run)} Make room, then {_on(run)}"
         )
-    if isinstance(error, torch.OutOfMemoryError) or _CARD.search(what):
+    if card_is_full(error) or _HELD.search(what):
         return QaromaError(
             f"the GPU has no memory left ({what}). {card_words()} {_safe(run)} Close what else holds the card, then "
             f"{_on(run)}"
         )
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _HOST.search(what)):
+    if host_is_full(error):
         return QaromaError(
             f"the computer has no memory left ({what}). {_safe(run)} Close other programs, then {_on(run)}"
         )

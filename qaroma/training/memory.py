@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+import gc
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import psutil
 import torch
+from rich.console import Console
 
 from qaroma.config.levels import LEVELS
 from qaroma.config.schema import ResolvedConfig
+from qaroma.config.tasks import PREFERENCE
 from qaroma.config.words import memory_size
 from qaroma.engine.levels import apply_level
+from qaroma.engine.no_memory import card_is_full
+from qaroma.engine.streaming import bytes_of_layers
 from qaroma.errors import QaromaError
 from qaroma.model.base import resolve_dtype
 from qaroma.model.found import FoundModel
-from qaroma.plan.card import RESERVE
+from qaroma.plan.card import FRAGMENTS
 from qaroma.plan.search import Planner
 from qaroma.plan.shapes import plannable
 from qaroma.plan.trace import StepSettings
 from qaroma.training.interruptions import card_words
 from qaroma.training.session import Session
+
+Result = TypeVar("Result")
 
 SMALL_SHARE = 0.25  # of the free memory: below it nothing needs to be traced
 
@@ -29,6 +39,24 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(psutil.Process().memory_info().rss)
+
+
+def memory_figures(device: torch.device) -> dict[str, int]:
+    """What the log keeps of a step's memory; on a GPU beside what is allocated also what torch holds for it."""
+    figures = {"memory_bytes": memory_bytes(device)}
+    if device.type == "cuda":
+        figures["reserved_bytes"] = torch.cuda.max_memory_reserved(device)
+    return figures
+
+
+def forbid_spilling(device: torch.device) -> None:
+    """Let torch take no more of a card than is free now where the driver would not refuse it.
+
+    On Windows it moves what does not fit into the computer's memory, without a word, and a step takes minutes.
+    """
+    if device.type == "cuda" and sys.platform == "win32":
+        free, total = torch.cuda.mem_get_info(device)
+        torch.cuda.set_per_process_memory_fraction(free / total, device)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -43,10 +71,33 @@ def others_hold(device: torch.device) -> str:
     return f". {card_words()}" if device.type == "cuda" else ""
 
 
+def with_relief(session: Session, work: Callable[[], Result], what: str, console: Console) -> Result:
+    """Do something that changes no state but the gradients; where memory does not suffice, save some and begin anew.
+
+    Args:
+        session: of the run; see :func:`relieve`.
+        work: what is done.
+        what: its name, to say so.
+        console: where it is said.
+
+    Raises:
+        QaromaError: nothing is left to save.
+    """
+    while True:
+        try:
+            return work()
+        except Exception as error:
+            if not card_is_full(error):
+                raise
+            # Outside the except clause the failed work's tensors are gone, and can be given back.
+        session.method.zero_grad()
+        console.print(f"{what}: out of memory; {relieve(session)}", style="yellow")
+
+
 def relieve(session: Session) -> str:
     """After a step that did not fit: save memory, at an unchanged effective batch.
 
-    First the levels that change no number, then smaller micro-batches, then the packed head.
+    First the levels that change no number, then smaller micro-batches, then the packed head, and the base streamed.
 
     Args:
         session: its level or its plan's micro-batch is changed.
@@ -57,13 +108,23 @@ def relieve(session: Session) -> str:
     Raises:
         QaromaError: nothing is left to save.
     """
+    gc.collect()  # what was cut off may lie in circles of references
     if session.accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
     last = session.level + 1 == len(LEVELS)
     if (last or not LEVELS[session.level + 1].exact) and session.plan.micro_batch > 1:
         session.plan.micro_batch //= 2
         return f"going on with micro-batches of {session.plan.micro_batch}, the same effective batch"
+    other_head = not last and LEVELS[session.level + 1].packed_head and not LEVELS[session.level].packed_head
+    if other_head and session.config.task == PREFERENCE:
+        raise QaromaError(
+            f"out of memory at memory level {session.level} with one pair at a time; the next level has another head "
+            f"than the one that the reference was computed with. Go on with a new one: {session.run.resume_command} "
+            f"--memory {session.level + 1}"
+        )
     if not last:
+        if LEVELS[session.level + 1].streamed:
+            _require_host_memory(session)
         session.level += 1
         enter_level(session.model, session.level, session.config)
         return f"going on at memory level {session.level} ({LEVELS[session.level].summary})"
@@ -72,6 +133,21 @@ def relieve(session: Session) -> str:
         f"(now {session.config.data.max_length}), or see what fits with: qaroma plan --model {session.base_name}"
         f"{others_hold(session.accelerator.device)}"
     )
+
+
+def _require_host_memory(session: Session) -> None:
+    """See to it that the host has room for the layers before they leave a card: a system that swaps ends the run.
+
+    Raises:
+        QaromaError: it has not.
+    """
+    free, needed = free_bytes(torch.device("cpu")), bytes_of_layers(session.model)
+    if session.accelerator.device.type == "cuda" and free < needed:
+        raise QaromaError(
+            f"out of memory at level {session.level}, and the {memory_size(free)} of free host memory do not hold the "
+            f"{memory_size(needed)} of layers that level {session.level + 1} keeps there; type a smaller --max-length "
+            f"(now {session.config.data.max_length}), or end other programs and --resume"
+        )
 
 
 def enter_level(model: Any, level: int, config: ResolvedConfig) -> None:
@@ -97,32 +173,59 @@ def choose_level(config: ResolvedConfig, base: FoundModel, device: torch.device)
     if asked != "auto":
         return int(asked)
     free = free_bytes(device)
-    tokens = config.training.micro_batch * config.data.max_length
+    tokens = _step_tokens(config)
     bound = generous_bound(base.config.get_text_config(), tokens)
     if bound < SMALL_SHARE * free:
         return 0
-    if config.task != "causal-lm":  # the planner traces language models
+    if not config.writes_text:  # the planner traces language models
         return 0 if bound < free else 1
+    host = int(psutil.virtual_memory().available) if device.type == "cuda" else None
+    level = Planner(plannable(base)).fastest_level(_step_settings(config, device), free - FRAGMENTS, host)
+    if level is None:
+        raise QaromaError(
+            f"{config.model.name} does not fit in {memory_size(free, 1)} with micro-batches of {tokens} tokens; type a "
+            f"smaller --micro-batch or --max-length (qaroma plan --model {config.model.name} says what fits), or "
+            f"--memory {len(LEVELS) - 1} to try all the same{others_hold(device)}"
+        )
+    return level
+
+
+def step_memory(config: ResolvedConfig, base: FoundModel, device: torch.device, level: int) -> tuple[int, bool]:
+    """Bytes of the largest step at a memory level, on the device (the host's too where that is the device).
+
+    Args:
+        config, base, device: as :func:`choose_level` takes them.
+        level: of the run.
+
+    Returns:
+        The bytes, and whether they were counted; otherwise the step takes less.
+    """
+    bound = generous_bound(base.config.get_text_config(), _step_tokens(config))
+    if bound < SMALL_SHARE * free_bytes(device) or not config.writes_text:
+        return bound, False
+    step = Planner(plannable(base)).estimate(replace(_step_settings(config, device), level=level))
+    return step.peak + (step.host if device.type == "cpu" else 0), True
+
+
+def _step_tokens(config: ResolvedConfig) -> int:
+    """Tokens of a micro-batch, at most."""
+    return config.training.micro_batch * config.sequences * config.data.max_length
+
+
+def _step_settings(config: ResolvedConfig, device: torch.device) -> StepSettings:
+    """The step that a run makes, at level 0."""
     targets = config.growth.target_modules
-    settings = StepSettings(
+    return StepSettings(
         level=0,
         seq_len=config.data.max_length,
         micro_batch=config.training.micro_batch,
+        sequences=config.sequences,
         inner_rank=config.largest_training_rank,
         targets=targets if isinstance(targets, str) else tuple(targets),
         quantized=config.model.quantization != "none",
         double_quantization=config.model.double_quantization,
         dtype=resolve_dtype(config.model.compute_dtype, device),
     )
-    host = int(psutil.virtual_memory().available) if device.type == "cuda" else None
-    level = Planner(plannable(base)).fastest_level(settings, free - RESERVE, host)
-    if level is None:
-        raise QaromaError(
-            f"{config.model.name} does not fit in {memory_size(free, 1)} with micro-batches of {tokens} tokens; type a "
-            f"smaller --micro-batch or --max-length (qaroma plan --model {config.model.name} says what fits), or "
-            f"--memory 3 to try all the same{others_hold(device)}"
-        )
-    return level
 
 
 def generous_bound(model_config: Any, tokens: int) -> int:

@@ -13,7 +13,8 @@ from qaroma.config.load import require_model_and_data
 from qaroma.config.metrics import metrics_of
 from qaroma.config.presets import BITS_A_TOKEN, DataFacts, Decision, resolve, validation_notes, warm_up_notes
 from qaroma.config.schema import Config, ResolvedConfig
-from qaroma.data.encode import Encoded, Example, limit_length
+from qaroma.config.tasks import PREFERENCE
+from qaroma.data.encode import Encoded, limit_length
 from qaroma.data.glue import dev_file, glue_task, read_glue, read_train
 from qaroma.data.labelled import Kind, LabelledSet, encode_labelled, split_labelled, takes_token_types
 from qaroma.data.packing import pack
@@ -28,6 +29,7 @@ from qaroma.runs.adapter_info import TaskInfo
 from qaroma.tasks.base import Task
 from qaroma.tasks.causal_lm import CausalLM
 from qaroma.tasks.labelled import labelled_task
+from qaroma.tasks.preference import Preference
 
 _NO_LIMIT = 2**31
 
@@ -68,7 +70,7 @@ def prepare_data(config: Config) -> PreparedData:
     """
     name = require_model_and_data(config)
     base = find_model(name, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
-    prepare = _prepare_conversations if config.task == "causal-lm" else _prepare_labelled
+    prepare = _prepare_conversations if config.writes_text else _prepare_labelled
     data = prepare(config, base, load_tokenizer(base))
     data.notes += [*validation_notes(len(data.validation)), *warm_up_notes(data.config)]
     return data
@@ -81,6 +83,8 @@ def _prepare_conversations(config: Config, base: FoundModel, tokenizer: PreTrain
         raise QaromaError(f"{named} has labels, not answers; type --task {task.kind if task else 'classification'}")
     if config.evaluation.metric is not None:
         raise QaromaError("evaluation.metric is for --task classification and regression; leave it out")
+    if config.data.packing and config.task == PREFERENCE:
+        raise QaromaError("data.packing joins answers in one row, which pairs cannot be; leave it out")
     template = Template.choose(tokenizer, config.data.template, config.data.tools)
     rows = read_rows([(s.path, s.weight) for s in config.data.train], seed=config.training.seed)
     encoded = encoded_as_asked(config, rows, base, tokenizer, template, max_length=config.data.max_length)
@@ -106,23 +110,32 @@ def _prepare_conversations(config: Config, base: FoundModel, tokenizer: PreTrain
     train, held_out = _split(config, limited, share)
     if validation is not None:
         held_out = limit_length(validation, *limit)
-    examples: list[Example] = train.examples
+    examples = train.examples
     if resolved.data.packing:
         examples = pack(examples, resolved.data.max_length)
         notes.append(f"{len(train.examples)} examples packed into {len(examples)} rows")
-    notes.append(f"{len(train.examples)} examples to train on, {len(held_out.examples)} to validate on")
     return PreparedData(
         resolved,
         base,
         decisions,
         notes,
         tokenizer,
-        CausalLM(tokenizer.pad_token_id or 0),
+        _writing_task(resolved, tokenizer.pad_token_id or 0),
         examples,
         held_out.examples,
         encoded.template,
-        TaskInfo(template=encoded.template.to_json()),
+        TaskInfo(
+            config.task,
+            template=encoded.template.to_json(),
+            beta=resolved.training.beta if config.task == PREFERENCE else None,
+        ),
     )
+
+
+def _writing_task(config: ResolvedConfig, pad_token_id: int) -> Task:
+    if config.task == PREFERENCE:
+        return Preference(config.training.beta, pad_token_id)
+    return CausalLM(pad_token_id)
 
 
 def _prepare_labelled(config: Config, base: FoundModel, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
@@ -148,8 +161,7 @@ def _prepare_labelled(config: Config, base: FoundModel, tokenizer: PreTrainedTok
         model=model_facts(config, base),
     )
     resolved, decisions = resolve(config, facts)
-    counts = f"{len(train.examples)} examples to train on, {len(held_out.examples)} to validate on"
-    notes = [f"data: {kind} of {' and '.join(whole.fields)}, {counts}", *whole.notes]
+    notes = [f"data: {kind} of {' and '.join(whole.fields)}, {len(whole.examples)} examples", *whole.notes]
     limit = resolved.data.max_length
     long = sum(length > limit for length in lengths)
     if long and config.data.on_too_long == "error":
@@ -215,11 +227,11 @@ def _labelled_task(config: Config, kind: Kind, labels: Sequence[str], pad_token_
     return labelled_task(kind, labels, metric, pad_token_id)
 
 
-def _split(config: Config, encoded: Encoded, share: float) -> tuple[Encoded, Encoded]:
+def _split(config: Config, encoded: Encoded[Any], share: float) -> tuple[Encoded[Any], Encoded[Any]]:
     return split_validation(encoded, share=share, at_most=config.data.validation_max, seed=config.training.seed)
 
 
-def _left_out(encoded: Encoded) -> list[str]:
+def _left_out(encoded: Encoded[Any]) -> list[str]:
     """Sentences about examples that are not trained on, or not whole."""
     counts = {
         "bad rows left out": len(encoded.bad),

@@ -17,6 +17,7 @@ from qaroma.config.words import duration
 from qaroma.method.growth import GrowthEvent
 
 PLAIN_LINES = 20  # progress lines of a run whose output is no terminal
+_TOLD = ("accuracy", "margin")  # of preferences, beside the loss
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 40  # points of the loss curve
 _Item = TypeVar("_Item")
@@ -106,6 +107,7 @@ class ProgressView:
         self.losses.append(record["loss"])
         self.figures |= {
             "loss": f"{record['loss']:.3f}",
+            **{name: f"{record[name]:.3f}" for name in _TOLD if name in record},
             "lr": f"{record['learning_rate']:.1e}",
             "rank": f"{record['mean_rank']:.2f}",
             "active": f"{record['active_modules']}",
@@ -128,8 +130,9 @@ class ProgressView:
         """A line in a pipe: the figures now and then, the time left as soon as it is known."""
         f, left = self.figures, self.left.words(time.monotonic())
         if step % self.every == 0 or step == self.total:
+            told = "".join(f"{name} {f[name]}  " for name in _TOLD if name in f)
             line = (
-                f"loss {f['loss']}  lr {f['lr']}  rank {f['rank']}  active {f['active']}  params {f['params']}  "
+                f"loss {f['loss']}  {told}lr {f['lr']}  rank {f['rank']}  active {f['active']}  params {f['params']}  "
                 f"{f['tok/s']} tok/s  {f['GiB']} GiB  {left}"
             )
             self.console.print(f"step {step}/{self.total}  {line.rstrip()}", highlight=False, soft_wrap=True)
@@ -137,10 +140,11 @@ class ProgressView:
             self.console.print(f"step {step}/{self.total}  {left}", highlight=False, soft_wrap=True)
 
     def validation(self, step: int, figures: Mapping[str, Any], metric: str, *, best: bool) -> None:
-        """A validation pass: the loss, and the figure that counts where it is another."""
+        """A validation pass: the loss, the figure that counts where it is another, and what is told of preferences."""
         mark = " (best so far)" if best else ""
-        other = "" if metric == "loss" else f", {metric} {figures[metric]:.4f}"
-        self.console.print(f"step {step}: validation loss {figures['loss']:.4f}{other}{mark}", highlight=False)
+        others = [metric] if metric != "loss" else [name for name in _TOLD if name in figures]
+        shown = "".join(f", {name} {figures[name]:.4f}" for name in others)
+        self.console.print(f"step {step}: validation loss {figures['loss']:.4f}{shown}{mark}", highlight=False)
         self.figures["validation"] = f"{figures[metric]:.4f}" + ("" if metric == "loss" else f" {metric}")
         self._draw()
 
@@ -160,7 +164,7 @@ class ProgressView:
     def panel(self) -> RenderableType:
         """The loss curve, the figures in two rows, what is being done, and the bar."""
         table = Table.grid(padding=(0, 2))
-        names = ("loss", "validation", "lr", "rank", "active", "params", "tok/s", "GiB")
+        names = ("loss", *_TOLD, "validation", "lr", "rank", "active", "params", "tok/s", "GiB")
         shown = [name for name in names if name in self.figures]
         table.add_row(*(Text(name, style="dim") for name in shown))
         table.add_row(*(Text(self.figures[name], style="bold") for name in shown))

@@ -14,6 +14,7 @@ from qaroma.runs.directory import GROWTH, RunDirectory, quoted
 from qaroma.runs.files import copy_files, directory_written_aside, heal, read_json, remove_directory, remove_leftovers
 from qaroma.training.data_fingerprint import require_same_data
 from qaroma.training.fit import FitState, restore_state
+from qaroma.training.reference import add_reference
 from qaroma.training.session import Session
 
 
@@ -46,9 +47,11 @@ def restored(session: Session, console: Console) -> FitState:
         console.print(f"warning: {warning}", style="yellow", highlight=False)
     if checkpoint is None:
         _require_nothing_done(run)
+        add_reference(session, console)
         state = FitState()
     else:
         require_same_data(checkpoint.values["data"], session.data_fingerprint, run.path.as_posix())
+        add_reference(session, console)  # by the model as it starts, before the checkpoint's state is put into it
         for path in list_checkpoints(run.checkpoints):
             if step_of(path) > checkpoint.step:
                 set_aside(path, "damaged")

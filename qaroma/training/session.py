@@ -44,6 +44,7 @@ class Session:
         accelerator: device and backward pass.
         sampler: answers chosen prompts while the run trains; None where there are none.
         level: memory level that the model is in (:data:`qaroma.config.levels.LEVELS`).
+        notes: sentences on what of the base no adapter takes.
     """
 
     config: ResolvedConfig
@@ -62,7 +63,9 @@ class Session:
     accelerator: Accelerator
     sampler: Sampler | None = None
     level: int = 0
+    notes: list[str] = field(default_factory=list)
     _validation_batches: list[Batch] = field(default_factory=list)
+    _validation_size: int = 0  # rows of these
 
     @cached_property
     def data_fingerprint(self) -> dict[str, Any]:
@@ -70,12 +73,12 @@ class Session:
         return data_fingerprint(self.train, self.validation)
 
     def validation_batches(self) -> Sequence[Batch]:
-        """The validation rows, similar lengths together, in micro-batches; always the same."""
-        if not self._validation_batches:
-            ordered = sorted(self.validation, key=lambda e: len(e.input_ids))
-            size = self.config.training.micro_batch
+        """The validation rows, similar lengths together, in micro-batches; the same as long as these are."""
+        size = self.plan.micro_batch
+        if self._validation_size != size:
+            ordered = sorted(self.validation, key=lambda e: e.tokens)
             chunks = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-            self._validation_batches = [self.task.collate(chunk) for chunk in chunks]
+            self._validation_batches, self._validation_size = [self.task.collate(chunk) for chunk in chunks], size
         return self._validation_batches
 
     def save_adapter(self, folder: Path, step: int) -> None:

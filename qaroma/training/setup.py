@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from qaroma.config.growth_settings import growth_settings
 from qaroma.config.levels import LEVELS
 from qaroma.config.methods import METHODS
 from qaroma.config.schema import ResolvedConfig
+from qaroma.config.tasks import PREFERENCE
 from qaroma.errors import QaromaError
-from qaroma.method.base import Method, MethodOptions
+from qaroma.method.base import AdapterMethod, Method, MethodOptions
 from qaroma.method.head import TrainedHead, head_names, is_inside
-from qaroma.method.targets import find_targets
+from qaroma.method.targets import find_targets, unadaptable
 from qaroma.model.base import fingerprint, load_base, resolve_dtype
 from qaroma.runs.adapter import continue_from
 from qaroma.runs.directory import RunDirectory
@@ -24,7 +26,7 @@ from qaroma.runs.log import MetricsLog
 from qaroma.runs.peft_limits import told_of_peft
 from qaroma.tasks.causal_lm import require_known_head
 from qaroma.training.batches import BatchPlan
-from qaroma.training.memory import choose_level, enter_level
+from qaroma.training.memory import choose_level, enter_level, forbid_spilling
 from qaroma.training.prepare import PreparedData
 from qaroma.training.samples import Sampler
 from qaroma.training.session import Session
@@ -33,8 +35,12 @@ from qaroma.training.trackers import require_trackers
 logger = logging.getLogger(__name__)
 
 
-def build_session(data: PreparedData, run: RunDirectory) -> Session:
+def build_session(data: PreparedData, run: RunDirectory, level: int | None = None) -> Session:
     """Load the base, attach the adapter, choose the method.
+
+    Args:
+        data, run: of the session.
+        level: memory level; None chooses it.
 
     Raises:
         QaromaError: a model that cannot be loaded or adapted, or a device that is not there.
@@ -43,21 +49,23 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
     METHODS[config.method].require()
     torch.manual_seed(config.training.seed)
     accelerator = _accelerator(config, run)
-    level = choose_level(config, data.base, accelerator.device)
+    forbid_spilling(accelerator.device)
+    level = choose_level(config, data.base, accelerator.device) if level is None else level
     model = _load(data, level, accelerator.device)
     identity = fingerprint(model)
     names = head_names(model, model.new_parameters) if data.template is None else []
     if names:
         model.config.pad_token_id = data.tokenizer.pad_token_id  # decoders look for the last token before it
+    notes = unadaptable(model)
     told = told_of_peft(model.config, find_targets(model, config.growth.target_modules))
     if told is not None:
         logger.warning(told)
+    enter_level(model, level, config)  # before the adapter, which goes where the weights are
     method, head = build_method(config, model, names)
-    enter_level(model, level, config)
     require_known_head(model)
     training = config.training
     plan = BatchPlan(
-        [len(e.input_ids) for e in data.train],
+        [e.tokens for e in data.train],
         micro_batch=training.micro_batch,
         grad_accum=training.grad_accum,
         seed=training.seed,
@@ -69,7 +77,7 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
         model=model,
         base_name=config.model.name,
         fingerprint=identity,
-        remember=data.remember,
+        remember=replace(data.remember, start=_start(method)) if config.task == PREFERENCE else data.remember,
         task=data.task,
         method=method,
         head=head,
@@ -79,7 +87,16 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
         accelerator=accelerator,
         sampler=_sampler(data),
         level=level,
+        notes=notes,
     )
+
+
+def _start(method: Method) -> dict[str, int]:
+    """How many ranks of each module a method that has not begun goes on from; empty where it begins with nothing."""
+    if not isinstance(method, AdapterMethod):
+        return {}
+    frozen = {name: len(layer.frozen_factors()[0]) for name, layer in method.adapter.layers.items()}
+    return {name: rank for name, rank in frozen.items() if rank}
 
 
 def _accelerator(config: ResolvedConfig, run: RunDirectory) -> Accelerator:
@@ -112,6 +129,7 @@ def _load(data: PreparedData, level: int, device: torch.device) -> Any:
         attention=model.attention,
         num_labels=data.remember.outputs,
         host_embeddings=LEVELS[level].host_embeddings,
+        host_layers=LEVELS[level].streamed,
     )
 
 

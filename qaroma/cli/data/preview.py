@@ -8,6 +8,8 @@ import click
 
 from qaroma.cli.options import CONFIG_OPTION, SET_OPTION, config_options, count, read_config
 from qaroma.config.load import require_model_and_data
+from qaroma.config.tasks import PREFERENCE, WRITING
+from qaroma.errors import QaromaError
 from qaroma.model.builtin import require_model
 from qaroma.training.checks import check_sources
 
@@ -28,6 +30,7 @@ Examples:
 @config_options(
     "model.name",
     "data.train",
+    "task",
     "data.format",
     "data.columns",
     "data.feedback",
@@ -51,6 +54,10 @@ def command(config: str | None, examples: int, rows: int, sets: tuple[str, ...],
     Takes the settings of finetune, so that --config shows what that run will train on.
     """
     settings = read_config(config, parameters, sets)
+    if not settings.writes_text:
+        raise QaromaError(
+            f"got task {settings.task}, whose texts are trained as they are; expected {' or '.join(WRITING)}"
+        )
     name = require_model_and_data(settings)
     require_model(name)
     check_sources(settings)
@@ -76,6 +83,7 @@ def command(config: str | None, examples: int, rows: int, sets: tuple[str, ...],
         form=data.format,
         columns=data.columns,
         feedback=data.feedback,
+        pairs=settings.task == PREFERENCE,
         train_on=data.train_on,
         max_length=data.max_length,
         on_too_long=data.on_too_long,
@@ -85,16 +93,18 @@ def command(config: str | None, examples: int, rows: int, sets: tuple[str, ...],
     console = Console()
     for example in encoded.examples[:examples]:
         # Soft wrapping: the line breaks shown are the example's own.
-        console.print(preview(example, tokenizer), soft_wrap=True)
-        console.print()
+        for name, sequence in example.sequences.items():
+            console.print(preview(sequence, tokenizer, name), soft_wrap=True)
+            console.print()
     _print_counts(console, encoded, min(rows, len(found.rows)), len(found.rows))
 
 
-def _print_counts(console: Console, encoded: Encoded, looked_at: int, rows: int) -> None:
+def _print_counts(console: Console, encoded: Encoded[Any], looked_at: int, rows: int) -> None:
     lengths = sorted(encoded.lengths)
+    kind = "pairs" if len(lengths) > len(encoded.examples) else "examples"
     lines = [
         f"{looked_at:,} of {rows:,} rows, form {encoded.form}, template {encoded.template.kind}",
-        f"{len(lengths):,} examples of {lengths[0]:,} to {lengths[-1]:,} tokens, half of them up to "
+        f"{len(encoded.examples):,} {kind} of {lengths[0]:,} to {lengths[-1]:,} tokens, half of them up to "
         f"{lengths[len(lengths) // 2]:,}; {encoded.trained_tokens:,} of {sum(lengths):,} tokens trained",
     ]
     if encoded.dropped_too_long or encoded.truncated:
