@@ -134,6 +134,19 @@ def test_every_command_and_option_is_explained(path: tuple[str, ...]) -> None:
             assert parameter.help, parameter.name
 
 
+@pytest.mark.parametrize("path", list(COMMANDS), ids=" ".join)
+def test_help_speaks_to_people(path: tuple[str, ...]) -> None:
+    """No words of Python, and no reason that is a citation."""
+    command = COMMANDS[path]
+    texts = [command.help, *(getattr(parameter, "help", None) for parameter in command.params)]
+    assert not [text for text in texts if text and re.search(r"\bNone\b|\bMETHOD\b|\beq\. ?\d|\(paper", text)]
+
+
+@pytest.mark.parametrize("field", config_fields().items(), ids=lambda field: field[0])
+def test_settings_are_described_to_people(field: tuple[str, Any]) -> None:
+    assert not re.search(r"\bNone\b|\bMETHOD\b|\beq\. ?\d|\(paper", field[1].description)
+
+
 def test_the_group_lists_each_command_with_its_line() -> None:
     text = typed("--help").stdout
     assert DECLARED

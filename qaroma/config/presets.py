@@ -241,7 +241,7 @@ def _decide_steps(config: Config, facts: DataFacts, decide: Decide) -> int:
     if epochs is not None:
         steps, reason = math.ceil(epochs * per_epoch), f"{epochs:g} epochs of {per_epoch} steps"
     elif config.growth.preset == "paper" and llama:
-        steps, reason = int(PAPER[8 if config.growth.inner_rank == 8 else 1]["steps"]), "published step budget"
+        steps, reason = int(PAPER[8 if config.growth.inner_rank == 8 else 1]["steps"]), "the published number of steps"
     elif steps < MIN_STEPS:
         steps = min(MIN_STEPS, most * per_epoch)
         reason = f"{facts.rows} rows are few: {steps / per_epoch:.0f} epochs"
@@ -280,7 +280,7 @@ def _decide_auto(config: Config, steps: int, facts: DataFacts, decide: Decide) -
 def _decide_budget(config: Config, steps: int, facts: DataFacts, decide: Decide) -> None:
     """Ranks from what the data has to tell, the rate from the weights."""
     decide("growth.inner_rank", 1, "rank-one components")
-    alpha = decide("growth.alpha", 2.0, "the update is 2 B A, as the paper for LLaMA")
+    alpha = decide("growth.alpha", 2.0, "the update is 2 B A")
     decide("growth.window", "all", "freezing the older components costs more than it saves")
     needed, told = _needed_rank(config, steps, facts)
     largest = LARGE_BUDGET if needed > BLOCK else SMALL_BUDGET
@@ -337,9 +337,9 @@ def _decide_patience(config: Config, planned: int, facts: DataFacts, decide: Dec
 
 def _decide_loops(config: Config, steps: int, decide: Decide) -> None:
     """The paper's proportions, scaled to the data: 1,000 rows are some hundred steps."""
-    decide("growth.window", 1, "paper")
+    decide("growth.window", 1, "the newest component trains, the older ones are frozen")
     inner_rank = decide("growth.inner_rank", 1, "rank-one components")
-    decide("growth.alpha", 2.0 * inner_rank, "2 x inner rank, as the paper for LLaMA")
+    decide("growth.alpha", 2.0 * inner_rank, "the update is 2 B A")
     longest = min(1000, max(2, round(steps / COMPONENTS)))
     t_in = decide("growth.t_in", longest, f"{COMPONENTS} inner loops in {steps} steps, at most 1000")
     decide("growth.warmup", min(100, t_in // 10), "a tenth of t_in, at most 100")
@@ -358,26 +358,26 @@ def _decide_loops(config: Config, steps: int, decide: Decide) -> None:
 
 def _decide_paper(config: Config, steps: int, facts: DataFacts, decide: Decide) -> None:
     llama = config.writes_text
-    model = "paper, LLaMA3-8B" if llama else "paper, RoBERTa-base"
-    modules = (PAPER_MODULES, model) if llama else ("all-linear", "paper: all of an encoder's")
+    model = "as published for LLaMA3-8B" if llama else "as published for RoBERTa-base"
+    modules = (PAPER_MODULES, model) if llama else ("all-linear", "all of an encoder's")
     decide("growth.target_modules", *modules)
-    decide("growth.window", 1, "paper")
+    decide("growth.window", 1, "the newest component trains, the older ones are frozen")
     inner_rank = decide("growth.inner_rank", 1, model)
     published = PAPER[8 if inner_rank == 8 else 1] if llama else PAPER_ENCODER
     decide("growth.alpha", published["alpha"] if llama else published["alpha"] * inner_rank, model)
     decide("growth.t_in", int(published["t_in"]), model)
     _decide_outer(published["eps_out"], model, decide)
-    decide("growth.warmup", 100, "paper")
-    decide("growth.restart_warmup", 50, "paper")
-    decide("growth.check_every", 10, "paper")
-    decide("growth.dropout", 0.1, "paper")
-    _decide_head_rate(config, decide("training.learning_rate", 1e-4, "paper"), decide)
+    decide("growth.warmup", 100, "as published")
+    decide("growth.restart_warmup", 50, "as published")
+    decide("growth.check_every", 10, "as published")
+    decide("growth.dropout", 0.1, "as published")
+    _decide_head_rate(config, decide("training.learning_rate", 1e-4, "as published"), decide)
     _decide_common(decide)
 
 
 def _decide_outer(eps_out: float, reason: str, decide: Decide) -> None:
     """The outer criterion and its bound, which is ``eps_out`` as a share of the weight."""
-    if decide("growth.outer_criterion", "weight", "eq. 6") == "update":
+    if decide("growth.outer_criterion", "weight", "a component is measured beside its layer's weight") == "update":
         eps_out, reason = EPS_OUT_UPDATE, "a tenth of the update so far: one more makes it half a percent larger"
     decide("growth.eps_out", eps_out, reason)
 
@@ -388,15 +388,15 @@ def _decide_head_rate(config: Config, rate: float, decide: Decide) -> None:
 
 
 def _decide_common(decide: Decide) -> None:
-    decide("growth.eps_in", 0.1, "paper")
-    decide("growth.inner_criterion", "norm", "eq. 5")
-    decide("growth.init", "kaiming", "paper: random A, no pass beside the steps")
-    decide("growth.schedule", "lockstep", "paper")
-    decide("growth.on_converged", "discard", "paper")
-    decide("growth.reset", "prune", "paper")
-    decide("growth.check_first", True, "Algorithm 1")
+    decide("growth.eps_in", 0.1, "a component whose size changes by less has converged")
+    decide("growth.inner_criterion", "norm", "the size of a component tells whether it still changes")
+    decide("growth.init", "kaiming", "random A: no pass beside the steps")
+    decide("growth.schedule", "lockstep", "all layers begin a component together")
+    decide("growth.on_converged", "discard", "a component that is too small to help is dropped")
+    decide("growth.reset", "prune", "moments of older components would lead a new one astray")
+    decide("growth.check_first", True, "a layer that needs nothing gets nothing")
     decide("growth.dropout", 0.0, "one product for all components instead of two")
-    decide("growth.min_lr_ratio", 0.1, "paper")
+    decide("growth.min_lr_ratio", 0.1, "the cosine ends at a tenth")
 
 
 def _decide_fixed(config: Config, steps: int, facts: DataFacts, decide: Decide) -> None:
