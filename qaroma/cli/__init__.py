@@ -64,7 +64,7 @@ USUAL_NAMES = {
 
 _EPILOG = """\b
 Examples:
-  qaroma finetune --config configs/quickstart.yaml
+  qaroma finetune --config quickstart --output runs/quickstart
   qaroma generate runs/quickstart "Dim the lights in the attic to 35 percent."
 """
 

@@ -11,8 +11,9 @@ from qaroma.training.checks import check_finetune
 
 _EPILOG = """\b
 Examples:
-  qaroma finetune --config configs/quickstart.yaml
-  qaroma finetune --model smollm2-135m --data mine.jsonl --output runs/mine --set growth.eps_out=1e-3
+  qaroma finetune --config quickstart --output runs/quickstart
+  qaroma finetune --model smollm2-135m --data mine.jsonl --dry-run
+  qaroma finetune --model smollm2-135m --data mine.jsonl --output runs/mine --prompt "a question of yours"
 """
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _EPILOG = """\b
 Examples:
   qaroma data preview --model smollm2-135m --data demo:calendar
-  qaroma data preview --config my.yaml --examples 5 --set data.template=plain
+  qaroma data preview --config mine.yaml --examples 5 --set data.template=plain
 """
 
 
