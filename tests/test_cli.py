@@ -20,6 +20,7 @@ import pytest
 from qaroma import __version__
 from qaroma.cli import COMMANDS as DECLARED
 from qaroma.cli import main, root
+from qaroma.cli.output import write_figures
 from qaroma.config.load import config_fields
 from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
@@ -307,6 +308,11 @@ def test_evaluate_prints_figures_for_people(called: dict[str, Any], capsys: pyte
     assert (called["rows"], called["data_format"], called["skip_bad"]) == (None, "auto", False)
 
 
+def test_shares_are_printed_in_per_cent_as_in_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    write_figures({"exact_match": 1.0, "loss": 0.25})
+    assert capsys.readouterr().out == "exact match  100.0 %\nloss         0.25\n"
+
+
 @pytest.mark.parametrize(
     ("raised", "code", "message"),
     [
@@ -398,6 +404,15 @@ def test_data_preview_marks_what_is_trained(
     assert "⟦[a0]<|im_end|>⟧" in out
     assert "[q1]" not in out
     assert "3 of 5 rows, form alpaca, template chat" in out
+    long = [{"instruction": "long " * 400, "output": "[a]"}]
+    (tmp_path / "rows.json").write_text(json.dumps(long), encoding="utf-8")
+    assert main(["data", "preview", *arguments[:4]]) == 0
+    cut = capsys.readouterr().out
+    assert "characters, --full shows them ...]" in cut
+    assert "⟦[a]<|im_end|>⟧" in cut
+    assert len(cut) < 700
+    assert main(["data", "preview", *arguments[:4], "--full"]) == 0
+    assert "long " * 400 in capsys.readouterr().out
     assert "3 examples of" in out
 
 

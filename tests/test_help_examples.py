@@ -7,6 +7,7 @@ import io
 import shlex
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,16 @@ def typed(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert main(words[1:]) == 0, line
 
 
+@pytest.fixture
+def fresh_imports() -> Iterator[None]:
+    """What is imported beside stand-ins is forgotten with them."""
+    before = set(sys.modules)
+    yield
+    for name in [name for name in sys.modules if name.startswith("qaroma.") and name not in before]:
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("fresh_imports")
 def test_every_example_can_be_typed_and_finds_what_it_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
