@@ -76,6 +76,16 @@ def test_a_long_step_and_a_validation_show_how_far_they_are() -> None:
         assert f"step 3, {done} of 2 batches done" in out.getvalue()
 
 
+def test_a_narrow_panel_leaves_figures_out_and_cuts_none() -> None:
+    out = io.StringIO()
+    view = ProgressView(Console(file=out, width=40), total=9)
+    view.step({**RECORD, "step": 1}, [])
+    view.console.print(view.panel())
+    assert "1.500" in out.getvalue()
+    assert "…" not in out.getvalue()
+    assert "GiB" not in out.getvalue().partition("step 1/9")[2].partition("\n")[2]
+
+
 def test_a_curve_has_its_lowest_value_lowest() -> None:
     assert curve([3.0, 2.0, 1.0]) == "█▅▁"
     assert curve([2.0, 2.0]) == "▁▁"

@@ -158,6 +158,24 @@ def test_long_answers_are_shortened() -> None:
     assert len(summary_text(dataclasses.replace(RUN, ranks={}, examples=(example,)))) < 3000
 
 
+def test_narrow_names_of_modules_are_not_broken() -> None:
+    names = [f"m.layers.0.{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    wide, narrow = (printed(rank_map(dict.fromkeys(names, 2), width), width=width) for width in (100, 60))
+    assert wide[1].split() == [
+        "layer",
+        *(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        "mean",
+    ]
+    assert narrow[1].split() == ["layer", "q", "k", "v", "o", "gate", "up", "down", "mean"]
+    assert narrow[2].split()[0] == "0"
+
+
+def test_a_run_that_still_improves_goes_on_first() -> None:
+    longer = "qaroma finetune --resume --output runs/x --epochs 5"
+    run = dataclasses.replace(RUN, ended=Outcome("still improving", False, longer))
+    assert next_commands(run)[0] == longer
+
+
 def test_next_come_chat_export_and_report() -> None:
     run = dataclasses.replace(RUN, run="runs/my run")
     words = [shlex.split(line, comments=True) for line in next_commands(run)]

@@ -42,7 +42,8 @@ def state(run: Run) -> str:
     """Where a run stands, as one sentence."""
     if not run.finished:
         return f"Not finished: step {run.step:,}" + (f" of {run.budget:,}" if run.budget else "")
-    return f"Finished after {run.step:,} steps: {outcome(run).text}"
+    found = outcome(run)
+    return f"Finished after {run.step:,} steps: {found.text}" + (f": {found.command}" if found.command else "")
 
 
 def description(run: Run) -> str:

@@ -28,10 +28,12 @@ class Outcome:
     Attributes:
         text: clauses, separated by semicolons.
         success: whether it ended because it was done, with nothing wasted and nothing left to gain.
+        command: what goes on with a run that still improves; None for others.
     """
 
     text: str
     success: bool
+    command: str | None = None
 
 
 def outcome(run: Run) -> Outcome:
@@ -58,8 +60,9 @@ def outcome(run: Run) -> Outcome:
         clauses.append(f"the {wasted:,} steps after it brought nothing ({last})")
     improving = not by_itself and not wasted and helped and _still_improves(facts, [value for _, value in points])
     if improving:
-        clauses.append(f"still improving: more epochs would help: {_longer(run)}")
-    return Outcome("; ".join(clauses), helped and (by_itself or not (wasted or improving)))
+        clauses.append("still improving: more epochs would help")
+    success = helped and (by_itself or not (wasted or improving))
+    return Outcome("; ".join(clauses), success, _longer(run) if improving else None)
 
 
 def _still_improves(facts: Metric, values: Sequence[float]) -> bool:

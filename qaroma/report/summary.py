@@ -98,7 +98,7 @@ def print_summary(run: RunSummary, console: Console | None = None) -> None:
     for example in run.examples:
         console.print(_example(example))
     if run.ranks:
-        console.print(rank_map(run.ranks))
+        console.print(rank_map(run.ranks, console.width))
     console.print(_figures(run))
     console.print("\nNext", style="bold")
     for line in next_commands(run):
@@ -113,11 +113,17 @@ def next_commands(run: RunSummary) -> list[str]:
     export = f"qaroma export {where} --format gguf     # for Ollama, LM Studio, llama.cpp"
     if not run.in_gguf:
         export = f"qaroma export {where} --format merged   # for vLLM, SGLang, transformers"
+    longer = [run.ended.command] if run.ended.command else []
     commands = [f"qaroma chat {where}", export] if run.outputs is None else []
-    return [*commands, f"qaroma evaluate {where} --data {data}", f"qaroma report {where}   # figures and one page"]
+    return [
+        *longer,
+        *commands,
+        f"qaroma evaluate {where} --data {data}",
+        f"qaroma report {where}   # figures and one page",
+    ]
 
 
-def rank_map(ranks: Mapping[str, int]) -> RenderableType:
+def rank_map(ranks: Mapping[str, int], width: int | None = None) -> RenderableType:
     """The ranks as a table layer x module, shaded in a terminal and readable when piped.
 
     The first whole number in a module's name is its layer. Names that differ only in a later
@@ -125,6 +131,7 @@ def rank_map(ranks: Mapping[str, int]) -> RenderableType:
 
     Args:
         ranks: rank of each module by its full name, in the model's order.
+        width: columns that there are; where names do not fit, what they all end with is left out. None is any.
 
     Returns:
         A table with one row a layer, one column a kind of module, and the means of both.
@@ -137,7 +144,7 @@ def rank_map(ranks: Mapping[str, int]) -> RenderableType:
     largest = max(ranks.values(), default=0)
     table = Table(box=None, padding=(0, 1), pad_edge=False)
     table.add_column("layer", justify="right")
-    for label in grid.columns:
+    for label in _fitting(grid.columns, width):
         table.add_column(label, justify="right", overflow="fold")
     table.add_column("mean", justify="right", style="bold")
     for label, row in zip(grid.rows, grid.cells, strict=True):
@@ -147,6 +154,15 @@ def rank_map(ranks: Mapping[str, int]) -> RenderableType:
     means = (_mean([rank for row in grid.cells for rank in row[column]]) for column in range(len(grid.columns)))
     table.add_row("mean", *means, _mean(list(ranks.values())), style="bold")
     return Group(Text("Rank by layer and module", style="bold"), table)
+
+
+def _fitting(names: Sequence[str], width: int | None) -> list[str]:
+    """The names, without the ending that they share where they have no room with it."""
+    room = sum(max(len(name), 4) + 2 for name in ("layer", *names, "mean"))
+    ends = {name[name.rfind("_") :] for name in names if "_" in name}
+    if width is None or room <= width or len(ends) != 1 or not all("_" in name for name in names):
+        return list(names)
+    return [name.removesuffix(*ends) for name in names]
 
 
 def _cell(ranks: Sequence[float], largest: int) -> Text:

@@ -111,7 +111,7 @@ def tell(console: Console, data: PreparedData, told: Forecast, run: RunDirectory
     for note in data.notes:
         console.print(note, highlight=False, markup=False)
     for line in sentences(data.config, told, run):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
 
 
 def sentences(config: ResolvedConfig, told: Forecast, run: RunDirectory) -> list[str]:

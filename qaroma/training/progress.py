@@ -166,6 +166,10 @@ class ProgressView:
         table = Table.grid(padding=(0, 2))
         names = ("loss", *_TOLD, "validation", "lr", "rank", "active", "params", "tok/s", "GiB")
         shown = [name for name in names if name in self.figures]
+        while (
+            len(shown) > 1 and sum(max(len(name), len(self.figures[name])) + 2 for name in shown) > self.console.width
+        ):
+            shown.pop()  # the last ones matter least
         table.add_row(*(Text(name, style="dim") for name in shown))
         table.add_row(*(Text(self.figures[name], style="bold") for name in shown))
         return Group(Text(curve(self.losses), style="cyan"), table, Text(self.doing, style="dim"), self.bar)
