@@ -384,12 +384,13 @@ _WORDS = (
     "0,0,1", "png,svg", "html", "lora:" + "9" * 30, "aroma+t_in=0", "aroma+=", "+", ",",
 )  # fmt: skip
 # doctor tries the machine, and benchmark first reads the thousands of task files of lm-evaluation-harness.
-_WITHOUT_A_MODEL = tuple(name for name in COMMANDS if name not in ("doctor", "benchmark", "configs", "data"))
+_WITHOUT_A_MODEL = tuple(name for name in COMMANDS if name not in ("doctor", "benchmark", "configs", "data", "runs"))
+_OF_GROUPS = ("configs ls", "configs cp", "data preview", "runs ls", "runs rm")
 
 
 def command_line(chooser: random.Random, folder: Path) -> None:
     """Options and words in any order after a command's name, typed beside a run, with no model and no network."""
-    name = chooser.choice((*_WITHOUT_A_MODEL, *_WITHOUT_A_MODEL, "configs ls", "configs cp", "data preview"))
+    name = chooser.choice((*_WITHOUT_A_MODEL, *_WITHOUT_A_MODEL, *_OF_GROUPS))
     words = name.split()
     command = root.get_command(click.Context(root), words[0])
     if isinstance(command, click.Group):

@@ -94,20 +94,22 @@ def test_the_base_answers_in_place_and_the_adapter_is_back_after_that(tuned: Tun
     assert [layer.A.data_ptr() for layer in layers] == factors
 
 
-def test_base_answers_the_last_message_again_and_again(
+def test_base_shows_its_answer_and_the_conversation_stays_the_tuned_models(
     tuned: TunedModel, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = TunedModel(
         load_base(tiny_folder, compute_dtype=torch.float32, device="cpu"), tuned.tokenizer, tuned.template
     )
     chat = Chat(tuned, SHORT)
-    converse(chat, typing("/base", "/base", "count 3", "/base", "/base"))
+    converse(chat, typing("/base", "count 3", "/base", "/base", "count 4"))
     ours, theirs = (greedy(model, Message("user", "count 3")) for model in (tuned, plain))
     assert ours != theirs
     out, err = capsys.readouterr()
-    assert out == f"{ours}\n{theirs}\n{ours}\n"
-    assert err.count("the base answers, without the adapter") == 2
-    assert [turn.content for turn in chat.turns] == ["count 3", ours]
+    turns = [Message("user", "count 3"), Message("assistant", ours), Message("user", "count 4")]
+    assert out == f"{ours}\n{theirs}\n{theirs}\n{greedy(tuned, *turns)}\n"
+    assert err.count("the base, without the adapter:") == 2
+    assert "nothing has been asked yet" in err
+    assert [turn.content for turn in chat.turns[:3]] == ["count 3", ours, "count 4"]
 
 
 def test_characters_of_several_tokens_are_written_whole(tokenizer: Any) -> None:
@@ -191,15 +193,16 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tuned: TunedModel, capsys: 
 
 
 def test_a_second_ctrl_c_ends_the_program_with_everything_put_back(tuned: TunedModel) -> None:
-    chat = Chat(tuned, Sampling(max_new_tokens=200), base=True)
+    turns = [Message("user", "count 3"), Message("assistant", "it is 3")]
+    chat = Chat(tuned, Sampling(max_new_tokens=200), turns=list(turns))
 
     def write(_: str) -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        chat.ask("count 3", write)
-    assert chat.turns == []
+        chat.ask_base(write)
+    assert chat.turns == turns
     assert all(
         layer.A.shape[0] > 0 for layer in tuned.model.modules() if isinstance(layer, AdaptedLinear) and layer.rank
     )

@@ -20,6 +20,7 @@ import pytest
 from qaroma import __version__
 from qaroma.cli import COMMANDS as DECLARED
 from qaroma.cli import main, root
+from qaroma.cli.output import write_figures
 from qaroma.config.load import config_fields
 from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
@@ -134,6 +135,19 @@ def test_every_command_and_option_is_explained(path: tuple[str, ...]) -> None:
             assert parameter.help, parameter.name
 
 
+@pytest.mark.parametrize("path", list(COMMANDS), ids=" ".join)
+def test_help_speaks_to_people(path: tuple[str, ...]) -> None:
+    """No words of Python, and no reason that is a citation."""
+    command = COMMANDS[path]
+    texts = [command.help, *(getattr(parameter, "help", None) for parameter in command.params)]
+    assert not [text for text in texts if text and re.search(r"\bNone\b|\bMETHOD\b|\beq\. ?\d|\(paper", text)]
+
+
+@pytest.mark.parametrize("field", config_fields().items(), ids=lambda field: field[0])
+def test_settings_are_described_to_people(field: tuple[str, Any]) -> None:
+    assert not re.search(r"\bNone\b|\bMETHOD\b|\beq\. ?\d|\(paper", field[1].description)
+
+
 def test_the_group_lists_each_command_with_its_line() -> None:
     text = typed("--help").stdout
     assert DECLARED
@@ -165,7 +179,7 @@ def test_finetune_passes_every_flag_on(
         "--model m --data a.jsonl:2 --data C:\\b.jsonl --data-format alpaca --validation v.jsonl --output o "
         "--method lora --rank 4 --max-steps 5 --epochs 2 --learning-rate 1e-3 --micro-batch 3 --max-length 99 "
         "--on-too-long truncate --skip-bad-rows --train-on all --seed 0 --device cpu --quantization fp4 "
-        "--trust-remote-code --set growth.eps_out=1e-3 --set growth.t_in=9 --json"
+        "--trust-remote-code --set growth.alpha=3 --set growth.dropout=0.1 --json"
     )
     assert main(["finetune", "--config", str(file), *flags.split(" ")]) == 0
     expected = Config.model_validate(
@@ -181,7 +195,7 @@ def test_finetune_passes_every_flag_on(
                 "max_steps": 5, "epochs": 2, "learning_rate": 1e-3, "micro_batch": 3, "grad_accum": 7, "seed": 0,
                 "device": "cpu",
             },
-            "growth": {"eps_out": 1e-3, "t_in": 9},
+            "growth": {"alpha": 3, "dropout": 0.1},
         }
     )  # fmt: skip
     assert called["positional"] == (expected,)
@@ -217,6 +231,30 @@ def test_finetune_says_what_is_missing(
     assert err.startswith("error: ")
     assert not out
     assert not called
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--rank", "8"], "got rank 8, but aroma chooses ranks; leave it out, or type --method lora, which takes one"),
+        (["--set", "rank=16"], "got rank 16, but aroma chooses ranks"),
+        (["--config", "ranked.yaml"], "got rank 4, but aroma chooses ranks"),
+        (["--method", "lora", "--set", "growth.t_in=9"], "got growth.t_in, which method lora"),
+        (["--method", "relora", "--set", "growth.eps_in=1"], "got growth.eps_in, which method relora"),
+        (["--set", "training.head_learning_rate=1"], "got training.head_learning_rate, which method aroma with task"),
+    ],
+)
+def test_a_setting_that_the_method_leaves_aside_is_refused(
+    arguments: list[str], expected: str, called: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("ranked.yaml").write_text("rank: 4\n", encoding="utf-8")
+    assert main(["finetune", "--model", "m", "--data", "a.jsonl", *arguments]) == 2
+    assert expected in capsys.readouterr().err
+    assert not called
+    # What a run's own configuration says of other methods is no wish.
+    Path("run.yaml").write_text("rank: 8\ngrowth: {t_in: 9}\n", encoding="utf-8")
+    assert main(["finetune", "--model", "m", "--data", "a.jsonl", "--config", "run.yaml"]) == 0
+    assert main(["finetune", "--model", "m", "--data", "a.jsonl", "--config", "run.yaml", "--method", "lora"]) == 0
 
 
 def test_generate_passes_prompts_and_stdin_on(
@@ -270,6 +308,11 @@ def test_evaluate_prints_figures_for_people(called: dict[str, Any], capsys: pyte
     assert (called["rows"], called["data_format"], called["skip_bad"]) == (None, "auto", False)
 
 
+def test_shares_are_printed_in_per_cent_as_in_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    write_figures({"exact_match": 1.0, "loss": 0.25})
+    assert capsys.readouterr().out == "exact match  100.0 %\nloss         0.25\n"
+
+
 @pytest.mark.parametrize(
     ("raised", "code", "message"),
     [
@@ -303,6 +346,8 @@ def test_a_fault_of_ours_keeps_its_traceback(called: dict[str, Any], monkeypatch
     [
         (["finetune", "--config", "nowhere.yaml"], "error: got nowhere.yaml; there is no such configuration"),
         (["finetune", "--lerning-rate", "1"], "--learning-rate"),
+        (["finetune", "--lr", "1"], "No such option '--lr'. Did you mean '--learning-rate'?"),
+        (["finetune", "--per_device_train_batch_size", "1"], "--micro-batch"),
         (["finetune", "--learning-rate", "0"], "0.0 is not in the range 0<x<="),
         (["finetune", "--device", "gpu"], "'auto', 'cuda', 'cpu'"),
         (["finetunee"], "did you mean finetune?"),
@@ -359,6 +404,15 @@ def test_data_preview_marks_what_is_trained(
     assert "⟦[a0]<|im_end|>⟧" in out
     assert "[q1]" not in out
     assert "3 of 5 rows, form alpaca, template chat" in out
+    long = [{"instruction": "long " * 400, "output": "[a]"}]
+    (tmp_path / "rows.json").write_text(json.dumps(long), encoding="utf-8")
+    assert main(["data", "preview", *arguments[:4]]) == 0
+    cut = capsys.readouterr().out
+    assert "characters, --full shows them ...]" in cut
+    assert "⟦[a]<|im_end|>⟧" in cut
+    assert len(cut) < 700
+    assert main(["data", "preview", *arguments[:4], "--full"]) == 0
+    assert "long " * 400 in capsys.readouterr().out
     assert "3 examples of" in out
 
 

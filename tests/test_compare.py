@@ -44,12 +44,12 @@ def from_sets(sets: Sequence[str]) -> Config:
 
 
 def test_a_method_is_read_with_its_rank_and_its_settings() -> None:
-    assert parse_spec("aroma", 8).sets == ("method=aroma",)
+    assert parse_spec("aroma", 8).sets == ("method=aroma", "rank=8")
     lora = parse_spec("lora", 8)
     assert (lora.label, lora.rank, lora.sets) == ("lora:8", 8, ("method=lora", "rank=8"))
     spec = parse_spec("aroma+init=gradient+outer_criterion=update+eps_out=1e+1", 8)
     assert spec.label == "aroma+init=gradient+outer_criterion=update+eps_out=1e+1"
-    assert spec.sets[1:] == ("growth.init=gradient", "growth.outer_criterion=update", "growth.eps_out=1e+1")
+    assert spec.sets[2:] == ("growth.init=gradient", "growth.outer_criterion=update", "growth.eps_out=1e+1")
     assert parse_spec("lora:4+training.learning_rate=1e-3", 8).sets[1:] == ("rank=4", "training.learning_rate=1e-3")
     assert ":" not in parse_spec("lora:4+target_modules=[q_proj, v_proj]", 8).folder(0)
     assert parse_spec("lora:4", 8).folder(3) == "lora-4-s3"

@@ -259,7 +259,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     finetune(config_for("whole"), console=QUIET)
     original, calls = fit_module.accumulate, []
 
-    def dies(session: Any, batches: Any) -> dict[str, float]:
+    def dies(session: Any, batches: Any, *shown: Any) -> dict[str, float]:
         calls.append(1)
         if len(calls) == 8:
             raise KeyboardInterrupt

@@ -156,7 +156,7 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(
     finetune(preference_config(tiny_folder, pairs_file, tmp_path / "whole"), console=QUIET)
     run, real, calls = tmp_path / "run", fit_module.accumulate, []
 
-    def interrupted(session: Any, batches: Any) -> dict[str, float]:
+    def interrupted(session: Any, batches: Any, *shown: Any) -> dict[str, float]:
         calls.append(1)
         if len(calls) == 7:
             raise KeyboardInterrupt
@@ -370,7 +370,7 @@ def test_memory_that_runs_out_does_not_change_the_reference_under_the_run(
 ) -> None:
     """The last level packs the head, which changes every log-probability: a resumed run begins with a new reference."""
 
-    def never(session: Any, batches: Any) -> dict[str, float]:
+    def never(session: Any, batches: Any, *shown: Any) -> dict[str, float]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(fit_module, "accumulate", never)

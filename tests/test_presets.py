@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from pydantic import ValidationError
 
@@ -95,6 +97,14 @@ def test_methods_of_fixed_rank_share_one_rule_and_need_no_growth(method: str) ->
     assert "growth.t_in" not in reasons
     classifier, _ = decided(1000, method=method, rank=8, task="classification", training={"learning_rate": 5e-4})
     assert classifier.training.head_learning_rate == 5e-4
+
+
+@pytest.mark.parametrize("growth", [{}, {"schedule": "lockstep"}, {"preset": "paper"}], ids=str)
+@pytest.mark.parametrize("task", ["causal-lm", "classification"])
+def test_reasons_are_words_and_no_citations(growth: dict, task: str) -> None:
+    _, reasons = decided(1000, task=task, growth=growth)
+    assert reasons
+    assert not [reason for reason in reasons.values() if re.search(r"\bpaper\b|\beq\.|Algorithm|\bNone\b", reason)]
 
 
 @pytest.mark.parametrize("preset", ["auto", "paper"])

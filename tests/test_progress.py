@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from qaroma.method.growth import GrowthEvent
-from qaroma.training.progress import ProgressView, curve
+from qaroma.training.progress import ProgressView, TimeLeft, curve
 
 RECORD = {
     "loss": 1.5, "learning_rate": 1e-3, "mean_rank": 2.0, "active_modules": 3, "trainable_parameters": 1234,
@@ -16,7 +16,7 @@ RECORD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("total", "lines"), [(7, 7), (400, 20), (405, 21)])
+@pytest.mark.parametrize(("total", "lines"), [(7, 7), (400, 21), (405, 22)])
 def test_lines_in_a_pipe(total: int, lines: int) -> None:
     out = io.StringIO()
     with ProgressView(Console(file=out), total=total) as view:
@@ -45,6 +45,45 @@ def test_growth_and_validation_are_said_when_they_happen() -> None:
         "step 3: validation loss 0.5000 (best so far)",
         "step 6: validation loss 0.7500, f1 0.2500",
     ]
+
+
+def test_the_time_left_is_known_from_the_second_step_however_long_a_step_takes() -> None:
+    left = TimeLeft(total=12)
+    left.step(1, now=100.0)
+    assert left.words(now=150.0) == ""
+    left.step(2, now=190.0)  # a step of 90 seconds; ten are to come
+    assert left.seconds(now=190.0) == 900.0
+    assert left.words(now=220.0) == "at most 14 min 30 s left"
+    left.step(12, now=2000.0)
+    assert left.words(now=2001.0) == ""
+
+
+def test_the_second_step_says_the_time_left_in_a_pipe() -> None:
+    out = io.StringIO()
+    view = ProgressView(Console(file=out), total=400)
+    for step in (1, 2, 3):
+        view.step({**RECORD, "step": step}, [])
+    assert out.getvalue() == "step 2/400  at most 0 min 00 s left\n"
+
+
+def test_a_long_step_and_a_validation_show_how_far_they_are() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=100)
+    with ProgressView(console, total=9) as view:
+        for _ in view.counted(["a", "b"], "step 3"):
+            console.print(view.panel())
+    for done in (0, 1):
+        assert f"step 3, {done} of 2 batches done" in out.getvalue()
+
+
+def test_a_narrow_panel_leaves_figures_out_and_cuts_none() -> None:
+    out = io.StringIO()
+    view = ProgressView(Console(file=out, width=40), total=9)
+    view.step({**RECORD, "step": 1}, [])
+    view.console.print(view.panel())
+    assert "1.500" in out.getvalue()
+    assert "…" not in out.getvalue()
+    assert "GiB" not in out.getvalue().partition("step 1/9")[2].partition("\n")[2]
 
 
 def test_a_curve_has_its_lowest_value_lowest() -> None:

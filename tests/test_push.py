@@ -243,6 +243,18 @@ def test_branch_message_visibility_gguf_and_json(
     assert set(hub.files["team/x"]) == {*SENT, "adapter.gguf"} == set(figures["files"])
 
 
+def test_a_rehearsal_lists_what_would_go_and_asks_no_hub(
+    hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert main(["push", str(run), "mine", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("would be sent to mine, ")
+    assert {"  adapter_model.safetensors", "  README.md", "  growth.json"} <= set(lines[1:])
+    assert not hub.requests
+
+
 def test_visibility_is_never_changed(hub: Hub, run: Path) -> None:
     hub.private.update({"me/open": False, "me/closed": True})
     with pytest.raises(QaromaError, match=r"exists and is public.*Type --public"):

@@ -180,13 +180,15 @@ def test_ranks_of_an_older_lora_run_are_the_adapters(tmp_path: Path) -> None:
 
 
 def test_a_run_is_finished_when_it_says_so_or_when_its_last_adapter_is_of_its_last_step(tmp_path: Path) -> None:
-    assert state(read_run(make_run(tmp_path / "a"))) == "Finished after 12 steps: every module has the rank it needs"
+    assert state(read_run(make_run(tmp_path / "a"))) == (
+        "Finished after 12 steps: every module has the rank it needs; the adapter is of step 12, the best by validation"
+    )
     running = make_run(tmp_path / "b", lines=[step_line(1)], finished=False)
     assert state(read_run(running)) == "Not finished: step 1 of 12"
     older = make_run(tmp_path / "c", finished=False)
     assert not read_run(older).finished
     write_adapter(older / "adapter_last", COMPONENTS)
-    assert state(read_run(older)) == "Finished after 12 steps"
+    assert state(read_run(older)).startswith("Finished after 12 steps: ")
 
 
 def test_what_is_no_run_is_refused_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

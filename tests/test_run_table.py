@@ -21,6 +21,7 @@ from qaroma.report.side_by_side import compare_runs
 from qaroma.runs.adapter_info import AdapterInfo
 from qaroma.runs.figures import figures_of
 from qaroma.runs.finding import list_runs
+from qaroma.runs.lock import LOCK, locked
 from qaroma.runs.reading import FRESH_SECONDS, read_run
 from qaroma.training.finetune import finetune
 
@@ -94,8 +95,56 @@ def test_an_unfinished_run_says_where_it_stands_and_how_to_go_on(
     (begun / "metrics.jsonl").write_text(json.dumps({"event": "validation", "step": 0, "loss": 0.5}))
     assert main(["runs", str(begun)]) == 0
     assert "loss 0.5 before training" in capsys.readouterr().out
-    running = read_run(write_run(tmp_path / "r", finished=False, age=FRESH_SECONDS / 4))
-    assert (state_sentence(running), running.resume) == ("running at step 4 of 8", None)
+
+
+def test_a_run_is_at_work_while_a_process_has_it_and_not_a_moment_longer(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "r", finished=False, age=0)
+    with locked(path):
+        running = read_run(path)
+        assert (state_sentence(running), running.resume) == ("running at step 4 of 8", None)
+    assert read_run(path).state == "stopped"
+    # Of another machine's process nothing is known but when it wrote last.
+    (path / LOCK).write_text(json.dumps({"pid": 1, "host": "elsewhere"}), encoding="utf-8")
+    assert read_run(path).state == "running"
+    then = time.time() - 2 * FRESH_SECONDS
+    for name in ("metrics.jsonl", "config.yaml"):
+        os.utime(path / name, (then, then))
+    assert read_run(path).state == "stopped"
+
+
+def test_removing_asks_and_takes_whole_runs_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two, kept = (write_run(tmp_path / name) for name in ("one", "two", "kept"))
+
+    def refused(*arguments: str) -> str:
+        assert main(["runs", "rm", *arguments]) == 2
+        assert one.is_dir()
+        return capsys.readouterr().err
+
+    assert "type the same command with --yes" in refused(str(one))
+    with locked(two):
+        assert "two is in use by process" in refused(str(one), str(two), "--yes")
+    (two / "notes.txt").touch()
+    assert "two holds what no run writes (notes.txt)" in refused(str(one), str(two), "--yes")
+    (two / "notes.txt").unlink()
+    assert "is no run" in refused(str(one), str(tmp_path), "--yes")
+    project = tmp_path / "project"
+    project.mkdir()
+    shutil.copy(one / "config.yaml", project)
+    assert "project is no whole run" in refused(str(project), "--yes")
+    (tmp_path / "link").symlink_to(one)
+    assert "link is a link" in refused(str(tmp_path / "link"), "--yes")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("click.termui.visible_prompt_func", lambda _: "n")
+    assert main(["runs", "rm", str(one)]) == 130
+    assert one.is_dir()
+    monkeypatch.setattr("click.termui.visible_prompt_func", lambda _: "y")
+    assert main(["runs", "rm", str(one)]) == 0
+    assert main(["runs", "rm", str(two), str(two), "--yes"]) == 0
+    assert "removed 1 run" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "link", "project"]
+    assert kept.is_dir()
 
 
 def test_a_finished_run_that_was_resumed_with_more_steps_is_not_finished(tmp_path: Path) -> None:
@@ -197,7 +246,7 @@ def test_newest_first_folders_below_and_nothing_else(tmp_path: Path) -> None:
     assert [run.name for run in list_runs(root / "old")] == ["old"]
 
 
-def test_the_piped_table_cuts_no_column_and_names_the_command_to_go_on(
+def test_the_piped_table_is_narrow_cuts_no_name_and_names_the_command_to_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     long = "a-run-whose-name-is-rather-longer-than-most-names-of-runs-would-ever-be-in-practice"
@@ -205,7 +254,8 @@ def test_the_piped_table_cuts_no_column_and_names_the_command_to_go_on(
     assert main(["runs", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     row = next(line for line in lines if line.startswith(long))
-    assert all(text in row for text in ("m" * 90, "d" * 90, "stopped at step 4 of 8, resumable from 4", "1.50"))
+    assert row.split() == [long, "stopped", "4", "of", "8", "loss", "1", "at", "2", "-", "1.50"]
+    assert all(len(line) < 80 + len(long) for line in lines if "go on" not in line)
     assert f"go on with {long}: qaroma finetune --resume --output {(tmp_path / long).as_posix()}" in lines
 
 
@@ -284,4 +334,4 @@ def test_a_real_run_is_read_like_its_own_figures(
     assert found.trainable_mean == figures["trainable_parameters_mean"]
     shutil.rmtree(path / "adapter_last")
     (path / "summary.json").unlink(missing_ok=True)
-    assert read_run(path).state == "running"
+    assert read_run(path).state == "stopped"

@@ -9,6 +9,7 @@ import shlex
 import pytest
 from rich.console import Console, RenderableType
 
+from qaroma.report.outcome import Outcome
 from qaroma.report.summary import BeforeAfter, RunSummary, Score, next_commands, print_summary, rank_map
 from qaroma.runs.figures import Figures
 
@@ -20,9 +21,8 @@ LLAMA = {
 RUN = RunSummary(
     run="runs/x",
     adapter="runs/x/adapter",
-    base="some/base",
     steps=90,
-    stopped="the step budget was reached",
+    ended=Outcome("the training rows are learnt", True),
     ranks=LLAMA,
     figures=Figures(
         rank_min=0,
@@ -130,7 +130,8 @@ def test_summary_shows_scores_examples_ranks_and_parameters() -> None:
         "I will.",
         "smallest 0, mean 2.0, largest 4, of the best adapter",
         "1,234,567 at the start, 98,765 on average, 0 at the end",
-        "90 steps, 2 min 05 s; the step budget was reached",
+        "90 steps, 2 min 05 s",
+        "the training rows are learnt",
         "runs/x/adapter",
         "q_proj",
     ]:
@@ -142,7 +143,7 @@ def test_summary_shows_scores_examples_ranks_and_parameters() -> None:
 def test_summary_without_scores_examples_and_ranks_still_prints() -> None:
     bare = dataclasses.replace(RUN, ranks={}, figures=Figures(), scores=(), examples=(), evaluation_data=None)
     text = summary_text(bare)
-    assert 'qaroma generate runs/x "your prompt"' in text
+    assert "qaroma chat runs/x" in text
     assert "--data FILE" in text
 
 
@@ -157,19 +158,32 @@ def test_long_answers_are_shortened() -> None:
     assert len(summary_text(dataclasses.replace(RUN, ranks={}, examples=(example,)))) < 3000
 
 
-@pytest.mark.parametrize("prompt", ["Play it.", 'Say "hi" to $HOME', "it's `here`!", "100 % sure\nreally"])
-def test_the_generate_command_survives_the_shell(prompt: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.name", "posix")
-    run = dataclasses.replace(RUN, run="runs/my run", examples=(BeforeAfter(prompt, "", "", ""),))
-    assert shlex.split(next_commands(run)[0]) == ["qaroma", "generate", "runs/my run", " ".join(prompt.split())]
+def test_narrow_names_of_modules_are_not_broken() -> None:
+    names = [f"m.layers.0.{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    wide, narrow = (printed(rank_map(dict.fromkeys(names, 2), width), width=width) for width in (100, 60))
+    assert wide[1].split() == [
+        "layer",
+        *(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        "mean",
+    ]
+    assert narrow[1].split() == ["layer", "q", "k", "v", "o", "gate", "up", "down", "mean"]
+    assert narrow[2].split()[0] == "0"
 
 
-def test_an_adapter_that_peft_does_not_load_is_not_said_to() -> None:
-    assert any("PeftModel" in line for line in next_commands(RUN))
-    assert not any("PEFT" in line or "Peft" in line for line in next_commands(dataclasses.replace(RUN, in_peft=False)))
+def test_a_run_that_still_improves_goes_on_first() -> None:
+    longer = "qaroma finetune --resume --output runs/x --epochs 5"
+    run = dataclasses.replace(RUN, ended=Outcome("still improving", False, longer))
+    assert next_commands(run)[0] == longer
 
 
-def test_the_peft_lines_are_python() -> None:
-    lines = next_commands(dataclasses.replace(RUN, base='a "b"', base_gguf="x.gguf"))[-2:]
-    compile("\n".join(line.strip() for line in lines), "printed", "exec")
-    assert "gguf_file" in lines[0]
+def test_next_come_chat_export_and_report() -> None:
+    run = dataclasses.replace(RUN, run="runs/my run")
+    words = [shlex.split(line, comments=True) for line in next_commands(run)]
+    assert words == [
+        ["qaroma", "chat", "runs/my run"],
+        ["qaroma", "export", "runs/my run", "--format", "gguf"],
+        ["qaroma", "evaluate", "runs/my run", "--data", "demo:calendar-test"],
+        ["qaroma", "report", "runs/my run"],
+    ]
+    assert "--format merged" in next_commands(dataclasses.replace(RUN, in_gguf=False))[1]
+    assert [line.split()[1] for line in next_commands(dataclasses.replace(RUN, outputs=2))] == ["evaluate", "report"]

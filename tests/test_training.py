@@ -158,7 +158,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_goes_back_to_the_last_good_
     run = tmp_path / "run"
     original, calls = fit_module.accumulate, []
 
-    def poisoned(session, batches):
+    def poisoned(session, batches, *_):
         calls.append(1)
         figures, norm = original(session, batches)
         return {"loss": float("nan")} if len(calls) == 8 else figures, norm
@@ -228,7 +228,7 @@ def test_out_of_memory_saves_memory_and_goes_on_from_where_it_was(
     finetune(whole, console=QUIET)
     original, seen = fit_module.accumulate, []
 
-    def crowded(session, batches):
+    def crowded(session, batches, *_):
         seen.append((session.level, session.plan.micro_batch))
         if seen.count(seen[-1]) == 3 and seen[-1] in ((0, 4), (1, 4), (2, 4)):
             session.method.trainer.optimiser.gradients.normal_()  # half a step's gradients
@@ -281,7 +281,7 @@ def test_on_windows_a_run_takes_no_more_than_is_free(monkeypatch: pytest.MonkeyP
 def test_out_of_memory_with_nothing_left_to_save_is_a_clear_error(
     tiny_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def never(session, batches):
+    def never(session, batches, *_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(fit_module, "accumulate", never)
@@ -342,7 +342,7 @@ def test_a_run_that_stopped_at_its_first_step_logs_the_beginning_once(
     tiny_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    monkeypatch.setattr(fit_module, "accumulate", lambda session, batches: ({"loss": float("nan")}, 1.0))
+    monkeypatch.setattr(fit_module, "accumulate", lambda *_: ({"loss": float("nan")}, 1.0))
     with pytest.raises(QaromaError, match="loss of step 1 is nan"):
         finetune(make_config(tiny_folder, data_file, run, training__max_steps=2), console=QUIET)
     monkeypatch.undo()

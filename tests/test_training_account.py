@@ -42,11 +42,11 @@ def test_a_resumed_run_sums_up_as_an_uninterrupted_one(
     finetune(make_config(tiny_folder, data_file, tmp_path / "whole", **changes), console=QUIET)
     run, accumulate, calls = tmp_path / "run", fit_module.accumulate, []
 
-    def interrupted(session: Any, batches: Any) -> tuple[dict[str, float], float]:
+    def interrupted(session: Any, batches: Any, *shown: Any) -> tuple[dict[str, float], float]:
         calls.append(session)
         if len(calls) == 17:
             raise KeyboardInterrupt
-        return accumulate(session, batches)
+        return accumulate(session, batches, *shown)
 
     with monkeypatch.context() as patch:
         patch.setattr(fit_module, "accumulate", interrupted)
@@ -72,7 +72,7 @@ def test_patience_ends_a_run_at_the_step_it_says(
 ) -> None:
     """Two validations without gain: one is forgiven by the next best, an equal one is no gain."""
     losses = iter([1.0, 4.0, 5.0, 3.0, 3.0, 3.5, 2.0, 1.0])  # the first is the untrained model's
-    monkeypatch.setattr(fit_module, "validation_metrics", lambda session: {"loss": next(losses), "loss_error": 0.1})
+    monkeypatch.setattr(fit_module, "validation_metrics", lambda *_: {"loss": next(losses), "loss_error": 0.1})
     config = make_config(
         tiny_folder, data_file, tmp_path / "run", method="lora", checkpoint__every=50,
         training__patience=2, training__evaluate_every=2, training__max_steps=14,

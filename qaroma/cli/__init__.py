@@ -26,7 +26,7 @@ COMMANDS = {
     "chat": "Talk to a fine-tuned model.",
     "evaluate": "Score a model on a data set.",
     "benchmark": "Score a model on public benchmarks.",
-    "runs": "List runs: state, scores, ranks.",
+    "runs": "List runs: state, scores, ranks; remove old ones.",
     "compare": "Train several methods on one task and put them in one table.",
     "compare-runs": "Put runs side by side: settings, figures, answers.",
     "export": "Write a fine-tuned model as other engines load it.",
@@ -39,9 +39,32 @@ COMMANDS = {
     "doctor": "Look at this machine and say what to do about what is missing.",
 }
 
+# What options are called in other tools.
+USUAL_NAMES = {
+    "--lr": "--learning-rate",
+    "--batch-size": "--micro-batch",
+    "--per-device-train-batch-size": "--micro-batch",
+    "--gradient-accumulation-steps": "--grad-accum",
+    "--num-train-epochs": "--epochs",
+    "--num-epochs": "--epochs",
+    "--steps": "--max-steps",
+    "--lora-r": "--rank",
+    "--lora-rank": "--rank",
+    "--dataset": "--data",
+    "--train-file": "--data",
+    "--base-model": "--model",
+    "--model-name-or-path": "--model",
+    "--output-dir": "--output",
+    "--out": "--output",
+    "--seq-length": "--max-length",
+    "--max-seq-length": "--max-length",
+    "--cutoff-len": "--max-length",
+    "--load-in-4bit": "--quantization",
+}
+
 _EPILOG = """\b
 Examples:
-  qaroma finetune --config configs/quickstart.yaml
+  qaroma finetune --config quickstart --output runs/quickstart
   qaroma generate runs/quickstart "Dim the lights in the attic to 35 percent."
 """
 
@@ -86,6 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _refuse_blanks(sys.argv[1:] if arguments is None else arguments)
         code = root.main(args=arguments, prog_name="qaroma", standalone_mode=False)
+    except click.NoSuchOption as error:
+        _with_our_name(error).show()
+        return error.exit_code
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -103,6 +129,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     # What a command gave to context.exit(); commands return nothing.
     return code if isinstance(code, int) else 0
+
+
+def _with_our_name(error: click.NoSuchOption) -> click.NoSuchOption:
+    """The same error, naming what an option of other tools is called here, where the command has it."""
+    ours = USUAL_NAMES.get(error.option_name.lower().replace("_", "-"))
+    known = {name for parameter in error.ctx.command.params for name in parameter.opts} if error.ctx else set()
+    if ours not in known:
+        return error
+    said = f"No such option '{error.option_name}'. Did you mean '{ours}'?"
+    return click.NoSuchOption(error.option_name, message=said, ctx=error.ctx)
 
 
 def _refuse_blanks(arguments: Sequence[str]) -> None:

@@ -28,8 +28,8 @@ Examples:
 """
 _HELP = """\
 /reset        forget the conversation
-/base         the base answers instead, without the adapter; again: the tuned model.
-              The last message is answered once more, to compare
+/base         show what the base, without the adapter, answers to the last message;
+              the conversation goes on with the tuned model
 /system TEXT  put TEXT before the conversation; without TEXT, nothing
 /help         this list
 /exit         leave; so does Ctrl-D. Ctrl-C stops an answer"""
@@ -95,7 +95,7 @@ def converse(chat: Chat, read: Callable[[str], str], *, alone: bool = False) -> 
     """
     while True:
         try:
-            line = read("base> " if chat.base else "> ").strip()
+            line = read("> ").strip()
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -120,11 +120,12 @@ def _obey(chat: Chat, word: str, rest: str, alone: bool) -> None:
     elif word == "/base":
         if alone:
             raise QaromaError("this is the base already; name a run to compare: qaroma chat RUN")
-        chat.base = not chat.base
-        click.echo("the base answers, without the adapter" if chat.base else "the tuned model answers", err=True)
-        again = chat.ask_again(_write)
-        if again is not None:
-            _tell(chat, again)
+        if not chat.turns:
+            raise QaromaError("nothing has been asked yet; ask something, then /base shows the base's answer to it")
+        click.echo("the base, without the adapter:", err=True)
+        reply = chat.ask_base(_write)
+        if reply is not None:
+            _tell(chat, reply)
     elif word == "/system":
         chat.system = rest or None
         click.echo(f"system: {rest}" if rest else "no system text", err=True)

@@ -9,7 +9,7 @@ from qaroma.cli.output import JSON_OPTION, figures_only
 
 _EPILOG = """\b
 Examples:
-  qaroma compare-runs runs/quickstart runs/quickstart-2
+  qaroma compare-runs runs/quickstart runs/mine
   qaroma compare-runs runs/* --json
 """
 

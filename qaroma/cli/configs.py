@@ -13,7 +13,7 @@ Examples:
 """
 _COPY_EPILOG = """\b
 Examples:
-  qaroma configs cp quickstart mine.yaml
+  qaroma configs cp quickstart my-quickstart.yaml
 """
 _EPILOG = _LIST_EPILOG + _COPY_EPILOG.split("\n", 2)[2]
 _WIDTH = 100

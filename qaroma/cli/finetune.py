@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import click
 
-from qaroma.cli.options import CONFIG_OPTION, SET_OPTION, config_options, read_config
+from qaroma.cli.options import CONFIG_OPTION, SET_OPTION, config_options, read_config, typed_keys
 from qaroma.cli.output import JSON_OPTION, figures_only
+from qaroma.errors import QaromaError
 from qaroma.training.checks import check_finetune
 
 _EPILOG = """\b
 Examples:
-  qaroma finetune --config configs/quickstart.yaml
-  qaroma finetune --model smollm2-135m --data mine.jsonl --output runs/mine --set growth.eps_out=1e-3
+  qaroma finetune --config quickstart --output runs/quickstart
+  qaroma finetune --model smollm2-135m --data mine.jsonl --dry-run
+  qaroma finetune --model smollm2-135m --data mine.jsonl --output runs/mine --prompt "a question of yours"
 """
 
 
@@ -47,24 +49,40 @@ Examples:
     "model.quantization",
     "model.trust_remote_code",
 )
+@click.option("--dry-run", is_flag=True, help="Only say what the run would be: settings with their reasons, memory, "
+              "disk. No weight is loaded and nothing is written.")  # fmt: skip
+@click.option("--verbose", is_flag=True, help="Print every setting that was decided, with its reason.")
 @click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint of the run in --output.")
 @SET_OPTION
 @JSON_OPTION
 def command(
-    config: str | None, resume: bool, sets: tuple[str, ...], json_output: bool, **parameters: str | float | bool | None
+    config: str | None,
+    dry_run: bool,
+    verbose: bool,
+    resume: bool,
+    sets: tuple[str, ...],
+    json_output: bool,
+    **parameters: str | float | bool | None,
 ) -> None:
     """Fine-tune a model on your data.
 
     Settings come from the YAML file, overridden by the options below, overridden by --set. A
     setting that is nowhere given follows from the data, the model and the device; what was chosen
-    is printed with its reason.
+    stands in the run's config.yaml, with its reason.
     """
+    if resume and dry_run:
+        raise QaromaError("got --dry-run with --resume; a run that goes on stays what it was. Leave one of them out")
     settings = read_config(config, parameters, sets)
-    check_finetune(settings, resume=resume)
-
-    from qaroma.training.finetune import finetune
+    check_finetune(settings, resume=resume, typed=typed_keys(parameters, sets))
 
     with figures_only(json_output) as write:
-        figures = finetune(settings, resume=resume)
+        if dry_run:
+            from qaroma.training.forecast import rehearse
+
+            figures = rehearse(settings)
+        else:
+            from qaroma.training.finetune import finetune
+
+            figures = finetune(settings, resume=resume, verbose=verbose)
         if json_output:
             write(figures)

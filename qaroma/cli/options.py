@@ -90,14 +90,23 @@ def read_config(config: str | None, parameters: Mapping[str, Any], sets: Sequenc
     Raises:
         QaromaError: All problems at once.
     """
+    return read_settings(config, _typed(parameters), sets)
+
+
+def typed_keys(parameters: Mapping[str, Any], sets: Sequence[str]) -> list[str]:
+    """The dotted keys of all settings that were given on the command line, by an option or by ``--set``."""
+    return [*_typed(parameters), *(text.partition("=")[0].strip() for text in sets)]
+
+
+def _typed(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted key -> value of the options that were typed."""
     context = click.get_current_context()
     typed = click.core.ParameterSource.COMMANDLINE
-    flags = {
+    return {
         name.replace(_SEPARATOR, "."): list(value) if isinstance(value, tuple) else value
         for name, value in parameters.items()
         if context.get_parameter_source(name) == typed
     }
-    return read_settings(config, flags, sets)
 
 
 def _kind(field: FieldInfo) -> tuple[Any, list[Any]]:

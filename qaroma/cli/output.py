@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from qaroma.config.metrics import METRICS
+
 JSON_OPTION = click.option(
     "--json", "json_output", is_flag=True, help="Only the figures go to stdout, as one JSON object; the rest to stderr."
 )
@@ -41,8 +43,14 @@ def write_figures(figures: Mapping[str, Any]) -> None:
     """Writes figures to stdout, a name and a value a line."""
     width = max((len(name) for name in figures), default=0)
     for name, value in figures.items():
-        shown = f"{value:.6g}" if isinstance(value, float) else value
+        shown = _number(name, value) if isinstance(value, float) else value
         click.echo(f"{name.replace('_', ' '):<{width}}  {shown}")
+
+
+def _number(name: str, value: float) -> str:
+    """A figure as its metric is printed everywhere; one that is no metric with six digits."""
+    known = METRICS.get(name)
+    return known.text(value) if known and known.percent else f"{value:.6g}"
 
 
 def _finite(value: Any) -> Any:

@@ -11,6 +11,7 @@ from qaroma.runs.directory import adapter_folder
 
 _EPILOG = """\b
 Examples:
+  qaroma push runs/quickstart my-calendar --dry-run
   qaroma push runs/quickstart my-calendar
   qaroma push runs/mine my-org/mine --public --message "Second attempt"
 """
@@ -23,6 +24,9 @@ Examples:
 @click.option("--revision", metavar="BRANCH", help="Branch, made where it is missing; default: main.")
 @click.option("--message", metavar="TEXT", help="Of the commit.")
 @click.option("--include-gguf", is_flag=True, help="Send the exported adapter.gguf too, for llama.cpp.")
+@click.option(
+    "--dry-run", is_flag=True, help="Only list what would be sent; the hub is not asked, nobody is logged in."
+)
 @click.option("--base", metavar="NAMESPACE/NAME", help="The base's id on the hub, where the run knows a local folder.")
 @JSON_OPTION
 def command(
@@ -32,6 +36,7 @@ def command(
     revision: str | None,
     message: str | None,
     include_gguf: bool,
+    dry_run: bool,
     base: str | None,
     json_output: bool,
 ) -> None:
@@ -54,11 +59,17 @@ def command(
             message=message,
             base=base,
             include_gguf=include_gguf,
+            dry_run=dry_run,
             say=lambda line: click.echo(line, err=True),
         )
         if json_output:
             write(pushed.to_json())
             return
+    if dry_run:
+        click.echo(f"would be sent to {pushed.repo_id}, {file_size(pushed.bytes)} in all:")
+        for name in pushed.files:
+            click.echo(f"  {name}")
+        return
     seen = "private" if pushed.private else "public"
     click.echo(f"{pushed.url} ({seen}), {len(pushed.files)} files, {file_size(pushed.bytes)}")
     click.echo("load it in Python, with PEFT:")

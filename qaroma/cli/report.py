@@ -8,7 +8,7 @@ _FORMATS = ("png", "svg", "html")
 _EPILOG = """\b
 Examples:
   qaroma report runs/quickstart
-  qaroma report runs/with-reset runs/without --output figures --format svg
+  qaroma report runs/quickstart runs/mine --output figures --format svg
   qaroma report runs/mine --module 3.mlp.up_proj --module 7.mlp.up_proj
 """
 

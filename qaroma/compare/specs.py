@@ -139,7 +139,7 @@ def parse_spec(text: str, default_rank: int) -> MethodSpec:
         raise report([f"{text}: {problem}" for problem in problems])
     number = (int(rank) if rank is not None else default_rank) if fixed else None
     label = "+".join([method if number is None else f"{method}:{number}", *(s.lstrip("+") for s in settings)])
-    own = [f"method={method}", *([] if number is None else [f"rank={number}"])]
+    own = [f"method={method}", f"rank={number or Config.model_fields['rank'].default}"]
     return MethodSpec(label, method, number, (*own, *sets))
 
 

@@ -25,6 +25,7 @@ from qaroma.text.yaml_text import read_yaml
 _PACKAGE = Path(__file__).resolve().parents[1]
 _YAML_SUFFIXES = (".yaml", ".yml")
 _WEIGHT = re.compile(r"(?P<path>.+):(?P<weight>[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?)")
+_SETTING = re.compile(r"(?P<indent>(  )?)(?P<name>\w+):")
 _EXPECTED = {
     "int": "a whole number",
     "float": "a number",
@@ -74,11 +75,22 @@ def read_settings(path: str | Path | None, flags: Mapping[str, Any], sets: Seque
     return config
 
 
-def dump_config(config: Config) -> str:
-    """The configuration as YAML, every setting written out; :func:`read_settings` reads it back equal."""
+def dump_config(config: Config, reasons: Mapping[str, str] | None = None) -> str:
+    """The configuration as YAML, every setting written out; :func:`read_settings` reads it back equal.
+
+    Args:
+        config: what is written.
+        reasons: dotted key to why it is so, a comment at the end of its line; of values on one line alone.
+    """
     values = config.model_dump(mode="json")
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
-    return text
+    section, lines = "", []
+    for line in text.splitlines():
+        found = _SETTING.match(line)
+        section = section if found is None or found["indent"] else f"{found['name']}."
+        reason = (reasons or {}).get(f"{section}{found['name']}") if found and found["indent"] else None
+        lines.append(f"{line}  # {reason}" if reason else line)
+    return "\n".join(lines) + "\n"
 
 
 def require_model_and_data(config: Config) -> str:

@@ -44,8 +44,9 @@ BITS_A_TOKEN = 3.0
 BITS_A_PAIR = 1.0  # which of two answers is the better one
 BLOCK = 8  # the rank to begin with
 SMALL_BUDGET, LARGE_BUDGET = 16, 32  # of rank: for data that a block takes in, and for more
-PATIENCE = 3  # validations, of the ten that a run has
+PATIENCE, FEWEST_PATIENCE = 0.3, 2  # of the validations that a run has; a single worse one may be chance
 FEWEST_VALIDATION_ROWS = 16  # by which a run may be ended
+FEW_VALIDATION_ROWS = 8  # of so many and fewer the loss says little
 # Settings of the inner loops: whoever gives one of them wants these.
 OF_LOOPS = ("t_in", "check_every", "eps_in", "eps_out", "inner_criterion", "outer_criterion", "init", "on_converged",
             "reset", "check_first", "restart_warmup")  # fmt: skip
@@ -155,9 +156,9 @@ def resolve(config: Config, facts: DataFacts) -> tuple[ResolvedConfig, list[Deci
     # A validation row costs a third of a training row: forward only.
     affordable = min(steps, math.ceil(2 * facts.validation_rows / batch))
     reason = "a tenth of the run" if tenth >= affordable else "keeps validation to a seventh of the time"
-    decide("training.evaluate_every", max(tenth, affordable), reason)
+    every = int(decide("training.evaluate_every", max(tenth, affordable), reason))
     decide("checkpoint.every", tenth, "a tenth of the run")
-    _decide_patience(settled, facts, decide)
+    _decide_patience(settled, steps // every, facts, decide)
     resolved = _as_resolved(settled)
     growth_settings(resolved.growth)
     return resolved, decisions
@@ -182,6 +183,19 @@ def warm_up_notes(config: ResolvedConfig) -> list[str]:
         f"{steps} steps never leave the warm-up of {warmup}: the learning rate of {config.training.learning_rate:g} is "
         f"not reached; type --set growth.warmup={steps // 10}, or a larger --max-steps"
     ]
+
+
+def validation_notes(rows: int) -> list[str]:
+    """A sentence, where there are hardly any rows to validate on.
+
+    Args:
+        rows: to validate on.
+    """
+    if rows > FEW_VALIDATION_ROWS:
+        return []
+    if not rows:
+        return ["no row is validated on: nothing will tell when the run gets worse; name some with --validation FILE"]
+    return [f"{rows} rows to validate on are few: their loss says little; name more with --validation FILE"]
 
 
 def _decide_length(config: Config, facts: DataFacts, decide: Decide) -> int:
@@ -227,7 +241,7 @@ def _decide_steps(config: Config, facts: DataFacts, decide: Decide) -> int:
     if epochs is not None:
         steps, reason = math.ceil(epochs * per_epoch), f"{epochs:g} epochs of {per_epoch} steps"
     elif config.growth.preset == "paper" and llama:
-        steps, reason = int(PAPER[8 if config.growth.inner_rank == 8 else 1]["steps"]), "published step budget"
+        steps, reason = int(PAPER[8 if config.growth.inner_rank == 8 else 1]["steps"]), "the published number of steps"
     elif steps < MIN_STEPS:
         steps = min(MIN_STEPS, most * per_epoch)
         reason = f"{facts.rows} rows are few: {steps / per_epoch:.0f} epochs"
@@ -266,7 +280,7 @@ def _decide_auto(config: Config, steps: int, facts: DataFacts, decide: Decide) -
 def _decide_budget(config: Config, steps: int, facts: DataFacts, decide: Decide) -> None:
     """Ranks from what the data has to tell, the rate from the weights."""
     decide("growth.inner_rank", 1, "rank-one components")
-    alpha = decide("growth.alpha", 2.0, "the update is 2 B A, as the paper for LLaMA")
+    alpha = decide("growth.alpha", 2.0, "the update is 2 B A")
     decide("growth.window", "all", "freezing the older components costs more than it saves")
     needed, told = _needed_rank(config, steps, facts)
     largest = LARGE_BUDGET if needed > BLOCK else SMALL_BUDGET
@@ -309,7 +323,7 @@ def _decide_rate(config: Config, rate: float, reason: str, decide: Decide) -> fl
     return float(decide("training.learning_rate", float(f"{rate:.1e}"), reason))
 
 
-def _decide_patience(config: Config, facts: DataFacts, decide: Decide) -> None:
+def _decide_patience(config: Config, planned: int, facts: DataFacts, decide: Decide) -> None:
     if config.growth.preset == "paper" or not METHODS[config.method].grows:
         decide("training.patience", 0, "the run has a length of its own")
     elif not config.writes_text:
@@ -317,14 +331,15 @@ def _decide_patience(config: Config, facts: DataFacts, decide: Decide) -> None:
     elif facts.validation_rows < FEWEST_VALIDATION_ROWS:
         decide("training.patience", 0, f"{facts.validation_rows} validation rows are too few to end a run by")
     else:
-        decide("training.patience", PATIENCE, "validations without a better one; the best adapter is kept")
+        value = max(FEWEST_PATIENCE, round(PATIENCE * planned))
+        decide("training.patience", value, f"of {planned} validations, without a better one; the best adapter is kept")
 
 
 def _decide_loops(config: Config, steps: int, decide: Decide) -> None:
     """The paper's proportions, scaled to the data: 1,000 rows are some hundred steps."""
-    decide("growth.window", 1, "paper")
+    decide("growth.window", 1, "the newest component trains, the older ones are frozen")
     inner_rank = decide("growth.inner_rank", 1, "rank-one components")
-    decide("growth.alpha", 2.0 * inner_rank, "2 x inner rank, as the paper for LLaMA")
+    decide("growth.alpha", 2.0 * inner_rank, "the update is 2 B A")
     longest = min(1000, max(2, round(steps / COMPONENTS)))
     t_in = decide("growth.t_in", longest, f"{COMPONENTS} inner loops in {steps} steps, at most 1000")
     decide("growth.warmup", min(100, t_in // 10), "a tenth of t_in, at most 100")
@@ -343,26 +358,26 @@ def _decide_loops(config: Config, steps: int, decide: Decide) -> None:
 
 def _decide_paper(config: Config, steps: int, facts: DataFacts, decide: Decide) -> None:
     llama = config.writes_text
-    model = "paper, LLaMA3-8B" if llama else "paper, RoBERTa-base"
-    modules = (PAPER_MODULES, model) if llama else ("all-linear", "paper: all of an encoder's")
+    model = "as published for LLaMA3-8B" if llama else "as published for RoBERTa-base"
+    modules = (PAPER_MODULES, model) if llama else ("all-linear", "all of an encoder's")
     decide("growth.target_modules", *modules)
-    decide("growth.window", 1, "paper")
+    decide("growth.window", 1, "the newest component trains, the older ones are frozen")
     inner_rank = decide("growth.inner_rank", 1, model)
     published = PAPER[8 if inner_rank == 8 else 1] if llama else PAPER_ENCODER
     decide("growth.alpha", published["alpha"] if llama else published["alpha"] * inner_rank, model)
     decide("growth.t_in", int(published["t_in"]), model)
     _decide_outer(published["eps_out"], model, decide)
-    decide("growth.warmup", 100, "paper")
-    decide("growth.restart_warmup", 50, "paper")
-    decide("growth.check_every", 10, "paper")
-    decide("growth.dropout", 0.1, "paper")
-    _decide_head_rate(config, decide("training.learning_rate", 1e-4, "paper"), decide)
+    decide("growth.warmup", 100, "as published")
+    decide("growth.restart_warmup", 50, "as published")
+    decide("growth.check_every", 10, "as published")
+    decide("growth.dropout", 0.1, "as published")
+    _decide_head_rate(config, decide("training.learning_rate", 1e-4, "as published"), decide)
     _decide_common(decide)
 
 
 def _decide_outer(eps_out: float, reason: str, decide: Decide) -> None:
     """The outer criterion and its bound, which is ``eps_out`` as a share of the weight."""
-    if decide("growth.outer_criterion", "weight", "eq. 6") == "update":
+    if decide("growth.outer_criterion", "weight", "a component is measured beside its layer's weight") == "update":
         eps_out, reason = EPS_OUT_UPDATE, "a tenth of the update so far: one more makes it half a percent larger"
     decide("growth.eps_out", eps_out, reason)
 
@@ -373,15 +388,15 @@ def _decide_head_rate(config: Config, rate: float, decide: Decide) -> None:
 
 
 def _decide_common(decide: Decide) -> None:
-    decide("growth.eps_in", 0.1, "paper")
-    decide("growth.inner_criterion", "norm", "eq. 5")
-    decide("growth.init", "kaiming", "paper: random A, no pass beside the steps")
-    decide("growth.schedule", "lockstep", "paper")
-    decide("growth.on_converged", "discard", "paper")
-    decide("growth.reset", "prune", "paper")
-    decide("growth.check_first", True, "Algorithm 1")
+    decide("growth.eps_in", 0.1, "a component whose size changes by less has converged")
+    decide("growth.inner_criterion", "norm", "the size of a component tells whether it still changes")
+    decide("growth.init", "kaiming", "random A: no pass beside the steps")
+    decide("growth.schedule", "lockstep", "all layers begin a component together")
+    decide("growth.on_converged", "discard", "a component that is too small to help is dropped")
+    decide("growth.reset", "prune", "moments of older components would lead a new one astray")
+    decide("growth.check_first", True, "a layer that needs nothing gets nothing")
     decide("growth.dropout", 0.0, "one product for all components instead of two")
-    decide("growth.min_lr_ratio", 0.1, "paper")
+    decide("growth.min_lr_ratio", 0.1, "the cosine ends at a tenth")
 
 
 def _decide_fixed(config: Config, steps: int, facts: DataFacts, decide: Decide) -> None:

@@ -132,14 +132,14 @@ class DataSection(Section):
         "none: prompt and completion joined as they are; auto: chat where the tokenizer has one, else plain.",
     )
     train_on: Literal["answer", "all"] = Field("answer", description="Tokens that the loss counts.")
-    max_length: PositiveInt | None = Field(None, description="Longest example in tokens; None follows the data.")
+    max_length: PositiveInt | None = Field(None, description="Longest example in tokens; default: follows the data.")
     on_too_long: Literal["drop", "truncate", "error"] = Field("drop", description="What happens to longer examples.")
     packing: bool = Field(False, description="Several short examples in one row of max_length tokens: no padding.")
     skip_bad_rows: bool = Field(False, description="Leave out rows that cannot be read instead of stopping.")
 
 
 class GrowthSection(Section):
-    """AROMA's growth (METHOD: inner loop, outer loop). None follows the preset."""
+    """AROMA's growth: inner loop, outer loop. What is not given follows the preset."""
 
     preset: Literal["auto", "paper"] = Field(
         "auto",
@@ -149,7 +149,9 @@ class GrowthSection(Section):
     target_modules: str | list[str] | None = Field(
         None, description="all-linear, or names, name suffixes or one regular expression of linear layers."
     )
-    inner_rank: PositiveInt | None = Field(None, description="Rank r of one component (paper: 1, or 8 on hard tasks).")
+    inner_rank: PositiveInt | None = Field(
+        None, description="Rank r of one component; published: 1, and 8 for hard tasks."
+    )
     alpha: PositiveFloat | None = Field(None, description="Scale numerator: the update is alpha / r times B A.")
     t_in: PositiveInt | None = Field(None, description="Longest inner loop, in optimiser steps.")
     check_every: PositiveInt | None = Field(None, description="Steps between two checks of inner convergence.")
@@ -163,26 +165,26 @@ class GrowthSection(Section):
     )
     inner_criterion: Literal["norm", "product", "fixed"] | None = Field(
         None,
-        description="norm: change of ||BA|| (eq. 5); product: norm of the change of BA; fixed: none, every inner loop "
+        description="norm: change of the size of BA; product: norm of the change of BA; fixed: none, every inner loop "
         "lasts t_in steps (as in the reference code).",
     )
     outer_criterion: Literal["weight", "update"] | None = Field(
         None,
-        description="What eps_out is a share of. weight: the weight with all earlier components (eq. 6); "
+        description="What eps_out is a share of. weight: the weight with all earlier components; "
         "update: the earlier components alone, which asks for no tuning.",
     )
     init: Literal["kaiming", "gradient"] | None = Field(
         None,
-        description="How a component begins. kaiming: random A (paper); gradient: A is the leading right singular "
+        description="How a component begins. kaiming: random A; gradient: A is the leading right singular "
         "vector of the loss's gradient, from two more backward passes.",
     )
     schedule: Literal["budget", "lockstep", "independent"] | None = Field(
         None,
         description="When components begin. budget: where the loss falls too slowly for the steps that are left; by "
-        "inner loops: lockstep, all modules together (paper), or independent, each by itself.",
+        "inner loops: lockstep, all modules together, or independent, each by itself.",
     )
     window: PositiveInt | Literal["all"] | None = Field(
-        None, description="How many of a module's newest components train: 1 (paper), more, or all."
+        None, description="How many of a module's newest components train: 1, more, or all."
     )
     start_rank: PositiveInt | None = Field(
         None, description="Rank that every module begins with (schedule budget); later components add to it."
@@ -202,7 +204,7 @@ class GrowthSection(Section):
     check_first: bool | None = Field(None, description="Apply the outer criterion to the first component too.")
     max_rank: PositiveInt | None = Field(
         None,
-        description="Upper bound of a module's rank; within a budget of their mean. None follows the data, or is none.",
+        description="Upper bound of a module's rank; within a budget of their mean. Default: by the data, or none.",
     )
     dropout: Share | None = Field(None, lt=1.0, description="Dropout before A, on the active components only.")
     warmup: NonNegativeInt | None = Field(None, description="Steps of the first learning-rate warm-up.")
@@ -220,7 +222,7 @@ class TrainingSection(Section):
     head_learning_rate: PositiveFloat | None = Field(
         None, description="Peak learning rate of a head that is trained in full (tasks classification and regression)."
     )
-    max_steps: PositiveInt | None = Field(None, description="Step budget T; None follows epochs.")
+    max_steps: PositiveInt | None = Field(None, description="Step budget T; default: follows the epochs.")
     epochs: PositiveFloat | None = Field(None, description="Passes over the data; ignored where max_steps is given.")
     micro_batch: PositiveInt = Field(4, description="Examples in one forward pass.")
     grad_accum: PositiveInt = Field(4, description="Forward passes in one optimiser step.")
@@ -236,7 +238,7 @@ class TrainingSection(Section):
         + "; auto: the fastest that fits.",
     )
     evaluate_every: PositiveInt | None = Field(
-        None, description="Steps between validations; None is a tenth of the run, or more where validation takes long."
+        None, description="Steps between validations; default: a tenth of the run, or more where validation takes long."
     )
     patience: NonNegativeInt | None = Field(
         None,
@@ -257,25 +259,25 @@ class EvaluationSection(Section):
     rows: PositiveInt = Field(100, description="At most so many of its rows.")
     metric: LabelMetric | None = Field(
         None,
-        description="Figure that chooses the best adapter of a task with labels; None is GLUE's, or the usual one.",
+        description="Figure that chooses the best adapter of a task with labels; default: GLUE's, or the usual one.",
     )
     prompts: list[str] = Field(
         default_factory=list, description="Prompts that are answered again and again while the run trains."
     )
     sample_every: PositiveInt | None = Field(
-        None, description="Steps between two answers to the prompts; None is with every validation."
+        None, description="Steps between two answers to the prompts; default: with every validation."
     )
     report: bool = Field(True, description="Keep report.html in the run directory up to date, at every validation.")
     show: NonNegativeInt = Field(3, description="Examples printed, before beside after.")
     max_new_tokens: PositiveInt | None = Field(
-        None, description="Longest answer; None follows the longest expected one."
+        None, description="Longest answer; default: follows the longest expected one."
     )
 
 
 class CheckpointSection(Section):
     """Saving a run so that it can be killed."""
 
-    every: PositiveInt | None = Field(None, description="Steps between checkpoints; None is a tenth of the run.")
+    every: PositiveInt | None = Field(None, description="Steps between checkpoints; default: a tenth of the run.")
     keep: PositiveInt = Field(2, description="Newest checkpoints kept.")
 
 
@@ -300,7 +302,7 @@ class Config(Section):
     training: TrainingSection = Field(default_factory=TrainingSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
-    output: str | None = Field(None, description="Run directory; None is runs/<model>-<data>.")
+    output: str | None = Field(None, description="Run directory; default: runs/<model>-<data>.")
 
     @property
     def writes_text(self) -> bool:

@@ -13,13 +13,14 @@ TRAINED_STYLE = "bold green"
 MARKS = ("⟦", "⟧")
 
 
-def preview(example: Example, tokenizer: PreTrainedTokenizerBase, name: str = "") -> Text:
+def preview(example: Example, tokenizer: PreTrainedTokenizerBase, name: str = "", *, most: int | None = None) -> Text:
     """An example decoded, what is trained in green and between ⟦ and ⟧.
 
     Args:
         example: The example.
         tokenizer: The base's tokenizer.
         name: What it is called in the heading; empty for one alone.
+        most: Of each piece that is all trained or all not so many characters are shown; None shows all.
 
     Returns:
         A heading with the counts and the origin, then the text with its special tokens. The marks show
@@ -30,12 +31,21 @@ def preview(example: Example, tokenizer: PreTrainedTokenizerBase, name: str = ""
     weighted = f", loss times {min(factors):g} to {max(factors):g}" if factors else ""
     called = f"{name}: " if name else ""
     shown = Text(f"{called}{example.tokens} tokens, {example.trained} trained{weighted}{origin}\n", style="dim")
-    for trained, piece in trained_pieces(example, tokenizer):
+    for trained, whole in trained_pieces(example, tokenizer):
+        piece = whole if most is None else _cut(whole, most)
         if trained:
             shown.append(f"{MARKS[0]}{piece}{MARKS[1]}", style=TRAINED_STYLE)
         else:
             shown.append(piece, style="not dim")
     return shown
+
+
+def _cut(text: str, most: int) -> str:
+    """Both ends of a text, and how much is left out between them."""
+    left_out = len(text) - most
+    if left_out <= 0:
+        return text
+    return f"{text[: most // 2]} [... {left_out:,} characters, --full shows them ...] {text[-(most - most // 2) :]}"
 
 
 def trained_pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[bool, str]]:

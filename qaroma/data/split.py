@@ -8,9 +8,12 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
+from qaroma.config.presets import FEWEST_VALIDATION_ROWS
 from qaroma.data.encode import Encoded
 from qaroma.data.example import Example, Pair
 from qaroma.errors import QaromaError
+
+_ENOUGH_ROWS = 4 * FEWEST_VALIDATION_ROWS  # from so many on, a share that is smaller is not taken at its word
 
 
 class Weighted(Protocol):
@@ -34,7 +37,8 @@ def held_out_keys(keys: Iterable[Hashable], *, share: float, at_most: int, seed:
 
     Args:
         keys: Of the examples, in their order; those with the same key stay together.
-        share: Share of the different keys; 0 chooses none.
+        share: Share of the different keys, raised to :data:`FEWEST_VALIDATION_ROWS` where there are four times as
+            many; 0 chooses none.
         at_most: Greatest number of them.
         seed: Seed of the choice.
 
@@ -42,7 +46,8 @@ def held_out_keys(keys: Iterable[Hashable], *, share: float, at_most: int, seed:
         The keys chosen.
     """
     groups = list(dict.fromkeys(keys))
-    count = min(at_most, int(share * len(groups)), len(groups) - 1)
+    least = FEWEST_VALIDATION_ROWS if share and len(groups) >= _ENOUGH_ROWS else 0
+    count = min(at_most, max(least, int(share * len(groups))), len(groups) - 1)
     return set(random.Random(seed).sample(groups, max(count, 0)))
 
 

@@ -41,7 +41,7 @@ class Pushed:
         repo_id: ``NAMESPACE/NAME``.
         private: who can see it.
         revision: branch.
-        commit: its hash.
+        commit: its hash; empty where nothing was sent.
         files: what was sent.
         bytes: of all files.
         base: the base's id on the hub, None where it is not known.
@@ -72,6 +72,7 @@ def push(
     message: str | None = None,
     base: str | None = None,
     include_gguf: bool = False,
+    dry_run: bool = False,
     endpoint: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Pushed:
@@ -85,6 +86,7 @@ def push(
         message: of the commit.
         base: id of the base on the hub, where the run remembers a local folder.
         include_gguf: send the adapter of ``qaroma export RUN --format gguf-adapter`` too.
+        dry_run: send nothing, and ask the hub for nothing.
         endpoint: of the hub; None is the one that huggingface_hub uses.
         say: takes a line for people.
 
@@ -101,6 +103,8 @@ def push(
     known = _base_on_hub(info, base)
     with explained(repo_id):
         validate_repo_id(repo_id)
+        if dry_run:
+            return _rehearsed(repo_id, folder, info, known, gguf, private=not public, revision=revision)
         api = HfApi(endpoint=endpoint, library_name="qaroma", library_version=__version__)
         full = _full_name(api, repo_id)
         existing = _visible(api, full, public)
@@ -119,10 +123,39 @@ def push(
         revision=revision or "main",
         commit=commit,
         files=tuple(files),
-        bytes=sum(len(content) if isinstance(content, bytes) else content.stat().st_size for content in files.values()),
+        bytes=_size(files),
         base=known,
         loading=tuple(card.lines_for_peft(info, known or "BASE", full, revision)),
     )
+
+
+def _rehearsed(
+    repo_id: str,
+    folder: Path,
+    info: AdapterInfo,
+    base: str | None,
+    gguf: Path | None,
+    *,
+    private: bool,
+    revision: str | None,
+) -> Pushed:
+    """What would be sent; of the model card, its licence aside, which the hub knows."""
+    files = _files(folder, info, repo_id, base, card.UNKNOWN) | ({} if gguf is None else {GGUF: gguf})
+    return Pushed(
+        url=repo_id,
+        repo_id=repo_id,
+        private=private,
+        revision=revision or "main",
+        commit="",
+        files=tuple(files),
+        bytes=_size(files),
+        base=base,
+        loading=tuple(card.lines_for_peft(info, base or "BASE", repo_id, revision)),
+    )
+
+
+def _size(files: Mapping[str, Path | bytes]) -> int:
+    return sum(len(content) if isinstance(content, bytes) else content.stat().st_size for content in files.values())
 
 
 def _committed(api: Any, repo_id: str, files: Mapping[str, Path | bytes], branch: str | None, message: str) -> str:

@@ -156,14 +156,12 @@ class Chat:
         sampling: how answers are drawn.
         system: what stands before the conversation, or None.
         turns: of the user and the assistant, without the system's.
-        base: whether the base answers, without the adapter.
     """
 
     tuned: TunedModel
     sampling: Sampling = field(default_factory=Sampling)
     system: str | None = None
     turns: list[Message] = field(default_factory=list)
-    base: bool = False
 
     def __post_init__(self) -> None:
         if self.sampling.seed is not None:
@@ -208,11 +206,14 @@ class Chat:
             self.turns.append(Message("assistant", reply.text))
         return reply
 
-    def ask_again(self, write: Callable[[str], None]) -> Reply | None:
-        """Answer the last message once more; the new answer takes the old one's place.
+    def ask_base(self, write: Callable[[str], None]) -> Reply | None:
+        """The base's answer to the last message, beside that of the conversation, which stays as it is.
 
         Returns:
             The answer, or None where nothing has been asked yet.
+
+        Raises:
+            QaromaError: as :meth:`ask`.
         """
         if not self.turns:
             return None
@@ -220,13 +221,10 @@ class Chat:
         question = self.turns[-2].content
         del self.turns[-2:]
         try:
-            reply = self.ask(question, write)
-        except BaseException:
+            with adapter_off(self.tuned.model):
+                return self.ask(question, write)
+        finally:
             self.turns = before
-            raise
-        if reply.tokens == 0 and reply.stopped:
-            self.turns = before
-        return reply
 
     def reset(self) -> None:
         """Forget the conversation; the system text stays."""
@@ -247,7 +245,7 @@ class Chat:
             top_p=self.sampling.top_p,
         )
         # Ctrl-C ends the answer after the next token; SIGTERM still ends the program.
-        with StopRequest([signal.SIGINT]) as stop, evaluating(tuned.model), self._speaker():
+        with StopRequest([signal.SIGINT]) as stop, evaluating(tuned.model):
 
             def stopping(ids: Tensor, scores: Any, **_: Any) -> Tensor:
                 return torch.full((ids.shape[0],), stop.requested, dtype=torch.bool, device=ids.device)
@@ -262,14 +260,6 @@ class Chat:
             )
         full = not stream.ended and not stop.requested
         return Reply(stream.text(), len(stream.ids), stop.requested and not stream.ended, full, forgotten)
-
-    @contextmanager
-    def _speaker(self) -> Iterator[None]:
-        if self.base:
-            with adapter_off(self.tuned.model):
-                yield
-        else:
-            yield
 
     def _fitted_prompt(self) -> tuple[list[int], int]:
         """Token ids of the conversation, its oldest turns dropped until an answer has room; how many were."""

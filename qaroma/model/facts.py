@@ -38,6 +38,16 @@ def facts_of_base(base: FoundModel, targets: str | list[str], *, task: str) -> M
     return facts_of_module(model, find_targets(model, targets), weight_std=_stored_std(base) or initial)
 
 
+def component_parameters(base: FoundModel, targets: str | list[str], *, task: str) -> int:
+    """N + M of one rank-one component, summed over all layers that are adapted; of the weights none is read.
+
+    Args:
+        base, targets, task: as :func:`facts_of_base` takes them.
+    """
+    model = skeleton(base.config, trust_remote_code=base.trust_remote_code, classifier=task not in WRITING)
+    return facts_of_module(model, find_targets(model, targets), weight_std=0.0).component_parameters
+
+
 def facts_of_module(model: nn.Module, names: list[str], *, weight_std: float | None = None) -> ModelFacts:
     """The facts of a model in memory.
 

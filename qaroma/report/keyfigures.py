@@ -9,16 +9,11 @@ from statistics import median
 from qaroma.config.metrics import METRICS, metric_facts, metrics_of
 from qaroma.config.tasks import PREFERENCE
 from qaroma.config.words import duration, memory_size
+from qaroma.report.outcome import outcome
 from qaroma.report.spectra import Spectra
 from qaroma.runs.figures import Figures, figures_of, validation_of
 from qaroma.runs.reading import Run
 
-ENDINGS = {
-    "grown": "every module has the rank it needs",
-    "learnt": "the training rows are learnt",
-    "budget": "the step budget is spent",
-    "patience": "validation no longer improved",
-}
 _SETTINGS = {
     "Base model": ("model.name",),
     "Quantisation": ("model.quantization",),
@@ -47,8 +42,8 @@ def state(run: Run) -> str:
     """Where a run stands, as one sentence."""
     if not run.finished:
         return f"Not finished: step {run.step:,}" + (f" of {run.budget:,}" if run.budget else "")
-    why = ENDINGS.get(str(run.ended))
-    return f"Finished after {run.step:,} steps" + (f": {why}" if why else "")
+    found = outcome(run)
+    return f"Finished after {run.step:,} steps: {found.text}" + (f": {found.command}" if found.command else "")
 
 
 def description(run: Run) -> str:

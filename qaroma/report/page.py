@@ -18,6 +18,7 @@ from qaroma.config.words import shortened
 from qaroma.report import drawings
 from qaroma.report.keyfigures import description, evenly, key_figures, settings, state, validation_table
 from qaroma.report.names import layer_grid
+from qaroma.report.outcome import outcome
 from qaroma.report.panels import Panel, choose_modules, growth_panels, training_panels
 from qaroma.report.spectra import Spectra, component_similarity, read_spectra, similar_modules
 from qaroma.report.style import has_matplotlib, inline_svg
@@ -109,6 +110,7 @@ def _run_context(run: Run, spectra: Spectra | None, drawable: bool) -> dict[str,
         "description": description(run),
         "state": state(run),
         "finished": run.finished,
+        "success": run.finished and outcome(run).success,
         "step": run.step,
         "budget": run.budget,
         "figures": key_figures(run, spectra),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _PIPED = 1000
-_NARROW = 130  # columns of a terminal; below, the table keeps what tells runs apart
+_NARROW = 130  # columns of a terminal; below, and in a pipe, the table keeps what tells runs apart
 
 
 def print_runs(runs: Sequence[Run], folder: str | Path, console: Console) -> None:
@@ -33,11 +33,11 @@ def print_runs(runs: Sequence[Run], folder: str | Path, console: Console) -> Non
     if not runs:
         console.print(f"no runs in {Path(folder).as_posix()}; begin one: qaroma finetune --config quickstart")
         return
-    wide = console.width >= _NARROW
+    wide = console.is_terminal and console.width >= _NARROW
     table = Table(box=None, padding=(0, 1), pad_edge=False)
-    heads = ["run", *(["model", "data", "method"] if wide else []), "state", "steps", "validation"]
+    heads = ["run", *(["model", "data", "method"] if wide else []), "state", "step", "validation"]
     for head in [*heads, "exact", "rank", *(["size", "written"] if wide else [])]:
-        right = head in ("steps", "exact", "rank", "size")
+        right = head in ("step", "exact", "rank", "size")
         table.add_column(head, overflow="fold", justify="right" if right else "left")
     for run in runs:
         table.add_row(*(Text(cell) for cell in _cells(run, wide)), style="red" if run.state == "broken" else "")
@@ -49,7 +49,7 @@ def print_runs(runs: Sequence[Run], folder: str | Path, console: Console) -> Non
 
 
 def table_console() -> Console:
-    """Where tables go: stdout, as wide as the terminal, and with no cut column where it is piped."""
+    """Where tables go: stdout, as wide as the terminal, and with no cut cell where it is piped."""
     from rich.console import Console
 
     console = Console()
@@ -73,8 +73,8 @@ def _cells(run: Run, wide: bool) -> list[str]:
     return [
         run.name,
         *([shown(model and Path(model).name), data or "-", shown(run.setting("method"))] if wide else []),
-        state_sentence(run),
-        "-" if run.state == "broken" else str(run.step),
+        state_sentence(run) if run.state == "broken" or run.finished else run.state,
+        "-" if run.state == "broken" else f"{run.step} of {run.budget}" if run.budget else str(run.step),
         _best(figures),
         "-" if exact is None else METRICS["exact_match"].text(exact),
         "-" if figures.rank_mean is None else f"{figures.rank_mean:.2f}",

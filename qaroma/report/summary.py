@@ -5,7 +5,6 @@ Everything takes plain values and returns or prints rich renderables; rich is im
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 from qaroma.config.metrics import metric_facts
 from qaroma.config.words import duration, shortened
 from qaroma.report.names import layer_grid
+from qaroma.report.outcome import Outcome
 from qaroma.runs.directory import quoted
 from qaroma.runs.figures import Figures
 
@@ -61,32 +61,28 @@ class RunSummary:
     Args:
         run: run directory.
         adapter: folder of the adapter.
-        base: what ``from_pretrained`` takes for the base: a folder or a hub id.
         steps: optimiser steps done.
-        stopped: why the run ended, as a clause.
+        ended: why the run ended, and whether that is a success.
         ranks: rank of each target module of the best adapter, by its full name, zeros included.
         figures: of the finished run.
         scores: figures before and after.
         examples: answers before and after.
         evaluation_data: what the scores were measured on, as ``--data`` takes it.
-        base_gguf: file name in ``base`` if the base is a GGUF file.
         outputs: of a classifier or regression; None where the model writes text.
-        in_peft: whether PEFT loads the adapter whole.
+        in_gguf: whether the model can be exported as GGUF.
     """
 
     run: str
     adapter: str
-    base: str
     steps: int
-    stopped: str
+    ended: Outcome
     ranks: Mapping[str, int]
     figures: Figures
     scores: Sequence[Score] = field(default_factory=tuple)
     examples: Sequence[BeforeAfter] = field(default_factory=tuple)
     evaluation_data: str | None = None
-    base_gguf: str | None = None
     outputs: int | None = None
-    in_peft: bool = True
+    in_gguf: bool = True
 
 
 def print_summary(run: RunSummary, console: Console | None = None) -> None:
@@ -102,7 +98,7 @@ def print_summary(run: RunSummary, console: Console | None = None) -> None:
     for example in run.examples:
         console.print(_example(example))
     if run.ranks:
-        console.print(rank_map(run.ranks))
+        console.print(rank_map(run.ranks, console.width))
     console.print(_figures(run))
     console.print("\nNext", style="bold")
     for line in next_commands(run):
@@ -111,28 +107,23 @@ def print_summary(run: RunSummary, console: Console | None = None) -> None:
 
 
 def next_commands(run: RunSummary) -> list[str]:
-    """The commands to type after a run, and the Python lines that load its adapter in PEFT, where it does."""
+    """The commands to type after a run, each with what it is for."""
     where = quoted(Path(run.run).as_posix())
-    prompt = quoted(" ".join(run.examples[0].prompt.split())) if run.examples else '"your prompt"'
     data = quoted(run.evaluation_data) if run.evaluation_data else "FILE"
-    keywords = f", gguf_file={json.dumps(run.base_gguf, ensure_ascii=False)}" if run.base_gguf else ""
-    loader = "AutoModelForCausalLM"
-    if run.outputs is not None:
-        loader, keywords = "AutoModelForSequenceClassification", f"{keywords}, num_labels={run.outputs}"
-    base, adapter = (json.dumps(Path(path).as_posix(), ensure_ascii=False) for path in (run.base, run.adapter))
-    in_python = [
-        "in Python, with PEFT:",
-        f"  base = {loader}.from_pretrained({base}{keywords})",
-        f"  model = PeftModel.from_pretrained(base, {adapter})",
-    ]
+    export = f"qaroma export {where} --format gguf     # for Ollama, LM Studio, llama.cpp"
+    if not run.in_gguf:
+        export = f"qaroma export {where} --format merged   # for vLLM, SGLang, transformers"
+    longer = [run.ended.command] if run.ended.command else []
+    commands = [f"qaroma chat {where}", export] if run.outputs is None else []
     return [
-        *([f"qaroma generate {where} {prompt}"] if run.outputs is None else []),
+        *longer,
+        *commands,
         f"qaroma evaluate {where} --data {data}",
-        *(in_python if run.in_peft else []),
+        f"qaroma report {where}   # figures and one page",
     ]
 
 
-def rank_map(ranks: Mapping[str, int]) -> RenderableType:
+def rank_map(ranks: Mapping[str, int], width: int | None = None) -> RenderableType:
     """The ranks as a table layer x module, shaded in a terminal and readable when piped.
 
     The first whole number in a module's name is its layer. Names that differ only in a later
@@ -140,6 +131,7 @@ def rank_map(ranks: Mapping[str, int]) -> RenderableType:
 
     Args:
         ranks: rank of each module by its full name, in the model's order.
+        width: columns that there are; where names do not fit, what they all end with is left out. None is any.
 
     Returns:
         A table with one row a layer, one column a kind of module, and the means of both.
@@ -152,7 +144,7 @@ def rank_map(ranks: Mapping[str, int]) -> RenderableType:
     largest = max(ranks.values(), default=0)
     table = Table(box=None, padding=(0, 1), pad_edge=False)
     table.add_column("layer", justify="right")
-    for label in grid.columns:
+    for label in _fitting(grid.columns, width):
         table.add_column(label, justify="right", overflow="fold")
     table.add_column("mean", justify="right", style="bold")
     for label, row in zip(grid.rows, grid.cells, strict=True):
@@ -162,6 +154,15 @@ def rank_map(ranks: Mapping[str, int]) -> RenderableType:
     means = (_mean([rank for row in grid.cells for rank in row[column]]) for column in range(len(grid.columns)))
     table.add_row("mean", *means, _mean(list(ranks.values())), style="bold")
     return Group(Text("Rank by layer and module", style="bold"), table)
+
+
+def _fitting(names: Sequence[str], width: int | None) -> list[str]:
+    """The names, without the ending that they share where they have no room with it."""
+    room = sum(max(len(name), 4) + 2 for name in ("layer", *names, "mean"))
+    ends = {name[name.rfind("_") :] for name in names if "_" in name}
+    if width is None or room <= width or len(ends) != 1 or not all("_" in name for name in names):
+        return list(names)
+    return [name.removesuffix(*ends) for name in names]
 
 
 def _cell(ranks: Sequence[float], largest: int) -> Text:
@@ -210,7 +211,8 @@ def _figures(run: RunSummary) -> Table:
     if figures.trainable_start is not None:
         course = f"{figures.trainable_start:,} at the start, {figures.trainable_mean or 0:,.0f} on average"
         table.add_row("trainable parameters", f"{course}, {figures.trainable_end or 0:,} at the end")
-    table.add_row("run", Text(f"{run.steps} steps, {duration(figures.seconds or 0.0)}; {run.stopped}"))
+    table.add_row("run", Text(f"{run.steps} steps, {duration(figures.seconds or 0.0)}"))
+    table.add_row("ended", Text(run.ended.text, style="green" if run.ended.success else "yellow"))
     table.add_row("adapter", Text(Path(run.adapter).as_posix()))
     return table
 

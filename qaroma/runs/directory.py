@@ -21,6 +21,7 @@ from pathlib import Path
 
 import yaml
 
+from qaroma.config.schema import ResolvedConfig
 from qaroma.errors import QaromaError
 from qaroma.runs.files import (
     cut_in_two,
@@ -130,6 +131,14 @@ class RunDirectory:
             make_directory(self.checkpoints)
         except OSError as error:
             raise QaromaError(f"cannot write to {self.path} ({error.strerror}); choose another --output") from error
+
+    @classmethod
+    def of(cls, config: ResolvedConfig) -> RunDirectory:
+        """Where a run is written: as its configuration says, or ``runs/<model>-<data>``, a new one."""
+        if config.output is not None:
+            return cls(config.output)
+        data = Path(config.data.train[0].path.replace(":", "-")).name.split(".")[0]
+        return cls.unused(f"{Path(config.model.name).name}-{data}")
 
     @classmethod
     def unused(cls, name: str) -> RunDirectory:

@@ -24,10 +24,11 @@ from qaroma.errors import QaromaError
 from qaroma.runs.adapter_info import AdapterInfo, info_if_any
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.files import read_json
+from qaroma.runs.lock import LOCK, owner_is_gone
 from qaroma.runs.log import read_records
 from qaroma.text.yaml_text import read_yaml
 
-# A run that wrote a line so recently is taken to be at work: nothing else tells it from a killed one.
+# A run that another machine has is taken to be at work where it wrote so recently: its process cannot be looked for.
 FRESH_SECONDS = 120.0
 _CHECKPOINT = re.compile(r"step-(\d+)")
 _NO_METRICS = ("event", "step", "tokens", "examples")
@@ -65,7 +66,7 @@ class Run:
     Attributes:
         path: the directory.
         name: what the run is called where several are shown.
-        state: finished, running (written to less than :data:`FRESH_SECONDS` ago), stopped or broken.
+        state: finished, running (a process has its lock), stopped or broken.
         problem: what is wrong with a broken one, of which the rest may be missing.
         config: ``config.yaml`` as plain values.
         summary: ``summary.json``; empty while the run goes on, and in older runs.
@@ -270,10 +271,9 @@ def _read_rest(run: RunDirectory, config: Mapping[str, Any], written: float) -> 
         growth = _events(lines, "growth")
         logged = [(int(line["step"]), line["ranks"]) for line in _events(lines, "ranks")]
         last = int(steps[-1]["step"]) if steps else 0
-        fresh = time.time() - written < FRESH_SECONDS
         return {
             # One that was finished and then resumed is not finished any more.
-            "state": "finished" if _finished(run, last) else "running" if fresh else "stopped",
+            "state": "finished" if _finished(run, last) else "running" if _at_work(run, written) else "stopped",
             "summary": read_json(run.summary),
             "adapter": info_if_any(run.adapter),
             "steps": steps,
@@ -286,6 +286,14 @@ def _read_rest(run: RunDirectory, config: Mapping[str, Any], written: float) -> 
         }
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise QaromaError(f"{run.metrics.name} holds lines of another form") from error
+
+
+def _at_work(run: RunDirectory, written: float) -> bool:
+    """Whether a process has the run: one of this machine by its lock, one of another by what it wrote lately."""
+    gone = owner_is_gone(run.path)
+    if gone is not None:
+        return not gone
+    return (run.path / LOCK).is_file() and time.time() - written < FRESH_SECONDS
 
 
 def _finished(run: RunDirectory, last: int) -> bool:

@@ -5,33 +5,31 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 
-from qaroma.config.levels import LEVELS
 from qaroma.config.load import dump_config
 from qaroma.config.metrics import metrics_of
-from qaroma.config.presets import Decision
-from qaroma.config.schema import Config, ResolvedConfig
+from qaroma.config.schema import Config
 from qaroma.config.tasks import PREFERENCE
+from qaroma.export.gguf_families import ARCHITECTURES
 from qaroma.inference.answer_test import Answers, AnswerTest, read_conversations
-from qaroma.model.builtin import ResolvedModel
-from qaroma.report.keyfigures import ENDINGS
+from qaroma.report.outcome import outcome
+from qaroma.report.page import PAGE
 from qaroma.report.summary import BeforeAfter, RunSummary, Score, print_summary
 from qaroma.runs.checkpoint import list_checkpoints
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.figures import figures_of
 from qaroma.runs.files import write_atomically
 from qaroma.runs.lock import locked
-from qaroma.runs.peft_limits import told_of_peft
 from qaroma.runs.reading import read_run
 from qaroma.runs.stop import StopRequest
 from qaroma.training.fit import Ending, FitState, fit, save_state
+from qaroma.training.forecast import forecast, tell
 from qaroma.training.interruptions import interruptions_told
 from qaroma.training.live_page import LivePage
 from qaroma.training.memory import with_relief
@@ -45,12 +43,15 @@ from qaroma.training.setup import build_session
 from qaroma.training.trackers import start_trackers
 
 
-def finetune(config: Config, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
+def finetune(
+    config: Config, *, resume: bool = False, verbose: bool = False, console: Console | None = None
+) -> dict[str, Any]:
     """Fine-tune as a configuration says.
 
     Args:
-        config: of the run; what it leaves open is decided from the data and printed.
+        config: of the run; what it leaves open is decided from the data.
         resume: go on from the newest whole checkpoint in ``config.output``.
+        verbose: print every setting that was decided, with its reason.
         console: where progress and the summary go; None is stderr.
 
     Returns:
@@ -65,39 +66,51 @@ def finetune(config: Config, *, resume: bool = False, console: Console | None = 
     if resume:
         config = resumed_config(config)
     data = prepare_data(config)
-    _print_decisions(console, data.notes, data.decisions)
-    run = _run_directory(data.config, resume)
+    run = RunDirectory.of(data.config)
+    if not resume:
+        run.require_unused()
+    told = forecast(data)
+    tell(console, data, told, run, verbose=verbose)
     data.config = data.config.model_copy(update={"output": str(run.path)})
     with interruptions_told(run), ExitStack() as held:
         if resume:
             held.enter_context(locked(run.path))
-        return _train(data, run, console, held, resume=resume, start=start)
+        return _train(data, run, told.level, console, held, resume=resume, start=start)
 
 
 def _train(
-    data: PreparedData, run: RunDirectory, console: Console, held: ExitStack, *, resume: bool, start: float
+    data: PreparedData,
+    run: RunDirectory,
+    level: int,
+    console: Console,
+    held: ExitStack,
+    *,
+    resume: bool,
+    start: float,
 ) -> dict[str, Any]:
     """From the first weight that is loaded to the summary.
 
     Args:
-        data, run, console: of the run.
+        data, run, level, console: of the run.
         held: keeps the run's lock to the end; a new run takes it here, once nothing else can fail.
         resume: go on from the newest checkpoint.
         start: when the command began.
     """
     test = _answer_test(data)
-    session = build_session(data, run)
-    for note in (f"memory level {session.level}: {LEVELS[session.level].summary}", *session.notes):
+    session = build_session(data, run, level)
+    for note in session.notes:
         console.print(note, highlight=False, markup=False)
     if not resume:
         held.enter_context(locked(run.path))
-        run.create(dump_config(data.config))
+        run.create(dump_config(data.config, {decision.key: decision.reason for decision in data.decisions}))
         add_reference(session, console)
     state = restored(session, console) if resume else FitState()
     if not list_checkpoints(run.checkpoints):
         save_state(session, state)  # there is one from the first moment on: what has none lost it
     before = _tested(test, session, "before", 0, console)
     start_trackers(session.accelerator, data.config.training.track, run.path, data.config.model_dump())
+    if data.config.evaluation.report:
+        console.print(f"follow it in {(run.path / PAGE).as_posix()}", soft_wrap=True, highlight=False, markup=False)
     page = LivePage(run.path, console, wanted=data.config.evaluation.report)
     try:
         with (
@@ -117,7 +130,7 @@ def _train(
     figures = _figures(session, state, ending, time.perf_counter() - start)
     write_atomically(run.summary, json.dumps(figures, indent=2))
     page.update()
-    print_summary(_summary(session, data.base.place, figures, before, after), console)
+    print_summary(_summary(session, figures, before, after), console)
     return figures
 
 
@@ -145,17 +158,6 @@ def _tested(test: AnswerTest | None, session: Session, when: str, step: int, con
     return with_relief(session, run, f"the test {when} training", console)
 
 
-def _run_directory(config: ResolvedConfig, resume: bool) -> RunDirectory:
-    if config.output is not None:
-        run = RunDirectory(config.output)
-        if not resume:
-            run.require_unused()
-        return run
-    model = Path(config.model.name).name
-    data = Path(config.data.train[0].path.replace(":", "-")).name.split(".")[0]
-    return RunDirectory.unused(f"{model}-{data}")
-
-
 def _write_adapters(session: Session, state: FitState) -> None:
     """``adapter_last`` as it stands, and ``adapter`` too where no validation has chosen a best one."""
     session.save_adapter(session.run.adapter_last, state.step)
@@ -179,6 +181,7 @@ def _figures(session: Session, state: FitState, ending: Ending, elapsed: float) 
         "adapter": session.run.adapter.as_posix(),
         "method": session.method.name,
         "steps": state.step,
+        "epochs": state.step / session.plan.steps_per_epoch,
         "ended": ending,
         "loss": training_loss[-1] if training_loss else None,
         "validation_loss_before": loss.before if loss else None,
@@ -203,11 +206,9 @@ def _figures(session: Session, state: FitState, ending: Ending, elapsed: float) 
     }
 
 
-def _summary(
-    session: Session, base: ResolvedModel, figures: Mapping[str, Any], before: Answers | None, after: Answers | None
-) -> RunSummary:
+def _summary(session: Session, figures: Mapping[str, Any], before: Answers | None, after: Answers | None) -> RunSummary:
     """What is printed of a run whose ``summary.json`` is written."""
-    run = read_run(session.run.path)
+    run, base = read_run(session.run.path), cast(Any, session.model).config
     scores = []
     if figures["validation_loss_before"] is not None:
         scores.append(Score("validation loss", figures["validation_loss_before"], figures["validation_loss"]))
@@ -225,17 +226,15 @@ def _summary(
     return RunSummary(
         run=figures["run"],
         adapter=figures["adapter"],
-        base=str(base.folder_or_id),
-        base_gguf=base.gguf_file,
         steps=run.step,
-        stopped=ENDINGS[figures["ended"]],
+        ended=outcome(run),
         ranks=run.adapter_ranks(),
         figures=figures_of(run),
         scores=scores,
         examples=examples,
         evaluation_data=(session.config.evaluation.data if after else None) or session.config.data.validation,
         outputs=session.remember.outputs,
-        in_peft=told_of_peft(session.model.config, run.adapter_ranks()) is None,
+        in_gguf=base.model_type in ARCHITECTURES,
     )
 
 
@@ -245,12 +244,3 @@ def _side_by_side(before: Answers | None, after: Answers) -> list[BeforeAfter]:
         BeforeAfter(prompt, expected, first, last)
         for prompt, expected, first, last in zip(after.prompts, after.expected, base, after.answers, strict=True)
     ]
-
-
-def _print_decisions(console: Console, notes: Sequence[str], decisions: Sequence[Decision]) -> None:
-    for note in notes:
-        console.print(note, highlight=False, markup=False)
-    width = max((len(d.key) for d in decisions), default=0)
-    for d in decisions:
-        value = f"{d.value:g}" if isinstance(d.value, float) else str(d.value)
-        console.print(f"{d.key:<{width}}  {value:<10}  {d.reason}", highlight=False, markup=False, soft_wrap=True)

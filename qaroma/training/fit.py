@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NoReturn
 
@@ -131,7 +131,8 @@ def _gradients(session: Session, state: FitState, view: ProgressView) -> tuple[d
     def gradients() -> tuple[dict[str, float], float, int]:
         micro_batches = session.plan.step(state.step)
         batches = [session.task.collate([session.train[i] for i in indices]) for indices in micro_batches]
-        return *accumulate(session, batches), sum(batch.tokens for batch in batches)
+        found = accumulate(session, batches, lambda all_: view.counted(all_, f"step {state.step + 1}"))
+        return *found, sum(batch.tokens for batch in batches)
 
     figures, norm, tokens = with_relief(session, gradients, f"step {state.step + 1}", view.console)
     if not math.isfinite(figures["loss"]):
@@ -177,8 +178,15 @@ def _smaller_rates(session: Session) -> str:
     return f"{typed} --set training.head_learning_rate={min(rate, LARGEST_RATE) / 2:.1e}"
 
 
-def accumulate(session: Session, batches: Sequence[Batch]) -> tuple[dict[str, float], float]:
+def accumulate(
+    session: Session, batches: Sequence[Batch], shown: Callable[[Sequence[Batch]], Iterable[Batch]] = iter
+) -> tuple[dict[str, float], float]:
     """Gradients of the mean loss over all that these micro-batches count, however they are cut.
+
+    Args:
+        session: whose model they are of.
+        batches: the micro-batches.
+        shown: goes through them, and shows how far it came.
 
     Returns:
         That mean loss first, and the means of what else the task tells of a step; and the gradients' joint norm. A step
@@ -186,7 +194,7 @@ def accumulate(session: Session, batches: Sequence[Batch]) -> tuple[dict[str, fl
     """
     count = sum(batch.counted for batch in batches)
     totals: dict[str, Tensor] = {}
-    for batch in batches:
+    for batch in shown(batches):
         loss_sum, told = session.task.step(session.model, batch.to(session.accelerator.device))
         session.accelerator.backward(loss_sum / count)
         for name, value in {"loss": loss_sum.detach(), **told}.items():
@@ -246,7 +254,11 @@ def _validate(session: Session, state: FitState, view: ProgressView) -> None:
     """The task's figures on the validation rows; keeps the adapter where it is the best so far."""
     if not session.validation:
         return
-    figures = with_relief(session, lambda: validation_metrics(session), "validation", view.console)
+
+    def measure() -> dict[str, Any]:
+        return validation_metrics(session, lambda all_: view.counted(all_, "validation"))
+
+    figures = with_relief(session, measure, "validation", view.console)
     record = {"event": "validation", "step": state.step, **figures}
     session.log.write(record)
     track(session.accelerator, record, "validation/")
@@ -278,9 +290,10 @@ def _sample(session: Session, state: FitState, view: ProgressView) -> None:
         session.log.write(record)
 
 
-def validation_metrics(session: Session) -> dict[str, Any]:
+def validation_metrics(session: Session, shown: Callable[[Sequence[Batch]], Iterable[Batch]] = iter) -> dict[str, Any]:
     """The task's figures over the whole validation set, without gradient and in eval mode."""
-    return dict(session.task.evaluate(session.model, session.validation_batches(), session.accelerator.device))
+    batches = shown(session.validation_batches())
+    return dict(session.task.evaluate(session.model, batches, session.accelerator.device))
 
 
 def save_state(session: Session, state: FitState) -> str:

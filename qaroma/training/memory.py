@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import psutil
@@ -172,14 +173,49 @@ def choose_level(config: ResolvedConfig, base: FoundModel, device: torch.device)
     if asked != "auto":
         return int(asked)
     free = free_bytes(device)
-    tokens = config.training.micro_batch * config.sequences * config.data.max_length
+    tokens = _step_tokens(config)
     bound = generous_bound(base.config.get_text_config(), tokens)
     if bound < SMALL_SHARE * free:
         return 0
     if not config.writes_text:  # the planner traces language models
         return 0 if bound < free else 1
+    host = int(psutil.virtual_memory().available) if device.type == "cuda" else None
+    level = Planner(plannable(base)).fastest_level(_step_settings(config, device), free - FRAGMENTS, host)
+    if level is None:
+        raise QaromaError(
+            f"{config.model.name} does not fit in {memory_size(free, 1)} with micro-batches of {tokens} tokens; type a "
+            f"smaller --micro-batch or --max-length (qaroma plan --model {config.model.name} says what fits), or "
+            f"--memory {len(LEVELS) - 1} to try all the same{others_hold(device)}"
+        )
+    return level
+
+
+def step_memory(config: ResolvedConfig, base: FoundModel, device: torch.device, level: int) -> tuple[int, bool]:
+    """Bytes of the largest step at a memory level, on the device (the host's too where that is the device).
+
+    Args:
+        config, base, device: as :func:`choose_level` takes them.
+        level: of the run.
+
+    Returns:
+        The bytes, and whether they were counted; otherwise the step takes less.
+    """
+    bound = generous_bound(base.config.get_text_config(), _step_tokens(config))
+    if bound < SMALL_SHARE * free_bytes(device) or not config.writes_text:
+        return bound, False
+    step = Planner(plannable(base)).estimate(replace(_step_settings(config, device), level=level))
+    return step.peak + (step.host if device.type == "cpu" else 0), True
+
+
+def _step_tokens(config: ResolvedConfig) -> int:
+    """Tokens of a micro-batch, at most."""
+    return config.training.micro_batch * config.sequences * config.data.max_length
+
+
+def _step_settings(config: ResolvedConfig, device: torch.device) -> StepSettings:
+    """The step that a run makes, at level 0."""
     targets = config.growth.target_modules
-    settings = StepSettings(
+    return StepSettings(
         level=0,
         seq_len=config.data.max_length,
         micro_batch=config.training.micro_batch,
@@ -190,15 +226,6 @@ def choose_level(config: ResolvedConfig, base: FoundModel, device: torch.device)
         double_quantization=config.model.double_quantization,
         dtype=resolve_dtype(config.model.compute_dtype, device),
     )
-    host = int(psutil.virtual_memory().available) if device.type == "cuda" else None
-    level = Planner(plannable(base)).fastest_level(settings, free - FRAGMENTS, host)
-    if level is None:
-        raise QaromaError(
-            f"{config.model.name} does not fit in {memory_size(free, 1)} with micro-batches of {tokens} tokens; type a "
-            f"smaller --micro-batch or --max-length (qaroma plan --model {config.model.name} says what fits), or "
-            f"--memory {len(LEVELS) - 1} to try all the same{others_hold(device)}"
-        )
-    return level
 
 
 def generous_bound(model_config: Any, tokens: int) -> int:

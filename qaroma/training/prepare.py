@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qaroma.config.load import require_model_and_data
 from qaroma.config.metrics import metrics_of
-from qaroma.config.presets import BITS_A_TOKEN, DataFacts, Decision, resolve, warm_up_notes
+from qaroma.config.presets import BITS_A_TOKEN, DataFacts, Decision, resolve, validation_notes, warm_up_notes
 from qaroma.config.schema import Config, ResolvedConfig
 from qaroma.config.tasks import PREFERENCE
 from qaroma.data.encode import Encoded, limit_length
@@ -72,7 +72,7 @@ def prepare_data(config: Config) -> PreparedData:
     base = find_model(name, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
     prepare = _prepare_conversations if config.writes_text else _prepare_labelled
     data = prepare(config, base, load_tokenizer(base))
-    data.notes += warm_up_notes(data.config)
+    data.notes += [*validation_notes(len(data.validation)), *warm_up_notes(data.config)]
     return data
 
 
@@ -114,7 +114,6 @@ def _prepare_conversations(config: Config, base: FoundModel, tokenizer: PreTrain
     if resolved.data.packing:
         examples = pack(examples, resolved.data.max_length)
         notes.append(f"{len(train.examples)} examples packed into {len(examples)} rows")
-    notes.append(f"{len(train.examples)} examples to train on, {len(held_out.examples)} to validate on")
     return PreparedData(
         resolved,
         base,
@@ -162,8 +161,7 @@ def _prepare_labelled(config: Config, base: FoundModel, tokenizer: PreTrainedTok
         model=model_facts(config, base),
     )
     resolved, decisions = resolve(config, facts)
-    counts = f"{len(train.examples)} examples to train on, {len(held_out.examples)} to validate on"
-    notes = [f"data: {kind} of {' and '.join(whole.fields)}, {counts}", *whole.notes]
+    notes = [f"data: {kind} of {' and '.join(whole.fields)}, {len(whole.examples)} examples", *whole.notes]
     limit = resolved.data.max_length
     long = sum(length > limit for length in lengths)
     if long and config.data.on_too_long == "error":

@@ -2,22 +2,65 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from qaroma.config.words import duration
 from qaroma.method.growth import GrowthEvent
 
 PLAIN_LINES = 20  # progress lines of a run whose output is no terminal
 _TOLD = ("accuracy", "margin")  # of preferences, beside the loss
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 40  # points of the loss curve
+_Item = TypeVar("_Item")
+
+
+class TimeLeft:
+    """The time that a run may take yet, from what its steps and all between them have taken so far.
+
+    Args:
+        total: step budget.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.ends: list[tuple[int, float]] = []  # of the first step in this process, and of the last
+
+    def step(self, step: int, now: float) -> bool:
+        """A step has ended; gives whether it was the second, from which on the time is known."""
+        second = len(self.ends) == 1
+        self.ends = [*self.ends[:1], (step, now)]
+        return second
+
+    def seconds(self, now: float) -> float | None:
+        """Until the step budget is spent; None before the second step, and after the last."""
+        if len(self.ends) < 2 or self.ends[-1][0] >= self.total:
+            return None
+        (first, begun), (last, ended) = self.ends
+        whole = (ended - begun) / (last - first) * (self.total - last)
+        return max(0.0, whole - (now - ended))
+
+    def words(self, now: float) -> str:
+        """The same for people; empty where it is not known."""
+        seconds = self.seconds(now)
+        return "" if seconds is None else f"at most {duration(seconds)} left"
+
+
+class _TimeLeftColumn(ProgressColumn):
+    def __init__(self, left: TimeLeft) -> None:
+        super().__init__()
+        self.left = left
+
+    def render(self, task: Task) -> Text:
+        return Text(self.left.words(time.monotonic()), style="cyan")
 
 
 class ProgressView:
@@ -35,6 +78,7 @@ class ProgressView:
     def __init__(self, console: Console, *, total: int, done: int = 0) -> None:
         self.console, self.total = console, total
         self.every = max(1, total // PLAIN_LINES)
+        self.left = TimeLeft(total)
         self.losses: deque[float] = deque(maxlen=_WIDTH)
         self.figures: dict[str, str] = {}
         self.bar = Progress(
@@ -42,12 +86,12 @@ class ProgressView:
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("left at most"),
-            TimeRemainingColumn(),
+            _TimeLeftColumn(self.left),
             console=console,
         )
         self.task = self.bar.add_task("train", total=total, completed=done)
-        self.live = Live(self._panel(), console=console, refresh_per_second=4) if console.is_terminal else None
+        self.doing = ""
+        self.live = Live(self.panel(), console=console, refresh_per_second=4) if console.is_terminal else None
 
     def __enter__(self) -> ProgressView:
         if self.live:
@@ -72,20 +116,28 @@ class ProgressView:
             "GiB": f"{record['memory_bytes'] / 2**30:.2f}",
         }
         self.bar.update(self.task, completed=record["step"])
+        second = self.left.step(record["step"], time.monotonic())
         self._draw()
-        if self.live is None and (record["step"] % self.every == 0 or record["step"] == self.total):
-            f = self.figures
-            told = "".join(f"{name} {f[name]}  " for name in _TOLD if name in f)
-            line = (
-                f"loss {f['loss']}  {told}lr {f['lr']}  rank {f['rank']}  active {f['active']}  params {f['params']}  "
-                f"{f['tok/s']} tok/s  {f['GiB']} GiB"
-            )
-            self.console.print(f"step {record['step']}/{self.total}  {line}", highlight=False, soft_wrap=True)
+        if self.live is None:
+            self._tell(record["step"], second)
         if events:
             counts = Counter(e.decision for e in events)
             said = {"commit": "grew by a component", "done": "are done", "keep": "keep their last component"}
             text = ", ".join(f"{n} modules {said[decision]}" for decision, n in counts.items())
             self.console.print(f"step {record['step']}: {text}", highlight=False)
+
+    def _tell(self, step: int, second: bool) -> None:
+        """A line in a pipe: the figures now and then, the time left as soon as it is known."""
+        f, left = self.figures, self.left.words(time.monotonic())
+        if step % self.every == 0 or step == self.total:
+            told = "".join(f"{name} {f[name]}  " for name in _TOLD if name in f)
+            line = (
+                f"loss {f['loss']}  {told}lr {f['lr']}  rank {f['rank']}  active {f['active']}  params {f['params']}  "
+                f"{f['tok/s']} tok/s  {f['GiB']} GiB  {left}"
+            )
+            self.console.print(f"step {step}/{self.total}  {line.rstrip()}", highlight=False, soft_wrap=True)
+        elif second:
+            self.console.print(f"step {step}/{self.total}  {left}", highlight=False, soft_wrap=True)
 
     def validation(self, step: int, figures: Mapping[str, Any], metric: str, *, best: bool) -> None:
         """A validation pass: the loss, the figure that counts where it is another, and what is told of preferences."""
@@ -96,18 +148,31 @@ class ProgressView:
         self.figures["validation"] = f"{figures[metric]:.4f}" + ("" if metric == "loss" else f" {metric}")
         self._draw()
 
+    def counted(self, items: Sequence[_Item], what: str) -> Iterator[_Item]:
+        """The items, with what is being done and how many of them are done shown in a terminal."""
+        for number, item in enumerate(items):
+            self.doing = f"{what}, {number} of {len(items)} batches done"
+            self._draw()
+            yield item
+        self.doing = ""
+        self._draw()
+
     def _draw(self) -> None:
         if self.live:
-            self.live.update(self._panel())
+            self.live.update(self.panel())
 
-    def _panel(self) -> RenderableType:
-        """The loss curve, the figures in two rows, and the bar."""
+    def panel(self) -> RenderableType:
+        """The loss curve, the figures in two rows, what is being done, and the bar."""
         table = Table.grid(padding=(0, 2))
         names = ("loss", *_TOLD, "validation", "lr", "rank", "active", "params", "tok/s", "GiB")
         shown = [name for name in names if name in self.figures]
+        while (
+            len(shown) > 1 and sum(max(len(name), len(self.figures[name])) + 2 for name in shown) > self.console.width
+        ):
+            shown.pop()  # the last ones matter least
         table.add_row(*(Text(name, style="dim") for name in shown))
         table.add_row(*(Text(self.figures[name], style="bold") for name in shown))
-        return Group(Text(curve(self.losses), style="cyan"), table, self.bar)
+        return Group(Text(curve(self.losses), style="cyan"), table, Text(self.doing, style="dim"), self.bar)
 
 
 def curve(values: Sequence[float] | deque[float]) -> str:

@@ -12,8 +12,9 @@ from qaroma.errors import QaromaError
 from qaroma.runs.directory import RunDirectory
 
 # Settings that may differ when a run goes on; all others would make it another run.
-RESUMABLE = ("training.max_steps", "training.learning_rate", "training.head_learning_rate", "training.evaluate_every",
-             "training.patience", "training.device", "training.memory", "training.track", "checkpoint", "evaluation",
+RESUMABLE = ("training.max_steps", "training.epochs", "training.learning_rate", "training.head_learning_rate",
+             "training.evaluate_every", "training.patience", "training.device",
+             "training.memory", "training.track", "checkpoint", "evaluation",
              "output")  # fmt: skip
 FIXED = ("evaluation.metric",)  # of those: the best adapter so far was chosen by it
 
@@ -51,6 +52,8 @@ def resumed_config(given: Config) -> Config:
         )
     for key, value in changed.items():
         _set(stored, key, value)
+    if "training.epochs" in changed and "training.max_steps" not in changed:
+        stored.training.max_steps = None  # that of the run stands in its configuration, and would win
     stored.output = str(run.path)
     return stored
 

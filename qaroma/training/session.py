@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -72,14 +72,14 @@ class Session:
         """Of the encoded examples; see :func:`qaroma.training.data_fingerprint.data_fingerprint`."""
         return data_fingerprint(self.train, self.validation)
 
-    def validation_batches(self) -> Iterator[Batch]:
+    def validation_batches(self) -> Sequence[Batch]:
         """The validation rows, similar lengths together, in micro-batches; the same as long as these are."""
         size = self.plan.micro_batch
         if self._validation_size != size:
             ordered = sorted(self.validation, key=lambda e: e.tokens)
             chunks = [ordered[i : i + size] for i in range(0, len(ordered), size)]
             self._validation_batches, self._validation_size = [self.task.collate(chunk) for chunk in chunks], size
-        return iter(self._validation_batches)
+        return self._validation_batches
 
     def save_adapter(self, folder: Path, step: int) -> None:
         """Write the adapter, and the head where one is trained, as they stand."""

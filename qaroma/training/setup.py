@@ -35,8 +35,12 @@ from qaroma.training.trackers import require_trackers
 logger = logging.getLogger(__name__)
 
 
-def build_session(data: PreparedData, run: RunDirectory) -> Session:
+def build_session(data: PreparedData, run: RunDirectory, level: int | None = None) -> Session:
     """Load the base, attach the adapter, choose the method.
+
+    Args:
+        data, run: of the session.
+        level: memory level; None chooses it.
 
     Raises:
         QaromaError: a model that cannot be loaded or adapted, or a device that is not there.
@@ -46,7 +50,7 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
     torch.manual_seed(config.training.seed)
     accelerator = _accelerator(config, run)
     forbid_spilling(accelerator.device)
-    level = choose_level(config, data.base, accelerator.device)
+    level = choose_level(config, data.base, accelerator.device) if level is None else level
     model = _load(data, level, accelerator.device)
     identity = fingerprint(model)
     names = head_names(model, model.new_parameters) if data.template is None else []

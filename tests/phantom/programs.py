@@ -159,7 +159,7 @@ def _run(card: Card, max_steps: int, gradients: Any, **changes: Any) -> list[dic
 def killed(card: Card) -> None:
     original, calls = fit_module.accumulate, []
 
-    def gradients(session: Any, batches: Any) -> Any:
+    def gradients(session: Any, batches: Any, *shown: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
@@ -177,7 +177,7 @@ def crowded(card: Card) -> None:
     kernels: dict[tuple[int, int], int] = {}  # of a step, by level and micro-batch
     tried = 0
 
-    def gradients(session: Any, batches: Any) -> Any:
+    def gradients(session: Any, batches: Any, *shown: Any) -> Any:
         nonlocal tried
         before, tenth, at = card.kernels, len(seen), (session.level, session.plan.micro_batch)
         if tried < tenth <= 10:

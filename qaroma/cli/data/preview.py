@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 _EPILOG = """\b
 Examples:
   qaroma data preview --model smollm2-135m --data demo:calendar
-  qaroma data preview --config my.yaml --examples 5 --set data.template=plain
+  qaroma data preview --config mine.yaml --examples 5 --set data.template=plain
 """
+_LONGEST_PIECE = 240  # characters of a text that is all trained or all not
 
 
 @click.command(epilog=_EPILOG)
@@ -44,10 +45,11 @@ Examples:
 )
 @click.option("--examples", type=count(1), default=2, show_default=True, metavar="INTEGER",
               help="Examples shown.")  # fmt: skip
+@click.option("--full", is_flag=True, help="Show them whole, however long they are.")
 @click.option("--rows", type=count(1), default=1000, show_default=True, metavar="INTEGER",
               help="Only the first so many rows are looked at.")  # fmt: skip
 @SET_OPTION
-def command(config: str | None, examples: int, rows: int, sets: tuple[str, ...], **parameters: Any) -> None:
+def command(config: str | None, examples: int, full: bool, rows: int, sets: tuple[str, ...], **parameters: Any) -> None:
     """Show examples as the model sees them: rendered with the template, decoded from their tokens,
     what is trained marked.
 
@@ -94,7 +96,8 @@ def command(config: str | None, examples: int, rows: int, sets: tuple[str, ...],
     for example in encoded.examples[:examples]:
         # Soft wrapping: the line breaks shown are the example's own.
         for name, sequence in example.sequences.items():
-            console.print(preview(sequence, tokenizer, name), soft_wrap=True)
+            shown = preview(sequence, tokenizer, name, most=None if full else _LONGEST_PIECE)
+            console.print(shown, soft_wrap=True)
             console.print()
     _print_counts(console, encoded, min(rows, len(found.rows)), len(found.rows))
 
