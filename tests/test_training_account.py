@@ -88,7 +88,7 @@ def test_a_little_worse_counts_in_the_second_half_alone(
     """While the learning rate is high, validation rises and falls: only what is clearly worse counts."""
     losses = [1.0, 4.0, 4.1, 4.15, 4.1, 4.19, 4.1, 4.1, 4.1]  # after steps 0, 2, ...; 10 is half of the run
 
-    def metrics(session: Any) -> dict[str, float]:
+    def metrics(*_: Any) -> dict[str, float]:
         return {"loss": losses.pop(0), "loss_error": 0.1}
 
     monkeypatch.setattr(fit_module, "validation_metrics", metrics)
