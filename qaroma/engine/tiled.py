@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qaroma.method.kept_input import KeptInput, keep_input
+
 TILE = 1024 * 4096  # values of a tile of the input: 1,024 tokens of an 8B model
 
 
@@ -69,41 +71,22 @@ def tiled(module: nn.Module, forward: Callable[[Tensor], Tensor], tile: int, x: 
     if x.numel() <= tile:
         return forward(x)
     rows = max(1, tile // x.shape[-1])
-    keeper = _Keeper()
     parameters = [p for p in module.parameters() if p.requires_grad]
     if (
         parameters and not x.requires_grad
     ):  # as in a first layer whose attention trains nothing: autograd would not save it
         x = x.detach().requires_grad_()
-    kept = _KeepInput.apply(x.flatten(0, -2), keeper)  # type: ignore[no-untyped-call]
-    y_TD: Tensor = _Tiled.apply(kept, keeper, forward, rows, *parameters)  # type: ignore[no-untyped-call]
+    x_TD, kept = keep_input(x.flatten(0, -2))
+    y_TD: Tensor = _Tiled.apply(x_TD, kept, forward, rows, *parameters)  # type: ignore[no-untyped-call]
     return y_TD.view_as(x)
-
-
-class _Keeper:
-    """Where the input's saver and its user meet."""
-
-    context: Any = None
-
-
-class _KeepInput(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, keeper: _Keeper) -> Tensor:
-        ctx.save_for_backward(x_TD)
-        keeper.context = ctx
-        return x_TD.view_as(x_TD)
-
-    @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
-        return grad_TD, None
 
 
 class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, keeper: _Keeper, forward: Callable[[Tensor], Tensor], rows: int, *parameters: Tensor
+        ctx: Any, x_TD: Tensor, kept: KeptInput, forward: Callable[[Tensor], Tensor], rows: int, *parameters: Tensor
     ) -> Tensor:
-        ctx.keeper, ctx.run, ctx.rows = keeper, forward, rows
+        ctx.kept, ctx.run, ctx.rows = kept, forward, rows
         y_TD = torch.empty_like(x_TD)
         for start in range(0, x_TD.shape[0], rows):
             y_TD[start : start + rows] = forward(x_TD[start : start + rows])
@@ -111,7 +94,7 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        (x_TD,) = ctx.keeper.context.saved_tensors
+        x_TD = ctx.kept.tensor
         grad_x = torch.empty_like(x_TD)
         for start in range(0, x_TD.shape[0], ctx.rows):
             tile = slice(start, start + ctx.rows)
