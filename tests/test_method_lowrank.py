@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from counting import Unpacked
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from qaroma.errors import QaromaError
@@ -70,16 +70,6 @@ def test_only_the_input_is_saved_for_the_backward_pass_and_only_of_what_trains(t
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
         lowrank_linear(x, base, torch.randn(16, 192), torch.randn(16, 128), active if trains else None)
     assert saved == [x.shape] * trains
-
-
-class Unpacked(TorchDispatchMode):
-    """Counts the weights that are dequantised."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.bitsandbytes.dequantize_4bit.default
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

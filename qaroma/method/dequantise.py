@@ -5,10 +5,15 @@ Dimensions: M out_features, N in_features of a weight W (M, N).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# Sizes of a dense weight that must be free beside it, or it is not kept: a tile's activations, and the next weight.
+SPARE = 3
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -64,9 +69,57 @@ def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
     if state is None:
         plain = weight.detach().to(dtype)
         return plain.T if is_transposed(module) else plain  # type: ignore[no-any-return]
+    kept: KeptDense | None = getattr(weight, "kept_dense", None)
+    return _unpacked(weight, dtype) if kept is None else kept.dense(weight, dtype)
+
+
+def _unpacked(weight: Any, dtype: torch.dtype) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(weight.data, state).to(dtype)  # type: ignore[no-any-return]
+    return dequantize_4bit(weight.data, weight.quant_state).to(dtype)  # type: ignore[no-any-return]
+
+
+class KeptDense:
+    """Dense forms of 4-bit weights that are read again soon, as many as there is room for.
+
+    Args:
+        spare: bytes that could still be taken.
+    """
+
+    def __init__(self, spare: Callable[[], int]) -> None:
+        self._spare: Callable[[], int] | None = spare
+        self._known: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def dense(self, weight: Any, dtype: torch.dtype) -> Tensor:
+        """(M, N), the one of before where there is one."""
+        key = (id(weight), dtype)
+        if key in self._known:
+            return self._known[key]
+        dense = _unpacked(weight, dtype)
+        if self._spare is not None and self._spare() >= SPARE * dense.nbytes:
+            self._known[key] = dense
+        else:
+            self._spare = None  # a pass has no more room later
+        return dense
+
+
+@contextmanager
+def weights_kept_dense(module: nn.Module, spare: Callable[[], int]) -> Iterator[None]:
+    """Inside, :func:`dense_weight` unpacks a 4-bit weight once, however often it is asked, where there is room.
+
+    Args:
+        module: whose layers are meant.
+        spare: bytes that could still be taken.
+    """
+    kept = KeptDense(spare)
+    weights: list[Any] = [weight for weight in module.parameters() if hasattr(weight, "quant_state")]
+    for weight in weights:
+        weight.kept_dense = kept
+    try:
+        yield
+    finally:
+        for weight in weights:
+            del weight.kept_dense
 
 
 def product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
