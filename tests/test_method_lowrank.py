@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qaroma.errors import QaromaError
 from qaroma.method.adapter import BLOCK, AdaptedLinear, Adapter
-from qaroma.method.dequantise import dense_rows, dense_weight
+from qaroma.method.dequantise import dense_rows, dense_weight, fused_product
 from qaroma.method.lowrank import Active, lowrank_linear
 
 
@@ -93,6 +93,17 @@ def test_recomputation_stops_before_the_last_product(dropout: float) -> None:
         unpacked.append(counted.count)
     assert all(map(torch.equal, *gradients))
     assert unpacked == [4, 5]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sizes", [(192, 128), (128, 192), (100, 64)])
+def test_the_product_by_bitsandbytes_is_that_with_the_dense_weight(sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    for base in (nf4_linear(*sizes, bias=True, dtype=dtype), nn.Linear(*sizes, dtype=dtype)):
+        for rows in (1, 5):
+            x = torch.randn(rows, sizes[0], dtype=dtype)
+            with torch.no_grad():
+                expected = F.linear(x, dense_weight(base, dtype), base.bias.to(dtype))
+                torch.testing.assert_close(fused_product(x, base), expected)
 
 
 def test_what_a_layer_returns_may_be_added_to_in_place() -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Sizes of a dense weight that must be free beside it, or it is not kept: a tile's activations, and the next weight.
@@ -120,6 +121,30 @@ def weights_kept_dense(module: nn.Module, spare: Callable[[], int]) -> Iterator[
     finally:
         for weight in weights:
             del weight.kept_dense
+
+
+def fused_product(x_TN: Tensor, module: nn.Module) -> Tensor:
+    """``F.linear(x, dense_weight(module), module.bias)`` without a gradient, by bitsandbytes' own kernels.
+
+    They read a 4-bit weight as it is up to the rows that they are made for: one before bitsandbytes 0.50, some dozens
+    from then on, by card and shape. For more rows bitsandbytes unpacks the weight, as :func:`dense_weight` does.
+
+    Args:
+        x_TN: in the compute dtype.
+        module: ``nn.Linear``, ``Conv1D`` or bitsandbytes ``Linear4bit``.
+
+    Returns:
+        (T, M), without gradient.
+    """
+    weight, dtype = frozen_weight(module), x_TN.dtype
+    bias: Any = None if module.bias is None else module.bias.to(dtype)
+    state = getattr(weight, "quant_state", None)
+    unaligned = state is not None and x_TN.shape[1] % state.blocksize  # bitsandbytes unpacks these, with a warning
+    if state is None or unaligned or hasattr(weight, "kept_dense"):
+        return F.linear(x_TN, dense_weight(module, dtype), bias)
+    from bitsandbytes import matmul_4bit
+
+    return matmul_4bit(x_TN, weight.data.t(), state, bias=bias)  # type: ignore[no-any-return]
 
 
 def product_in_fp32(a: Tensor, b: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qaroma.method.dequantise import dense_weight, product_in_fp32
+from qaroma.method.dequantise import dense_weight, fused_product, product_in_fp32
 from qaroma.method.kept_input import KeptInput, keep_input
 
 
@@ -53,11 +53,19 @@ def lowrank_linear(x: Tensor, base: nn.Module | None, A_RN: Tensor, B_RM: Tensor
     """
     A_param, B_param = (active.A, active.B) if active is not None else (None, None)
     x_TN, kept = x.reshape(-1, x.shape[-1]), None
+    if not torch.is_grad_enabled() and x.is_cuda and base is not None:
+        y_TM = _with_factors(fused_product(x_TN, base), x_TN, A_RN, B_RM)
+        return y_TM.view(*x.shape[:-1], -1)
     if active is not None and x.requires_grad and torch.is_grad_enabled():
         x_TN, kept = keep_input(x_TN)
     y_TM = _LowRankLinear.apply(x_TN, A_param, B_param, base, A_RN, B_RM, active, kept)  # type: ignore[no-untyped-call]
     # The view is made out here: autograd refuses one that a function returns to whoever adds to it in place (Falcon).
     return y_TM.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+
+
+def _with_factors(y_TM: Tensor, x_TN: Tensor, A_RN: Tensor, B_RM: Tensor) -> Tensor:
+    """``y += (x A^T) B``, in place: no second tensor of y's size."""
+    return y_TM.addmm_(x_TN @ A_RN.T, B_RM) if A_RN.shape[0] else y_TM
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -81,9 +89,7 @@ class _LowRankLinear(torch.autograd.Function):
         else:
             bias: Any = base.bias
             y_TM = F.linear(x_TN, dense_weight(base, x_TN.dtype), None if bias is None else bias.to(x_TN.dtype))
-        if A_RN.shape[0]:
-            y_TM.addmm_(x_TN @ A_RN.T, B_RM)  # in place: no second tensor of y's size
-        return y_TM
+        return _with_factors(y_TM, x_TN, A_RN, B_RM)
 
     @staticmethod
     def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:

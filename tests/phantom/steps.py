@@ -25,7 +25,7 @@ def _step_at(level: int) -> Callable[[Card], None]:
     return run
 
 
-def _counts(card: Card) -> dict[str, int]:
+def counts(card: Card) -> dict[str, int]:
     products = sum(n for name, n in card.ops.items() if name.startswith(("aten.mm.", "aten.addmm")))
     return {
         "kernels": card.kernels,
@@ -38,13 +38,13 @@ def _a_layer(level: int) -> Callable[[Card], dict[str, int]]:
     """What one more layer adds to a step of one micro-batch."""
 
     def run(card: Card) -> dict[str, int]:
-        counts = []
+        found = []
         for depth in (2, 3):
             model, method = trained(level, sizes={"num_hidden_layers": depth})
             card.clear()
             step(model, method, [batch(1, 32)])
-            counts.append(_counts(card))
-        fewer, more = counts
+            found.append(counts(card))
+        fewer, more = found
         return {name: more[name] - fewer[name] for name in more}
 
     return run
@@ -66,7 +66,7 @@ def _tiled(level: int, targets: Any, memory: int = 8 << 30) -> Callable[[Card], 
         tiled.tile_tokenwise(model, 16 * 128)
         card.clear()
         step(model, method, [batch(1, 40)])
-        return _counts(card)
+        return counts(card)
 
     return run
 
