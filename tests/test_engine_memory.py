@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -120,6 +121,15 @@ def test_weights_kept_dense_for_a_pass_change_no_bit_and_are_unpacked_once(tiny_
     layers, weights, tiles, attention = 2, 3, 4, 4
     assert often == layers * weights * tiles * 3 + attention  # forward, forward again, backward
     assert once == layers * weights * 2 + attention
+
+
+def test_a_pass_that_finds_no_memory_keeps_no_weight(tiny_folder, monkeypatch) -> None:
+    monkeypatch.setattr(tiled_module, "spare_bytes", lambda _: 2**40)
+    model, _ = trained(tiny_folder, 2)
+    monkeypatch.setattr(model.model.layers[1].mlp.act_fn, "forward", Mock(side_effect=torch.OutOfMemoryError))
+    with pytest.raises(torch.OutOfMemoryError) as held:
+        TASK.loss(model, batch())
+    assert not any(hasattr(parameter, "kept_dense") for parameter in model.parameters()), held
 
 
 def test_level_3_is_the_model_with_a_4_bit_head(tiny_folder) -> None:

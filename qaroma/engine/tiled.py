@@ -9,7 +9,7 @@ Dimensions: T tokens of a micro-batch, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -91,11 +91,12 @@ class _Tiles(NamedTuple):
     forward: Callable[[Tensor], Tensor]
     rows: int
 
-    def slices(self, x_TD: Tensor) -> Iterator[slice]:
-        """The tiles of a pass; where there is room, weights that were unpacked for the first are there for the next."""
-        with weights_kept_dense(self.module, partial(spare_bytes, x_TD.device)):
-            for start in range(0, x_TD.shape[0], self.rows):
-                yield slice(start, start + self.rows)
+    def slices(self, x_TD: Tensor) -> list[slice]:
+        return [slice(start, start + self.rows) for start in range(0, x_TD.shape[0], self.rows)]
+
+    def one_pass(self, x_TD: Tensor) -> AbstractContextManager[None]:
+        """Inside, where there is room, weights that were unpacked for a tile are there for the next."""
+        return weights_kept_dense(self.module, partial(spare_bytes, x_TD.device))
 
 
 class _Tiled(torch.autograd.Function):
@@ -103,15 +104,16 @@ class _Tiled(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, kept: KeptInput, tiles: _Tiles, *parameters: Tensor) -> Tensor:
         ctx.kept, ctx.tiles, ctx.random = kept, tiles, RandomState(x_TD.device)
         y_TD = torch.empty_like(x_TD)
-        for tile in tiles.slices(x_TD):
-            y_TD[tile] = tiles.forward(x_TD[tile])
+        with tiles.one_pass(x_TD):
+            for tile in tiles.slices(x_TD):
+                y_TD[tile] = tiles.forward(x_TD[tile])
         return y_TD
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD = ctx.kept.tensor
         grad_x = torch.empty_like(x_TD)
-        with ctx.random.again():
+        with ctx.random.again(), ctx.tiles.one_pass(x_TD):
             for tile in ctx.tiles.slices(x_TD):
                 with torch.enable_grad():
                     part = x_TD[tile].detach().requires_grad_()

@@ -113,7 +113,8 @@ def weights_kept_dense(module: nn.Module, spare: Callable[[], int]) -> Iterator[
         spare: bytes that could still be taken.
     """
     kept = KeptDense(spare)
-    weights: list[Any] = [weight for weight in module.parameters() if hasattr(weight, "quant_state")]
+    packed = (weight for weight in module.parameters() if hasattr(weight, "quant_state"))
+    weights: list[Any] = [weight for weight in packed if not hasattr(weight, "kept_dense")]  # by a pass around this one
     for weight in weights:
         weight.kept_dense = kept
     try:
