@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import tiny_config
+from counting import Unpacked
 
 from qaroma.config.levels import LEVELS
 from qaroma.data.encode import Example
@@ -75,6 +77,59 @@ def test_dropout_is_the_same_when_a_layer_is_recomputed(tiny_folder) -> None:
         (loss / count).backward()
         gradients.append(controller.trainer.optimiser.gradients.clone())
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_tile_is_computed_again_with_the_dropout_of_its_first_time(tiny_folder) -> None:
+    """Along its gradient the loss changes as that says; and what the rest of a step draws does not depend on it."""
+    model, controller = trained(tiny_folder, 2, dropout=0.3, targets=["down_proj"])
+    adapter = controller.adapter
+    parameters = [layer.active_B for _, layer in adapter.active_layers()]
+
+    def loss_at(move: float) -> torch.Tensor:
+        with torch.no_grad():
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter.add_(move * direction)
+        adapter.refresh()
+        torch.manual_seed(11)
+        return TASK.loss(model, batch())[0]
+
+    directions = [torch.zeros_like(parameter) for parameter in parameters]
+    loss = loss_at(0.0)
+    drawn = torch.get_rng_state()
+    loss.backward()
+    assert torch.equal(torch.get_rng_state(), drawn)
+    directions = [parameter.grad.clone() for parameter in parameters]
+    slope = sum(direction.square().sum().item() for direction in directions)
+    step = 1.0 / slope
+    after, before = loss_at(step).item(), loss_at(-2 * step).item()
+    assert (after - before) / (2 * step) == pytest.approx(slope, rel=0.02)
+
+
+def test_weights_kept_dense_for_a_pass_change_no_bit_and_are_unpacked_once(tiny_folder, monkeypatch) -> None:
+    seen = []
+    for spare in (0, 2**40):
+        monkeypatch.setattr(tiled_module, "spare_bytes", lambda _, spare=spare: spare)
+        model, controller = trained(tiny_folder, 2, targets=["gate_proj", "up_proj", "down_proj"])
+        with Unpacked() as counted:
+            loss, _ = TASK.loss(model, batch())
+            loss.backward()
+        assert not any(hasattr(parameter, "kept_dense") for parameter in model.parameters())
+        seen.append((loss.item(), controller.trainer.optimiser.gradients.clone(), counted.count))
+    (loss, gradients, often), (same_loss, same_gradients, once) = seen
+    assert loss == same_loss
+    assert torch.equal(gradients, same_gradients)
+    layers, weights, tiles, attention = 2, 3, 4, 4
+    assert often == layers * weights * tiles * 3 + attention  # forward, forward again, backward
+    assert once == layers * weights * 2 + attention
+
+
+def test_a_pass_that_finds_no_memory_keeps_no_weight(tiny_folder, monkeypatch) -> None:
+    monkeypatch.setattr(tiled_module, "spare_bytes", lambda _: 2**40)
+    model, _ = trained(tiny_folder, 2)
+    monkeypatch.setattr(model.model.layers[1].mlp.act_fn, "forward", Mock(side_effect=torch.OutOfMemoryError))
+    with pytest.raises(torch.OutOfMemoryError) as held:
+        TASK.loss(model, batch())
+    assert not any(hasattr(parameter, "kept_dense") for parameter in model.parameters()), held
 
 
 def test_level_3_is_the_model_with_a_4_bit_head(tiny_folder) -> None:

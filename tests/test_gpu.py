@@ -46,9 +46,11 @@ def test_offload_tiles_and_streaming_change_no_gradient(resident: int, level: in
 
 @pytest.mark.parametrize("level", [1, 2, 3, 4])
 @pytest.mark.parametrize("length", [2048, 8192])
-def test_the_allocator_agrees_with_the_plan(level: int, length: int) -> None:
+def test_the_allocator_agrees_with_the_plan(level: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qaroma.engine import tiled
     from qaroma.plan.trace import StepSettings, trace_step
 
+    monkeypatch.setattr(tiled, "spare_bytes", lambda _: 0)  # the plan is that of a card without room to spare
     step, _, config = step_at(level, length)
     step()
     torch.cuda.reset_peak_memory_stats()
@@ -84,3 +86,18 @@ def test_bf16_nf4_trains_and_grows_on_the_gpu(tiny_folder) -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.5
     assert min(adapter.ranks().values()) > 3
+
+
+@pytest.mark.parametrize("rows", [1, 4, 33, 600])
+def test_a_product_without_a_gradient_is_as_exact_as_that_with_the_dense_weight(rows: int) -> None:
+    import torch.nn.functional as F
+
+    from qaroma.method.dequantise import dense_weight, fused_product
+    from qaroma.model.bnb import bnb
+
+    base = bnb.nn.Linear4bit(4096, 1024, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to(CUDA)
+    x = torch.randn(rows, 4096, device=CUDA, dtype=torch.bfloat16)
+    with torch.no_grad():
+        truth = F.linear(x.double(), dense_weight(base, torch.float64))
+        naive = F.linear(x, dense_weight(base, torch.bfloat16))
+        assert (fused_product(x, base) - truth).norm() <= (naive - truth).norm() * 1.5

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from counting import Unpacked
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from qaroma.errors import QaromaError
 from qaroma.method.adapter import BLOCK, AdaptedLinear, Adapter
-from qaroma.method.dequantise import dense_rows, dense_weight
+from qaroma.method.dequantise import dense_rows, dense_weight, fused_product
 from qaroma.method.lowrank import Active, lowrank_linear
 
 
@@ -59,14 +61,49 @@ def test_bf16_error_is_no_larger_than_the_naive_bf16_error() -> None:
     assert (ours - truth).norm() <= (naive - truth).norm() * 1.001
 
 
-def test_only_the_input_is_saved_for_the_backward_pass() -> None:
+@pytest.mark.parametrize("trains", [True, False])
+def test_only_the_input_is_saved_for_the_backward_pass_and_only_of_what_trains(trains: bool) -> None:
     saved = []
     base = nf4_linear(192, 128)
     x = torch.randn(5, 192, requires_grad=True)
     active = Active(nn.Parameter(torch.randn(1, 192)), nn.Parameter(torch.randn(1, 128)), 0, 1.0)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
-        lowrank_linear(x, base, torch.randn(16, 192), torch.randn(16, 128), active)
-    assert saved == [x.shape]
+        lowrank_linear(x, base, torch.randn(16, 192), torch.randn(16, 128), active if trains else None)
+    assert saved == [x.shape] * trains
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_recomputation_stops_before_the_last_product(dropout: float) -> None:
+    """With the very gradients of what is not computed again."""
+    model = nn.Sequential(
+        nf4_linear(192, 128, dtype=torch.bfloat16), nn.SiLU(), nf4_linear(128, 64, dtype=torch.bfloat16)
+    )
+    adapter = Adapter(model, ["0", "2"], alpha=2.0, dropout=dropout)
+    for layer in adapter.layers.values():
+        layer.start_component(adapter.initial_A(layer))
+        nn.init.normal_(layer.active_B)
+    adapter.refresh()
+    x = torch.randn(9, 192, dtype=torch.bfloat16, requires_grad=True)
+    trained = [x, *(parameter for layer in adapter.layers.values() for parameter in (layer.active_A, layer.active_B))]
+    gradients, unpacked = [], []
+    for run in (model, lambda x: checkpoint(model, x, use_reentrant=False)):
+        torch.manual_seed(3)
+        with Unpacked() as counted:
+            gradients.append(torch.autograd.grad(run(x).square().sum(), trained))
+        unpacked.append(counted.count)
+    assert all(map(torch.equal, *gradients))
+    assert unpacked == [4, 5]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sizes", [(192, 128), (128, 192), (100, 64)])
+def test_the_product_by_bitsandbytes_is_that_with_the_dense_weight(sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    for base in (nf4_linear(*sizes, bias=True, dtype=dtype), nn.Linear(*sizes, dtype=dtype)):
+        for rows in (1, 5):
+            x = torch.randn(rows, sizes[0], dtype=dtype)
+            with torch.no_grad():
+                expected = F.linear(x, dense_weight(base, dtype), base.bias.to(dtype))
+                torch.testing.assert_close(fused_product(x, base), expected)
 
 
 def test_what_a_layer_returns_may_be_added_to_in_place() -> None:

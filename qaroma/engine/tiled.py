@@ -8,12 +8,16 @@ Dimensions: T tokens of a micro-batch, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from qaroma.method.dequantise import weights_kept_dense
+from qaroma.method.kept_input import KeptInput, keep_input
 
 TILE = 1024 * 4096  # values of a tile of the input: 1,024 tokens of an 8B model
 
@@ -69,57 +73,85 @@ def tiled(module: nn.Module, forward: Callable[[Tensor], Tensor], tile: int, x: 
     if x.numel() <= tile:
         return forward(x)
     rows = max(1, tile // x.shape[-1])
-    keeper = _Keeper()
     parameters = [p for p in module.parameters() if p.requires_grad]
     if (
         parameters and not x.requires_grad
     ):  # as in a first layer whose attention trains nothing: autograd would not save it
         x = x.detach().requires_grad_()
-    kept = _KeepInput.apply(x.flatten(0, -2), keeper)  # type: ignore[no-untyped-call]
-    y_TD: Tensor = _Tiled.apply(kept, keeper, forward, rows, *parameters)  # type: ignore[no-untyped-call]
+    x_TD, kept = keep_input(x.flatten(0, -2))
+    tiles = _Tiles(module, forward, rows)
+    y_TD: Tensor = _Tiled.apply(x_TD, kept, tiles, *parameters)  # type: ignore[no-untyped-call]
     return y_TD.view_as(x)
 
 
-class _Keeper:
-    """Where the input's saver and its user meet."""
+class _Tiles(NamedTuple):
+    """A module that maps each token by itself, so many ``rows`` at a time."""
 
-    context: Any = None
+    module: nn.Module
+    forward: Callable[[Tensor], Tensor]
+    rows: int
 
+    def slices(self, x_TD: Tensor) -> list[slice]:
+        return [slice(start, start + self.rows) for start in range(0, x_TD.shape[0], self.rows)]
 
-class _KeepInput(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, keeper: _Keeper) -> Tensor:
-        ctx.save_for_backward(x_TD)
-        keeper.context = ctx
-        return x_TD.view_as(x_TD)
-
-    @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
-        return grad_TD, None
+    def one_pass(self, x_TD: Tensor) -> AbstractContextManager[None]:
+        """Inside, where there is room, weights that were unpacked for a tile are there for the next."""
+        return weights_kept_dense(self.module, partial(spare_bytes, x_TD.device))
 
 
 class _Tiled(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_TD: Tensor, keeper: _Keeper, forward: Callable[[Tensor], Tensor], rows: int, *parameters: Tensor
-    ) -> Tensor:
-        ctx.keeper, ctx.run, ctx.rows = keeper, forward, rows
+    def forward(ctx: Any, x_TD: Tensor, kept: KeptInput, tiles: _Tiles, *parameters: Tensor) -> Tensor:
+        ctx.kept, ctx.tiles, ctx.random = kept, tiles, RandomState(x_TD.device)
         y_TD = torch.empty_like(x_TD)
-        for start in range(0, x_TD.shape[0], rows):
-            y_TD[start : start + rows] = forward(x_TD[start : start + rows])
+        with tiles.one_pass(x_TD):
+            for tile in tiles.slices(x_TD):
+                y_TD[tile] = tiles.forward(x_TD[tile])
         return y_TD
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        (x_TD,) = ctx.keeper.context.saved_tensors
+        x_TD = ctx.kept.tensor
         grad_x = torch.empty_like(x_TD)
-        for start in range(0, x_TD.shape[0], ctx.rows):
-            tile = slice(start, start + ctx.rows)
-            with torch.enable_grad():
-                part = x_TD[tile].detach().requires_grad_()
-                y = ctx.run(part)
-            # Gradients of the parameters accumulate here, tile by tile, in their own buffers.
-            torch.autograd.backward(y, grad_TD[tile])
-            grad_x[tile] = part.grad
-        unused = [None] * (len(ctx.needs_input_grad) - 4)
-        return grad_x, None, None, None, *unused
+        with ctx.random.again(), ctx.tiles.one_pass(x_TD):
+            for tile in ctx.tiles.slices(x_TD):
+                with torch.enable_grad():
+                    part = x_TD[tile].detach().requires_grad_()
+                    y = ctx.tiles.forward(part)
+                # Gradients of the parameters accumulate here, tile by tile, in their own buffers.
+                torch.autograd.backward(y, grad_TD[tile])
+                grad_x[tile] = part.grad
+        unused = [None] * (len(ctx.needs_input_grad) - 3)
+        return grad_x, None, None, *unused
+
+
+def spare_bytes(device: torch.device) -> int:
+    """What a card could still give; nothing elsewhere, since a host's memory is not this program's alone."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
+    return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
+
+
+class RandomState:
+    """Where the random numbers of the host and of a device are, to be drawn again from there on.
+
+    Args:
+        device: that a module computes on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.devices = [device] if device.type == "cuda" else []
+        self._host = torch.get_rng_state()
+        self._device = [torch.cuda.get_rng_state(device) for device in self.devices]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Inside, what was drawn from here on is drawn once more; afterwards all is as it was before."""
+        with torch.random.fork_rng(self.devices):
+            torch.set_rng_state(self._host)
+            for device, state in zip(self.devices, self._device, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield

@@ -92,10 +92,10 @@ class AdaptedLinear(nn.Module):
         if active is None or not (self.training and self.dropout > 0):
             return lowrank_linear(x, self.base, self.A, self.B, active)
         start, stop = active.start, self.rank
-        frozen = lowrank_linear(x, self.base, self.A[:start], self.B[:start], None)
-        own = lowrank_linear(
+        own = lowrank_linear(  # first: what it saves is then there before the base's product
             F.dropout(x, self.dropout), None, self.A[start:stop], self.B[start:stop], active._replace(start=0)
         )
+        frozen = lowrank_linear(x, self.base, self.A[:start], self.B[:start], None)
         return frozen + own
 
     def frozen_factors(self) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,16 @@ Dimensions: M out_features, N in_features of a weight W (M, N).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Sizes of a dense weight that must be free beside it, or it is not kept: a tile's activations, and the next weight.
+SPARE = 3
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -64,9 +70,82 @@ def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
     if state is None:
         plain = weight.detach().to(dtype)
         return plain.T if is_transposed(module) else plain  # type: ignore[no-any-return]
+    kept: KeptDense | None = getattr(weight, "kept_dense", None)
+    return _unpacked(weight, dtype) if kept is None else kept.dense(weight, dtype)
+
+
+def _unpacked(weight: Any, dtype: torch.dtype) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(weight.data, state).to(dtype)  # type: ignore[no-any-return]
+    return dequantize_4bit(weight.data, weight.quant_state).to(dtype)  # type: ignore[no-any-return]
+
+
+class KeptDense:
+    """Dense forms of 4-bit weights that are read again soon, as many as there is room for.
+
+    Args:
+        spare: bytes that could still be taken.
+    """
+
+    def __init__(self, spare: Callable[[], int]) -> None:
+        self._spare: Callable[[], int] | None = spare
+        self._known: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def dense(self, weight: Any, dtype: torch.dtype) -> Tensor:
+        """(M, N), the one of before where there is one."""
+        key = (id(weight), dtype)
+        if key in self._known:
+            return self._known[key]
+        dense = _unpacked(weight, dtype)
+        if self._spare is not None and self._spare() >= SPARE * dense.nbytes:
+            self._known[key] = dense
+        else:
+            self._spare = None  # a pass has no more room later
+        return dense
+
+
+@contextmanager
+def weights_kept_dense(module: nn.Module, spare: Callable[[], int]) -> Iterator[None]:
+    """Inside, :func:`dense_weight` unpacks a 4-bit weight once, however often it is asked, where there is room.
+
+    Args:
+        module: whose layers are meant.
+        spare: bytes that could still be taken.
+    """
+    kept = KeptDense(spare)
+    packed = (weight for weight in module.parameters() if hasattr(weight, "quant_state"))
+    weights: list[Any] = [weight for weight in packed if not hasattr(weight, "kept_dense")]  # by a pass around this one
+    for weight in weights:
+        weight.kept_dense = kept
+    try:
+        yield
+    finally:
+        for weight in weights:
+            del weight.kept_dense
+
+
+def fused_product(x_TN: Tensor, module: nn.Module) -> Tensor:
+    """``F.linear(x, dense_weight(module), module.bias)`` without a gradient, by bitsandbytes' own kernels.
+
+    They read a 4-bit weight as it is up to the rows that they are made for: one before bitsandbytes 0.50, some dozens
+    from then on, by card and shape. For more rows bitsandbytes unpacks the weight, as :func:`dense_weight` does.
+
+    Args:
+        x_TN: in the compute dtype.
+        module: ``nn.Linear``, ``Conv1D`` or bitsandbytes ``Linear4bit``.
+
+    Returns:
+        (T, M), without gradient.
+    """
+    weight, dtype = frozen_weight(module), x_TN.dtype
+    bias: Any = None if module.bias is None else module.bias.to(dtype)
+    state = getattr(weight, "quant_state", None)
+    unaligned = state is not None and x_TN.shape[1] % state.blocksize  # bitsandbytes unpacks these, with a warning
+    if state is None or unaligned or hasattr(weight, "kept_dense"):
+        return F.linear(x_TN, dense_weight(module, dtype), bias)
+    from bitsandbytes import matmul_4bit
+
+    return matmul_4bit(x_TN, weight.data.t(), state, bias=bias)  # type: ignore[no-any-return]
 
 
 def product_in_fp32(a: Tensor, b: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qaroma.method.dequantise import dense_weight, product_in_fp32
+from qaroma.method.dequantise import dense_weight, fused_product, product_in_fp32
+from qaroma.method.kept_input import KeptInput, keep_input
 
 
 class Active(NamedTuple):
@@ -37,8 +38,8 @@ def lowrank_linear(x: Tensor, base: nn.Module | None, A_RN: Tensor, B_RM: Tensor
         y = F.linear(x, dense_weight(base), base.bias) + (x @ A_RN.T) @ B_RM
 
     with ``A_RN`` and ``B_RM`` requiring grad, where ``active.A.grad`` is the active rows of dA and
-    ``active.B.grad`` is ``scale`` times those of dB. The input is all that is saved; the base
-    weight is dequantised again in the backward pass, so no dense weight outlives a call.
+    ``active.B.grad`` is ``scale`` times those of dB. Only the input is saved, and only where a component
+    trains; the base weight is dequantised again in the backward pass, so no dense weight outlives a call.
 
     Args:
         x: (..., N) in the compute dtype.
@@ -51,47 +52,58 @@ def lowrank_linear(x: Tensor, base: nn.Module | None, A_RN: Tensor, B_RM: Tensor
         (..., M) in the compute dtype.
     """
     A_param, B_param = (active.A, active.B) if active is not None else (None, None)
-    y_TM = _LowRankLinear.apply(x, A_param, B_param, base, A_RN, B_RM, active)  # type: ignore[no-untyped-call]
+    x_TN, kept = x.reshape(-1, x.shape[-1]), None
+    if not torch.is_grad_enabled() and x.is_cuda and base is not None:
+        y_TM = _with_factors(fused_product(x_TN, base), x_TN, A_RN, B_RM)
+        return y_TM.view(*x.shape[:-1], -1)
+    if active is not None and x.requires_grad and torch.is_grad_enabled():
+        x_TN, kept = keep_input(x_TN)
+    y_TM = _LowRankLinear.apply(x_TN, A_param, B_param, base, A_RN, B_RM, active, kept)  # type: ignore[no-untyped-call]
     # The view is made out here: autograd refuses one that a function returns to whoever adds to it in place (Falcon).
     return y_TM.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+
+
+def _with_factors(y_TM: Tensor, x_TN: Tensor, A_RN: Tensor, B_RM: Tensor) -> Tensor:
+    """``y += (x A^T) B``, in place: no second tensor of y's size."""
+    return y_TM.addmm_(x_TN @ A_RN.T, B_RM) if A_RN.shape[0] else y_TM
 
 
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        x_TN: Tensor,
         A_param: Tensor | None,
         B_param: Tensor | None,
         base: nn.Module | None,
         A_RN: Tensor,
         B_RM: Tensor,
         active: Active | None,
+        kept: KeptInput | None,
     ) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.base, ctx.A_RN, ctx.B_RM, ctx.active = base, A_RN, B_RM, active
-        x_TN = x.reshape(-1, x.shape[-1])
+        if active is not None and kept is None:
+            ctx.save_for_backward(x_TN)
+        ctx.base, ctx.A_RN, ctx.B_RM, ctx.active, ctx.kept = base, A_RN, B_RM, active, kept
         if base is None:
             y_TM = x_TN.new_zeros(x_TN.shape[0], B_RM.shape[1])
         else:
             bias: Any = base.bias
-            y_TM = F.linear(x_TN, dense_weight(base, x.dtype), None if bias is None else bias.to(x.dtype))
-        if A_RN.shape[0]:
-            y_TM.addmm_(x_TN @ A_RN.T, B_RM)  # in place: no second tensor of y's size
-        return y_TM
+            y_TM = F.linear(x_TN, dense_weight(base, x_TN.dtype), None if bias is None else bias.to(x_TN.dtype))
+        return _with_factors(y_TM, x_TN, A_RN, B_RM)
 
     @staticmethod
     def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        x_TN = x.reshape(-1, x.shape[-1])
-        grad_x = grad_A = grad_B = None
+        grad_TN = grad_A = grad_B = None
         # Gradient at the output of A, shared by both gradients below.
         grad_TR = grad_TM @ ctx.B_RM.T
         if ctx.needs_input_grad[0]:
-            grad_TN = torch.zeros_like(x_TN) if ctx.base is None else grad_TM @ dense_weight(ctx.base, x.dtype)
-            grad_x = grad_TN.addmm_(grad_TR, ctx.A_RN).view_as(x)
+            if ctx.base is None:
+                grad_TN = grad_TR @ ctx.A_RN
+            else:
+                grad_TN = (grad_TM @ dense_weight(ctx.base, grad_TM.dtype)).addmm_(grad_TR, ctx.A_RN)
         if ctx.active is not None:
+            x_TN = ctx.saved_tensors[0] if ctx.kept is None else ctx.kept.tensor
             rows = slice(ctx.active.start, ctx.active.start + ctx.active.A.shape[0])
             grad_A = product_in_fp32(grad_TR[:, rows].T, x_TN)
             grad_B = product_in_fp32((x_TN @ ctx.A_RN[rows].T).T, grad_TM).mul_(ctx.active.scale)
-        return grad_x, grad_A, grad_B, None, None, None, None
+        return grad_TN, grad_A, grad_B, None, None, None, None, None

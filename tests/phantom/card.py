@@ -134,7 +134,7 @@ class Card:
             "get_rng_state": lambda *_: real_zeros((16,), torch.uint8), "set_rng_state": _check_random_state,
             "manual_seed": nothing, "manual_seed_all": nothing, "is_current_stream_capturing": lambda: False,
             "_exchange_device": lambda *_: 0, "_maybe_exchange_device": lambda *_: 0,
-            "set_per_process_memory_fraction": nothing,
+            "set_per_process_memory_fraction": nothing, "get_per_process_memory_fraction": lambda *_: 1.0,
             "current_stream": lambda *_: order.current, "default_stream": lambda *_: order.default,
             "Stream": Stream, "Event": Event, "stream": on,
         }  # fmt: skip

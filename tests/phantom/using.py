@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Generat
 
 from phantom.card import CARD, Card
 from phantom.registry import SCENARIOS, Scenario, scenario
+from phantom.steps import counts
 from phantom.world import answers, batch, for_real, gradients, step, trained
 from qaroma.data.forms import Message
 from qaroma.data.labelled import LabelledExample
@@ -64,6 +65,17 @@ def _generation(level: int, *, warm: bool = False) -> Callable[[Card], None]:
 for _level in range(5):
     SCENARIOS[f"generation at level {_level}"] = Scenario(_generation(_level), slow=_level == 0)
 SCENARIOS["sampling"] = Scenario(_generation(1, warm=True), slow=True)
+
+
+@scenario("a token of an answer", result={"kernels": 132, "products": 29, "weights unpacked": 0})
+def token(card: Card) -> dict[str, int]:
+    """No weight is unpacked for it: bitsandbytes multiplies with the packed ones."""
+    model, _ = trained(1)
+    ids = torch.full((1, 1), 3, device=CARD)
+    card.clear()
+    with evaluating(model):
+        model(input_ids=ids, use_cache=False)
+    return counts(card)
 
 
 class _Words:
