@@ -12,7 +12,10 @@ from torch import nn
 
 from qaroma.bench.contestants import examples, peft_step, qaroma_step, random_base, twin
 from qaroma.bench.measure import seconds_per_step, step_flops
+from qaroma.bench.sheet import LENGTHS, _Bench, cells_of, fill_sheet
 from qaroma.cli import main
+from qaroma.plan.search import Planner
+from qaroma.plan.shapes import model_config
 
 CPU = torch.device("cpu")
 
@@ -90,3 +93,49 @@ def test_the_command_prints_ratios(tiny_folder: Path, capsys: pytest.CaptureFixt
     assert figures["speed_ratio"]["low"] <= figures["speed_ratio"]["median"] <= figures["speed_ratio"]["high"]
     assert theirs / ours == pytest.approx(figures["speed_ratio"]["median"], rel=1.0)
     assert figures["memory_ratio"] == figures["qaroma"]["peak_bytes"] / figures["peft"]["peak_bytes"]
+
+
+@pytest.mark.slow
+def test_a_sheet_is_filled_and_goes_on_where_it_was_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """End to end, every kind of cell, on a CPU and a tiny shape."""
+    tiny_config(num_hidden_layers=2, tie_word_embeddings=False).save_pretrained(tmp_path)
+    folder, lengths = tmp_path / "sheet", (16, 32, 48)
+    measured, cut_after = [], 3
+    measure = _Bench.measured
+
+    def watched(self, cell):
+        if len(measured) == cut_after:
+            raise KeyboardInterrupt
+        measured.append(cell.name)
+        return measure(self, cell)
+
+    monkeypatch.setattr(_Bench, "measured", watched)
+    with pytest.raises(KeyboardInterrupt):
+        fill_sheet(str(tmp_path), folder, device="cpu", lengths=lengths)
+    assert sorted(path.stem for path in folder.iterdir()) == sorted(measured)
+    cut_after = 10**6
+    table = fill_sheet(str(tmp_path), folder, device="cpu", lengths=lengths)
+    levels = [f"level-{level}-{length}" for level in range(5) for length in lengths]
+    cards = [f"card-{gib}-{length}" for gib in (6, 8, 12, 16, 24) for length in (32, 48)]
+    assert sorted(measured) == sorted([*levels, *cards, "frozen-1-32", "growth-1-32"])  # each once
+    figures = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    for name in levels:
+        assert figures[name]["peak"] == pytest.approx(figures[name]["planned"], rel=0.1)
+        assert ("peft" in figures[name]["tokens_per_second"]) == (int(name[6]) < 2)
+    assert 0 < figures["growth-1-32"]["share"] < 1
+    assert set(figures["frozen-1-32"]["tokens_per_second"]) == {"1", "64"}
+    assert {figures[name]["outcome"] for name in cards} == {"ran"}
+    assert (folder / "table.md").read_text() == table
+    assert table.count("\n| ") == 2 + len(levels) + 2 + len(cards)
+
+
+@pytest.mark.slow
+def test_the_cells_of_a_sheet_are_those_that_fit() -> None:
+    """LLaMA-3-8B on an H100: level 0 keeps too much at 32,768 tokens, and small cards need the lower levels."""
+    cells = cells_of(Planner(model_config("llama3-8b")), 78 * 2**30, dtype=torch.bfloat16, lengths=LENGTHS[:3])
+    assert [(c.level, c.length) for c in cells if c.kind == "level"] == [(a, b) for a in range(5) for b in LENGTHS[:3]]
+    cards = {(cell.gib, cell.length): cell.level for cell in cells if cell.kind == "card"}
+    assert cards == {
+        (6, 2048): 2, (8, 2048): 1, (12, 2048): 1, (16, 2048): 1, (24, 2048): 0,
+        (6, 8192): 2, (8, 8192): 2, (12, 8192): 1, (16, 8192): 1, (24, 8192): 1,
+    }  # fmt: skip

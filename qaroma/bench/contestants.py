@@ -67,17 +67,12 @@ def examples(vocabulary: int, *, rows: int, length: int) -> list[Example]:
     return [Example(row, [IGNORED, *row[1:]]) for row in ids]
 
 
-def qaroma_step(model: Any, rows: list[Example], *, level: int, frozen: int = 0) -> tuple[Step, GrowthController]:
-    """qaroma's step: forward, chunked loss, backward, update, and growth with a check every 10 steps.
+def growing(model: Any, *, frozen: int = 0) -> GrowthController:
+    """Put qaroma's adapter on a base: growth with a check every 10 steps.
 
     Args:
-        model: base; an adapter is put on it.
-        rows: one micro-batch.
-        level: memory level.
+        model: base.
         frozen: components that each module has already.
-
-    Returns:
-        The step, and the method.
     """
     adapter = attach(model, inner_rank=1, alpha=2.0)
     for layer in adapter.layers.values():
@@ -86,18 +81,28 @@ def qaroma_step(model: Any, rows: list[Example], *, level: int, frozen: int = 0)
             B = torch.randn(frozen, layer.out_features, dtype=layer.B.dtype) * 0.01
             layer.load_factors(A, B, [1] * frozen)
     settings = GrowthSettings(t_in=10_000, warmup=1, restart_warmup=1, max_update=1.0)
-    method = GrowthController(adapter, settings, learning_rate=1e-4, total_steps=1_000_000)
-    apply_level(model, level)
-    model.train()
+    return GrowthController(adapter, settings, learning_rate=1e-4, total_steps=1_000_000)
+
+
+def step_of(model: Any, method: GrowthController, rows: list[Example]) -> Step:
+    """A step on one micro-batch: forward, chunked loss, backward, update."""
     task = CausalLM()
-    batch = task.collate(rows).to(next(iter(adapter.layers.values())).A.device)
+    model.train()
+    batch = task.collate(rows).to(next(iter(method.adapter.layers.values())).A.device)
 
     def step() -> None:
         loss, count = task.loss(model, batch)
         (loss / count).backward()  # type: ignore[no-untyped-call]
         method.step()
 
-    return step, method
+    return step
+
+
+def qaroma_step(model: Any, rows: list[Example], *, level: int, frozen: int = 0) -> tuple[Step, GrowthController]:
+    """qaroma's step at a memory level, and the method; see :func:`growing` and :func:`step_of`."""
+    method = growing(model, frozen=frozen)
+    apply_level(model, level)
+    return step_of(model, method, rows), method
 
 
 def peft_step(model: Any, rows: list[Example], *, checkpointing: bool = True) -> Step:

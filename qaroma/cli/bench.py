@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
 import click
 
 from qaroma.cli.options import config_option, count
@@ -13,6 +16,7 @@ _EPILOG = """\b
 Examples:
   qaroma bench --model smollm2-135m --seq-len 512 --against peft
   qaroma bench --model llama3-8b --seq-len 2048 --memory 1 --against peft --json
+  qaroma bench --model llama3-8b --sheet sheet
 """
 
 
@@ -25,6 +29,9 @@ Examples:
 @click.option("--memory", default="1", show_default=True, type=click.Choice(LEVEL_NAMES), help="Memory level.")
 @click.option("--frozen", default=0, show_default=True, type=count(0), help="Frozen rank of each module.")
 @click.option("--against", type=click.Choice(["peft"]), help="Measure PEFT's QLoRA (r 8) in turns with ours.")
+@click.option("--sheet", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER",
+              help="Fill every table of levels, lengths and emulated cards there, or go on with it; only --model and "
+              "--device count beside it.")  # fmt: skip
 @config_option("training.device", text="Where to compute.")
 @JSON_OPTION
 def command(
@@ -36,6 +43,7 @@ def command(
     memory: str,
     frozen: int,
     against: str | None,
+    sheet: Path | None,
     training__device: str | None,
     json_output: bool,
 ) -> None:
@@ -45,6 +53,12 @@ def command(
     median of the turns, with the smallest and the largest.
     """
     require_shape(model)
+
+    if sheet is not None:
+        from qaroma.bench.sheet import fill_sheet
+
+        click.echo(fill_sheet(model, sheet, device=training__device or "auto", tell=partial(click.echo, err=True)))
+        return
 
     from qaroma.bench.bench import BenchSize, bench
 

@@ -9,14 +9,13 @@ from qaroma.cli.output import JSON_OPTION, figures_only
 from qaroma.config.load import read_settings
 from qaroma.config.tasks import WRITING
 from qaroma.errors import QaromaError
-from qaroma.plan.card import PCIE, TFLOPS, parse_memory, this_card
+from qaroma.plan.card import CARDS, Card, parse_card, parse_memory, this_card
 from qaroma.plan.shapes import require_shape
-
-RATE = click.FloatRange(0, 1e6, min_open=True)
 
 _EPILOG = """\b
 Examples:
   qaroma plan --model llama3-8b --vram 8GiB
+  qaroma plan --model qwen3-4b --card rtx3060 --rows 5000
   qaroma plan --model mistralai/Mistral-7B-v0.3 --seq-len 8192 --memory 2
 """
 
@@ -24,6 +23,7 @@ Examples:
 @click.command(epilog=_EPILOG)
 @click.option("--model", required=True, metavar="TEXT",
               help="Built-in shape (llama3-8b, qwen2.5-7b, ...), config.json, folder or hub id.")  # fmt: skip
+@click.option("--card", metavar="NAME", help="A card that is known, for its memory and rates: rtx3060, t4, h100, ...")
 @click.option("--vram", metavar="SIZE", help="Memory of the card, as 8GiB. Default: this machine's GPU, if it has one.")
 @click.option("--seq-len", type=count(2), default=2048, show_default=True, metavar="INTEGER",
               help="Tokens of a sequence.")  # fmt: skip
@@ -34,22 +34,22 @@ Examples:
 @config_option("training.memory")
 @click.option("--rank-frozen", type=count(0), default=16, show_default=True, metavar="INTEGER",
               help="Rank of the frozen components of every layer.")  # fmt: skip
-@click.option("--pcie", type=RATE, default=PCIE, show_default=True, metavar="GB/S",
-              help="Rate of copies to the card, for the time of a step whose base is streamed.")  # fmt: skip
-@click.option("--tflops", type=RATE, default=TFLOPS, show_default=True, metavar="TFLOP/S",
-              help="Rate that products reach on the card, likewise.")  # fmt: skip
+@click.option("--time", "all_cards", is_flag=True, help="Tell the time on every known card, where none is named.")
+@click.option("--rows", type=count(1), default=1000, show_default=True, metavar="INTEGER",
+              help="Examples of the run whose time is told.")  # fmt: skip
 @config_option("model.trust_remote_code")
 @JSON_OPTION
 def command(
     model: str,
+    card: str | None,
     vram: str | None,
     seq_len: int,
     micro_batch: int,
     task: str | None,
     training__memory: str | None,
     rank_frozen: int,
-    pcie: float,
-    tflops: float,
+    all_cards: bool,
+    rows: int,
     model__trust_remote_code: bool | None,
     json_output: bool,
 ) -> None:
@@ -62,7 +62,7 @@ def command(
     if not asked.writes_text:
         raise QaromaError(f"got --task {task}; expected {' or '.join(WRITING)}: a step of another kind is not counted")
     require_shape(model)
-    size = parse_memory(vram) if vram else None
+    size, cards = _cards(card, vram, everyone=all_cards)
 
     from rich.console import Console
 
@@ -75,9 +75,9 @@ def command(
                 model,
                 StepSettings(0, seq_len, micro_batch, asked.sequences, frozen_rank=rank_frozen),
                 memory=training__memory or "auto",
-                vram=this_card() if size is None else size,
-                pcie=pcie,
-                tflops=tflops,
+                vram=size,
+                cards=cards,
+                rows=rows,
                 trust_remote_code=bool(model__trust_remote_code),
                 tell=lambda doing: status.update(doing),
             )
@@ -85,3 +85,17 @@ def command(
             write(plan.to_json())
             return
     print_plan(plan, Console())
+
+
+def _cards(name: str | None, vram: str | None, *, everyone: bool) -> tuple[int | None, tuple[Card, ...]]:
+    """Bytes of the card that is meant, and the cards whose times are told: those with that memory, if none is named."""
+    size = parse_memory(vram) if vram else None
+    if name is not None:
+        found = parse_card(name)
+        return size or found.gib * 2**30, (found,)
+    if size is not None:
+        return size, tuple(card for card in CARDS.values() if card.gib * 2**30 == size)
+    if everyone:
+        return None, tuple(CARDS.values())
+    here = this_card()
+    return (here[0], here[1:] if here[1] else ()) if here else (None, ())  # type: ignore[return-value]

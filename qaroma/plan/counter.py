@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from qaroma.plan.workspaces import workspace_bytes
 
 WORKSPACE = "kernel_workspaces"
+_COPIES = {torch.ops.aten.clone.default, torch.ops.aten.copy_.default}
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,10 @@ class _Entry:
     memory: Memory
 
 
+def _run(phase: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
+
+
 class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows every storage that an operation inside the block returns, until it dies.
 
@@ -66,23 +72,33 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     peak is known when the phase has ended.
 
     Attributes:
+        phase_now: name of the phase.
         device, host: the two memories; everything is on the device but what :meth:`copy_to_host` made.
         category: what new storages are booked under.
+        sent, fetched: bytes that went from the device to the host, and from the host to the device, in each phase.
+
+    Args:
+        run: calls an operation with its arguments; told the phase before them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, run: Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any] = _run) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._run = run
+        self.sent: Counter[str] = Counter()
+        self.fetched: Counter[str] = Counter()
         self.device, self.host = Memory(), Memory()
-        self.category, self._phase = "other", "setup"
+        self.category, self.phase_now = "other", "setup"
         self._entries: dict[int, _Entry] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = self._run(self.phase_now, func, args, kwargs or {})
         for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
+        if func in _COPIES:
+            self._look_for_fetched(args, result)
         inside = workspace_bytes(func, args)
         if inside:
             self.device.add(WORKSPACE, inside)
@@ -97,7 +113,7 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def phase(self, name: str, category: str) -> None:
         """Begin another phase, which has its own peak; new storages are booked under ``category``."""
         self._note()
-        self._phase, self.category = name, category
+        self.phase_now, self.category = name, category
         self._note()
 
     def adopt(self, tensors: Iterable[Tensor], category: str) -> None:
@@ -115,7 +131,13 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         copy = room[:values].view(tensor.shape).copy_(tensor)
         entry = self._see(copy)
         self._move(entry, entry.category, self.host)
+        self.sent[self.phase_now] += size
         return copy
+
+    def _look_for_fetched(self, args: tuple[Any, ...], result: Tensor) -> None:
+        source = self._see(args[min(1, len(args) - 1)])
+        if source.memory is self.host and self._see(result).memory is self.device:
+            self.fetched[self.phase_now] += result.nbytes
 
     def _see(self, tensor: Tensor) -> _Entry:
         storage = tensor.untyped_storage()
@@ -146,4 +168,4 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Look for a peak. Called before the bytes fall, which is when one has been reached; so a copy that
         is booked on the host right after it was made never counts as the device's."""
         for memory in (self.device, self.host):
-            memory.note(self._phase)
+            memory.note(self.phase_now)

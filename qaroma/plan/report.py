@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,19 +13,20 @@ from rich.console import Console
 from rich.table import Table
 
 from qaroma.config.levels import LEVELS
-from qaroma.config.words import memory_size
+from qaroma.config.words import duration, memory_size
 from qaroma.errors import QaromaError
 from qaroma.model.failures import explained
-from qaroma.plan.card import PCIE, RESERVE, TFLOPS
+from qaroma.plan.card import RESERVE, Card
 from qaroma.plan.counter import WORKSPACE
-from qaroma.plan.pace import StreamedPace, streamed_pace
 from qaroma.plan.search import LONGEST, Estimate, Planner
-from qaroma.plan.shapes import model_config
+from qaroma.plan.shapes import HUB_IDS, model_config
 from qaroma.plan.trace import StepSettings
 from qaroma.plan.weightless_model import adapter_parameters, weightless_model
+from qaroma.plan.work import BANDWIDTH, LAUNCH, PRODUCTS, step_seconds
 from qaroma.plan.workspaces import workspaces_measured
 
 CHECKPOINTS = 3  # on disk at a time: two are kept while a third is written
+EPOCHS = 3  # of a run, as settings decide where the data is not small
 _PHASES = {
     "setup": "set-up",
     "forward": "forward pass",
@@ -48,7 +50,8 @@ class Plan:
         chosen: the level to use; None where none fits.
         longest: the step with the longest context that fits; None without a card, or where nothing does.
         disk: bytes of the base's download and of a run.
-        pace: of the step whose base is streamed; None where no such level was looked at.
+        cards: whose times are told.
+        rows: examples of the run whose time is told.
     """
 
     model: str
@@ -61,18 +64,17 @@ class Plan:
     chosen: Estimate | None
     longest: Estimate | None
     disk: int
-    pace: StreamedPace | None = None
+    cards: tuple[Card, ...] = ()
+    rows: int = 1000
 
     @property
     def shown(self) -> Estimate:
         """The step whose bytes are laid out: the chosen one, or the smallest there is."""
         return self.chosen or self.levels[-1]
 
-    def seconds(self, found: Estimate) -> float | None:
-        """A step's time by arithmetic, of one whose base is streamed."""
-        if self.pace is None or not found.streamed:
-            return None
-        return self.pace.seconds(found.settings.seq_len, found.settings.micro_batch)
+    def run_seconds(self, found: Estimate, card: Card) -> float:
+        """Of :data:`EPOCHS` passes over the run's rows, by arithmetic."""
+        return step_seconds(found.work, card) / found.settings.micro_batch * self.rows * EPOCHS
 
     def to_json(self) -> dict[str, Any]:
         """Every figure, in bytes and tokens."""
@@ -95,7 +97,8 @@ class Plan:
             "breakdown": shown.breakdown,
             "levels": [
                 {"memory_level": e.settings.level, "peak_bytes": e.peak, "resident_bytes": e.resident,
-                 "host_bytes": e.host, "full_depth": e.exact, "seconds_by_arithmetic": self.seconds(e)}
+                 "host_bytes": e.host, "full_depth": e.exact,
+                 "seconds_by_arithmetic": {card.title: step_seconds(e.work, card) for card in self.cards}}
                 for e in self.levels
             ],
         }  # fmt: skip
@@ -103,7 +106,7 @@ class Plan:
 
 def make_plan(
     model: str, settings: StepSettings, *, memory: str = "auto", vram: int | None = None,
-    pcie: float = PCIE, tflops: float = TFLOPS, trust_remote_code: bool = False,
+    cards: tuple[Card, ...] = (), rows: int = 1000, trust_remote_code: bool = False,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Plan:  # fmt: skip
     """Find out what a step takes and what a card holds.
@@ -113,7 +116,8 @@ def make_plan(
         settings: of the step; its level does not matter.
         memory: ``auto`` or a level.
         vram: bytes of the card, if one is meant.
-        pcie, tflops: GB/s to it and TFLOP/s that it reaches, for the time of a step whose base is streamed.
+        cards: whose times are to be told.
+        rows: examples of the run whose time is.
         trust_remote_code: run Python code that comes with the model.
         tell: called with what is being looked at.
 
@@ -147,7 +151,6 @@ def make_plan(
     width = adapter_parameters(base, settings.targets)
     trained, frozen = width * settings.inner_rank, width * settings.frozen_rank
     disk = 2 * parameters + CHECKPOINTS * (12 * trained + 2 * frozen)
-    streamed = next((found.streamed for found in levels if found.streamed), 0)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return Plan(
         model,
@@ -160,7 +163,8 @@ def make_plan(
         chosen,
         longest,
         disk,
-        streamed_pace(base, streamed, pcie=pcie, tflops=tflops) if streamed else None,
+        cards,
+        rows,
     )
 
 
@@ -181,6 +185,20 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(_breakdown_table(plan))
     for line in ("", *_lines(plan)):
         say(line)
+    if plan.cards:
+        say(
+            f"\nTime of a step, and of a run of {EPOCHS} passes over {plan.rows:,} such examples. Arithmetic, not "
+            "measured: "
+            f"{100 * PRODUCTS:g} % of a card's peak in products, {100 * BANDWIDTH:g} % of its memory's rate, "
+            f"{LAUNCH * 1e6:g} us a kernel, copies beside."
+        )
+        console.print(_time_table(plan))
+    if plan.chosen is not None:
+        memory, length = plan.chosen.settings.level, settings.seq_len
+        say(
+            f"\nNext: qaroma finetune --model {shlex.quote(HUB_IDS.get(plan.model.lower(), plan.model))} --data FILE "
+            f"--max-length {length} --memory {memory}"
+        )
 
 
 def _levels_table(plan: Plan) -> Table:
@@ -222,25 +240,33 @@ def _lines(plan: Plan) -> list[str]:
             lines.append(f"Too large for {card}: level {settings.level} takes {memory_size(plan.shown.peak)}.")
         lines += _context_lines(plan)
     else:
-        lines.append("Say which card, to see the level to use and the longest context: --vram 8GiB")
+        lines.append("Say which card, to see the level to use, the longest context and the time: --card rtx3060")
     host = plan.shown.host
     if host:
         lines.append(f"Host memory: {memory_size(host)}{_beside_this_machine(host)}.")
-    lines += [_pace_line(plan.pace, found) for found in plan.levels if plan.pace and found.streamed]
     if plan.attention == "eager":
         lines.append("transformers has no fused attention for it: memory grows with the square of the context.")
+    if plan.vram is not None and not plan.cards:
+        lines.append("Say which card, to see how long it takes: --card rtx3060")
     lines.append(f"Disk: {memory_size(plan.disk)} for the download in bf16 and the checkpoints of a run.")
     return lines
 
 
-def _pace_line(pace: StreamedPace, found: Estimate) -> str:
-    settings = found.settings
-    seconds = pace.seconds(settings.seq_len, settings.micro_batch)
-    return (
-        f"Level {settings.level} by arithmetic, not measured: {seconds:.3g} s a step at {pace.tflops:g} TFLOP/s and "
-        f"{pace.pcie:g} GB/s, where the layers' {memory_size(found.streamed)} take {pace.copying():.2g} s a pass: they "
-        f"hide behind what is computed from {pace.hidden_from():,} tokens a step on."
-    )
+def _time_table(plan: Plan) -> Table:
+    """Seconds of a step at each level that fits a card; the last column is the run at the fastest."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("card", no_wrap=True)
+    table.add_column("memory", justify="right")
+    for found in plan.levels:
+        table.add_column(f"level {found.settings.level}", justify="right")
+    table.add_column("the run", justify="right")
+    for card in plan.cards:
+        fit = [found.peak <= (plan.vram or card.gib * 2**30) - RESERVE for found in plan.levels]
+        seconds = [step_seconds(found.work, card) for found in plan.levels]
+        cells = [f"{time:.3g} s" if holds else "-" for time, holds in zip(seconds, fit, strict=True)]
+        runs = [plan.run_seconds(found, card) for found, holds in zip(plan.levels, fit, strict=True) if holds]
+        table.add_row(card.title, f"{card.gib} GiB", *cells, duration(min(runs)) if runs else "-")
+    return table
 
 
 def _context_lines(plan: Plan) -> list[str]:

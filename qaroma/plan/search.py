@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qaroma.config.levels import LEVELS
 from qaroma.plan.counter import WORKSPACE, Peak
 from qaroma.plan.trace import StepSettings, Trace, trace_step
 from qaroma.plan.weightless_model import with_depth
+from qaroma.plan.work import Work
 from qaroma.plan.workspaces import FIXED
 
 GRAIN = 256  # a context is found to so many tokens
 LONGEST = 2**18  # beyond it nobody looks
 SHALLOW = (2, 4)  # depths that a deeper model is extrapolated from
-PATIENCE_S = 60.0  # that a trace at full depth may take
+PATIENCE_S = 4.0  # of the processor, that a trace at full depth may take
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Estimate:
         phases: the peak of each phase of the step.
         exact: traced at full depth, not extrapolated.
         streamed: bytes of the layers' weights that wait in host memory.
+        work: of each phase.
     """
 
     settings: StepSettings
@@ -45,6 +47,7 @@ class Estimate:
     phases: dict[str, int]
     exact: bool
     streamed: int = 0
+    work: dict[str, Work] = field(default_factory=dict)
 
     @property
     def phase(self) -> str:
@@ -77,7 +80,11 @@ class Planner:
 
         peaks = {name: _peak_line(few.peaks[name], more.peaks[name], line) for name in more.peaks}
         deep = Trace(
-            line(few.resident, more.resident), peaks, line(few.host, more.host), line(few.streamed, more.streamed)
+            line(few.resident, more.resident),
+            peaks,
+            line(few.host, more.host),
+            line(few.streamed, more.streamed),
+            {phase: few.work[phase].along(more.work[phase], line) for phase in more.work},
         )
         return self._estimate(settings, deep, exact=False)
 
@@ -136,9 +143,9 @@ class Planner:
     def _trace(self, settings: StepSettings, depth: int) -> Trace:
         key = (settings, depth)
         if key not in self._traces:
-            start = time.perf_counter()
+            start = time.process_time()
             self._traces[key] = trace_step(with_depth(self.config, depth), settings)
-            self._seconds[key] = time.perf_counter() - start
+            self._seconds[key] = time.process_time() - start
         return self._traces[key]
 
     def _estimate(self, settings: StepSettings, trace: Trace, *, exact: bool) -> Estimate:
@@ -150,7 +157,7 @@ class Planner:
         phases = {name: peak.bytes + FIXED for name, peak in trace.peaks.items()}
         resident = trace.resident + FIXED
         return Estimate(
-            settings, phases[phase], resident, trace.host, breakdown, phases, exact, streamed=trace.streamed
+            settings, phases[phase], resident, trace.host, breakdown, phases, exact, trace.streamed, trace.work
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from qaroma.method.attach import attach
 from qaroma.method.growth import GrowthSettings
 from qaroma.method.head import backbone
 from qaroma.plan.counter import LiveStorages, Peak
-from qaroma.plan.weightless import weightless
+from qaroma.plan.weightless import KnownShapes, weightless
 from qaroma.plan.weightless_model import materialise, tensors_of, weightless_model
+from qaroma.plan.work import Work
 from qaroma.tasks.causal_lm import CausalLM, TokenBatch
 
 
@@ -59,12 +60,14 @@ class Trace:
             ``forward``, ``loss``, ``backward``, ``update``. Loading the base is no part of it.
         host: the most in host memory.
         streamed: of which the layers' weights wait there.
+        work: of each phase of the step itself, from ``forward`` on.
     """
 
     resident: int
     peaks: dict[str, Peak]
     host: int
     streamed: int = 0
+    work: dict[str, Work] = field(default_factory=dict)
 
     @property
     def peak(self) -> Peak:
@@ -84,7 +87,8 @@ def trace_step(config: Any, settings: StepSettings) -> Trace:
     s = settings
     head = LEVELS[s.level].packed_head
     model = weightless_model(config, dtype=s.dtype, packed=s.quantized, double=s.double_quantization, packed_head=head)
-    with weightless(), LiveStorages() as counter:
+    shapes = KnownShapes()
+    with weightless(), LiveStorages(shapes) as counter:
         counter.phase("load", "base")
         materialise(model)
         try:
@@ -96,7 +100,12 @@ def trace_step(config: Any, settings: StepSettings) -> Trace:
             ) from error
     peaks = {phase: peak for phase, peak in counter.device.peaks.items() if phase != "load"}
     stream = getattr(model, "layer_stream", None)
-    return Trace(resident, peaks, counter.host.peak.bytes, stream.bytes if stream else 0)
+    work = {
+        phase: Work(shapes.kernels[phase], counter.sent[phase], counter.fetched[phase])
+        for phase in peaks
+        if phase != "setup"
+    }
+    return Trace(resident, peaks, counter.host.peak.bytes, stream.bytes if stream else 0, work)
 
 
 def count_step(model: Any, settings: StepSettings, counter: LiveStorages) -> int:
@@ -134,6 +143,10 @@ def _set_up(model: Any, settings: StepSettings, counter: LiveStorages) -> Growth
     growth = GrowthSettings(t_in=1000)
     method = GrowthController(adapter, growth, learning_rate=1e-4, total_steps=growth.t_in)
     counter.adopt((factor for layer in adapter.layers.values() for factor in (layer.A, layer.B)), "adapter")
+    stream = getattr(model, "layer_stream", None)
+    if stream is not None:  # holds the first two, as the backward pass of the step before leaves them
+        for number in (1, 0):
+            stream.ask(number)
     model.train()
     return method
 

@@ -1,0 +1,257 @@
+"""Every table that waits for a card, filled in one go: ``qaroma bench --sheet FOLDER``.
+
+One base is made and taken down the memory levels, so that its weights are packed once. Each cell is a JSON file,
+written as soon as it is measured: a sheet that was cut goes on where it was.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qaroma.bench.contestants import examples, growing, peft_step, random_base, step_of, twin
+from qaroma.bench.measure import Spread, peak_bytes, seconds_per_step, synchronise
+from qaroma.bench.sheet_table import sheet_table
+from qaroma.config.levels import LEVELS
+from qaroma.engine.levels import apply_level
+from qaroma.engine.no_memory import card_is_full
+from qaroma.method.aroma import GrowthController
+from qaroma.model.base import resolve_device, resolve_dtype
+from qaroma.plan.card import CONTEXT, FRAGMENTS, RESERVE
+from qaroma.plan.search import Planner
+from qaroma.plan.shapes import model_config
+from qaroma.plan.trace import StepSettings
+from qaroma.plan.weightless_model import tensors_of
+from qaroma.runs.files import read_json, write_atomically
+from qaroma.training.memory import free_bytes
+
+LENGTHS = (512, 2048, 8192, 32_768)
+EMULATED = (6, 8, 12, 16, 24)  # GiB
+FROZEN = 64  # ranks beside 1
+GPU_TESTS = Path(__file__).resolve().parents[2] / "tests" / "test_gpu.py"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement.
+
+    Attributes:
+        kind: ``level``; ``card``, a card that is emulated; ``frozen``; or ``growth``.
+        level, length: memory level and tokens.
+        planned: peak by :class:`~qaroma.plan.search.Planner`, in bytes.
+        gib: of the emulated card.
+    """
+
+    kind: str
+    level: int
+    length: int
+    planned: int
+    gib: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.gib or self.level}-{self.length}"
+
+
+def cells_of(planner: Planner, room: int, *, dtype: torch.dtype, lengths: tuple[int, ...] = LENGTHS) -> list[Cell]:
+    """What is measured, from the first level down: every level and length that fits, then what hangs on them.
+
+    Args:
+        planner: of the model.
+        room: bytes that a step may take.
+        dtype: compute dtype.
+        lengths: tokens.
+    """
+    cells, usual = [], lengths[:3][1:]  # a card is emulated at the two in the middle
+    for length in lengths:
+        plans = [
+            planner.estimate(StepSettings(level, length, frozen_rank=0, dtype=dtype)) for level in range(len(LEVELS))
+        ]
+        cells += [Cell("level", e.settings.level, length, e.peak) for e in plans if e.peak <= room]
+        for gib in EMULATED if length in usual else ():
+            held = [e for e in plans if e.peak <= min(gib * 2**30 - RESERVE, room)]
+            cells += [Cell("card", e.settings.level, length, e.peak, gib) for e in held[:1]]
+        if length == usual[0] and plans[1].peak <= room:
+            cells += [Cell(kind, 1, length, plans[1].peak) for kind in ("frozen", "growth")]
+    return sorted(cells, key=lambda cell: cell.level)
+
+
+def fill_sheet(
+    model: str, folder: Path, *, device: str = "auto", lengths: tuple[int, ...] = LENGTHS,
+    tell: Callable[[str], None] = lambda _: None,
+) -> str:  # fmt: skip
+    """Measure every cell that is not there yet, and write ``table.md``.
+
+    Args:
+        model: a built-in shape, or a config.json; its weights are random.
+        folder: of the cells' files.
+        device: as in a run.
+        lengths: tokens.
+        tell: called with each cell's name and figures.
+
+    Returns:
+        The table, in Markdown.
+    """
+    target = resolve_device(device)
+    dtype = resolve_dtype("auto", target)
+    config = model_config(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    room = free_bytes(target) - FRAGMENTS
+    cells = cells_of(Planner(config), room, dtype=dtype, lengths=lengths)
+    missing = [cell for cell in cells if not (folder / f"{cell.name}.json").exists()]
+    bench: _Bench | None = _Bench(config, target, dtype) if missing else None
+    for cell in missing:
+        assert bench is not None
+        start = time.perf_counter()
+        figures = {**asdict(cell), "device": _device_name(target), **bench.measured(cell)}
+        figures["seconds"] = time.perf_counter() - start
+        write_atomically(folder / f"{cell.name}.json", json.dumps(figures, indent=1))
+        tell(f"{cell.name}: {figures['outcome']}, {figures['seconds']:.0f} s")
+    del bench
+    tests = folder / "gpu-tests.json"
+    if target.type == "cuda" and GPU_TESTS.exists() and not tests.exists():
+        _clean(target)
+        write_atomically(tests, json.dumps({"outcome": _gpu_tests()}))
+        tell(f"gpu-tests: {read_json(tests)['outcome']}")
+    table = sheet_table(model, [read_json(folder / f"{cell.name}.json") for cell in cells])
+    write_atomically(folder / "table.md", table)
+    return table
+
+
+class _Bench:
+    """A base with random weights, and qaroma's adapter on it, that go down the levels together."""
+
+    def __init__(self, config: Any, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.vocabulary = device, int(config.get_text_config().vocab_size)
+        self.base = random_base(config, dtype=dtype, device=device)
+        self.plain: Any = twin(self.base)  # the same weights without an adapter, while they lie on the device
+        self.method = growing(self.base)
+        self.level = -1
+
+    def measured(self, cell: Cell) -> dict[str, Any]:
+        """Figures of a cell; where there is no memory for it, that alone."""
+        if cell.level != self.level:
+            if cell.level >= 2:
+                self.plain = None
+            apply_level(self.base, cell.level)
+            self.level = cell.level
+        _clean(self.device)
+        try:
+            return {"outcome": "ran", **getattr(self, f"_{cell.kind}")(cell)}
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            if not card_is_full(error):
+                raise
+            self.base.zero_grad(set_to_none=True)
+            return {"outcome": "no memory"}
+
+    def _rows(self, cell: Cell) -> Any:
+        return examples(self.vocabulary, rows=1, length=cell.length)
+
+    def _resident(self, model: Any, method: GrowthController | None) -> list[torch.Tensor]:
+        return [*tensors_of(model), *(method.trainer.optimiser.buffers().values() if method else ())]
+
+    def _level(self, cell: Cell) -> dict[str, Any]:
+        ours = step_of(self.base, self.method, self._rows(cell))
+        ours()
+        figures = {"peak": peak_bytes(ours, self.device, self._resident(self.base, self.method))}
+        if self.device.type == "cuda":
+            figures["reserved"] = torch.cuda.max_memory_reserved(self.device)
+        steps = {"qaroma": ours}
+        if self.plain is not None:
+            theirs = twin(self.plain)
+            try:
+                steps["peft"] = peft_step(theirs, self._rows(cell), checkpointing=LEVELS[cell.level].checkpointing)
+                steps["peft"]()
+                figures["peft_peak"] = peak_bytes(steps["peft"], self.device, self._resident(theirs, None))
+            except (RuntimeError, torch.OutOfMemoryError) as error:
+                if not card_is_full(error):
+                    raise
+                del steps["peft"], theirs
+                _clean(self.device)
+        return {**figures, "tokens_per_second": self._rates(cell, steps)}
+
+    def _rates(self, cell: Cell, steps: Any) -> dict[str, Any]:
+        seconds = seconds_per_step(steps, count=1, rounds=3, device=self.device)
+        return {name: asdict(Spread.of([cell.length / one for one in times])) for name, times in seconds.items()}
+
+    def _card(self, cell: Cell) -> dict[str, Any]:
+        step = step_of(self.base, self.method, self._rows(cell))
+        with _emulated(self.device, cell.gib):
+            step()
+            peak = peak_bytes(step, self.device, self._resident(self.base, self.method))
+        held = peak <= cell.gib * 2**30 - CONTEXT
+        return {"outcome": "ran" if held else "no memory", "peak": peak}
+
+    def _frozen(self, cell: Cell) -> dict[str, Any]:
+        other = twin(self.plain)
+        method = growing(other, frozen=FROZEN)
+        apply_level(other, cell.level)
+        rows = self._rows(cell)
+        steps = {"1": step_of(self.base, self.method, rows), str(FROZEN): step_of(other, method, rows)}
+        return {"tokens_per_second": self._rates(cell, steps)}
+
+    def _growth(self, cell: Cell) -> dict[str, Any]:
+        """The share of a step that is the method's own: update, checks, growth."""
+        whole, own = 0.0, 0.0
+        step = step_of(self.base, self.method, self._rows(cell))
+        update = self.method.step
+
+        def timed(loss: float | None = None) -> Any:
+            nonlocal own
+            synchronise(self.device)
+            start = time.perf_counter()
+            events = update(loss)
+            synchronise(self.device)
+            own += time.perf_counter() - start
+            return events
+
+        self.method.step = timed  # type: ignore[method-assign]
+        try:
+            for _ in range(10):  # a check is made every ten
+                start = time.perf_counter()
+                step()
+                whole += time.perf_counter() - start
+        finally:
+            del self.method.step
+        return {"share": own / whole}
+
+
+@contextmanager
+def _emulated(device: torch.device, gib: int) -> Iterator[None]:
+    """Let a card have no more memory than a smaller one has beside CUDA's context; on a CPU nothing is limited."""
+    if device.type != "cuda":
+        yield
+        return
+    whole = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (gib * 2**30 - CONTEXT) / whole), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def _gpu_tests() -> str:
+    """The last line of ``pytest -m gpu``."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(GPU_TESTS)]
+    done = subprocess.run(command, cwd=GPU_TESTS.parents[1], capture_output=True, text=True, check=False)
+    return (done.stdout.strip() or done.stderr.strip()).splitlines()[-1]
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _clean(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
