@@ -148,7 +148,8 @@ def bf16(on_gpu: bool, native: bool) -> Finding:
         return Finding("bf16", "ok", "in hardware")
     fp32 = "--set model.compute_dtype=fp32"
     if on_gpu:
-        return Finding("bf16", "problem", "this GPU has none (it needs an RTX 30 or later)", f"train with {fp32}")
+        found = "this GPU has none (it needs an RTX 30 or later): runs take fp16 and scale the loss"
+        return Finding("bf16", "note", found, f"Gemma 2 and 3 overflow in fp16 and take fp32; others do with {fp32}")
     return Finding("bf16", "note", "this CPU imitates it: right, but slow", f"{fp32} may be faster")
 
 

@@ -146,9 +146,11 @@ def _gpu() -> Finding:
 def _bf16() -> Finding:
     import torch
 
+    from qaroma.model.precision import has_bf16
+
     device = _device()
     if device.type == "cuda":
-        return checks.bf16(True, torch.cuda.is_bf16_supported(including_emulation=False))
+        return checks.bf16(True, has_bf16(device))
     return checks.bf16(False, bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 

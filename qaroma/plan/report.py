@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import psutil
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -15,6 +16,7 @@ from qaroma.config.levels import LEVELS
 from qaroma.config.words import memory_size
 from qaroma.errors import QaromaError
 from qaroma.model.failures import explained
+from qaroma.model.precision import dtype_name, overflows
 from qaroma.plan.card import PCIE, RESERVE, TFLOPS
 from qaroma.plan.counter import WORKSPACE
 from qaroma.plan.pace import StreamedPace, streamed_pace
@@ -49,6 +51,7 @@ class Plan:
         longest: the step with the longest context that fits; None without a card, or where nothing does.
         disk: bytes of the base's download and of a run.
         pace: of the step whose base is streamed; None where no such level was looked at.
+        overflows: whether its family is known to overflow in fp16.
     """
 
     model: str
@@ -62,6 +65,7 @@ class Plan:
     longest: Estimate | None
     disk: int
     pace: StreamedPace | None = None
+    overflows: bool = False
 
     @property
     def shown(self) -> Estimate:
@@ -82,6 +86,7 @@ class Plan:
             "seq_len": settings.seq_len,
             "micro_batch": settings.micro_batch,
             "sequences": settings.micro_batch * settings.sequences,
+            "compute_dtype": dtype_name(settings.dtype),
             "memory_level": settings.level,
             "peak_bytes": shown.peak,
             "resident_bytes": shown.resident,
@@ -161,6 +166,7 @@ def make_plan(
         longest,
         disk,
         streamed_pace(base, streamed, pcie=pcie, tflops=tflops) if streamed else None,
+        overflows(config),
     )
 
 
@@ -171,7 +177,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     pairs = " pairs of 2" if settings.sequences == 2 else ""
     say(
         f"{plan.model}: {plan.parameters:,} parameters; {settings.micro_batch}{pairs} x {settings.seq_len:,} tokens, "
-        f"{settings.frozen_rank} frozen ranks and {settings.inner_rank} in training in every layer\n"
+        f"{settings.frozen_rank} frozen ranks and {settings.inner_rank} in training in every layer; "
+        f"{dtype_name(settings.dtype)}\n"
     )
     console.print(_levels_table(plan))
     say("")
@@ -227,6 +234,8 @@ def _lines(plan: Plan) -> list[str]:
     if host:
         lines.append(f"Host memory: {memory_size(host)}{_beside_this_machine(host)}.")
     lines += [_pace_line(plan.pace, found) for found in plan.levels if plan.pace and found.streamed]
+    if settings.dtype == torch.float16 and plan.overflows:
+        lines.append("It is known to overflow in fp16: runs on a GPU without bf16 take fp32. Type: --dtype fp32")
     if plan.attention == "eager":
         lines.append("transformers has no fused attention for it: memory grows with the square of the context.")
     lines.append(f"Disk: {memory_size(plan.disk)} for the download in bf16 and the checkpoints of a run.")

@@ -19,8 +19,8 @@ from qaroma.engine.levels import apply_level
 from qaroma.engine.no_memory import card_is_full
 from qaroma.engine.streaming import bytes_of_layers
 from qaroma.errors import QaromaError
-from qaroma.model.base import resolve_dtype
 from qaroma.model.found import FoundModel
+from qaroma.model.precision import resolve_dtype
 from qaroma.plan.card import FRAGMENTS
 from qaroma.plan.search import Planner
 from qaroma.plan.shapes import plannable
@@ -188,7 +188,7 @@ def choose_level(config: ResolvedConfig, base: FoundModel, device: torch.device)
         targets=targets if isinstance(targets, str) else tuple(targets),
         quantized=config.model.quantization != "none",
         double_quantization=config.model.double_quantization,
-        dtype=resolve_dtype(config.model.compute_dtype, device),
+        dtype=resolve_dtype(config.model.compute_dtype, device, base.config),
     )
     host = int(psutil.virtual_memory().available) if device.type == "cuda" else None
     level = Planner(plannable(base)).fastest_level(settings, free - FRAGMENTS, host)

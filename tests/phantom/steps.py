@@ -7,10 +7,13 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from phantom.card import Card
 from phantom.registry import SCENARIOS, Scenario, scenario
-from phantom.world import batch, step, trained
+from phantom.world import batch, gradients, step, trained
 from qaroma.engine import checkpointing, tiled
+from qaroma.training.loss_scale import LossScale
 
 A_STEP = {"tolist in fit.accumulate": 1}
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -65,6 +68,14 @@ def packed(card: Card) -> None:
     model, method = trained(1)
     card.clear()
     step(model, method, [batch(2, 64, lengths=(40, 24))])
+
+
+@scenario("a step in fp16", waits=A_STEP)
+def in_fp16(card: Card) -> None:
+    model, method = trained(1, sizes={"dtype": torch.float16})
+    card.clear()
+    gradients(model, method, [batch(2, 64)] * 2, loss_scale=LossScale())
+    method.step()
 
 
 _MUTANTS = {
