@@ -248,6 +248,11 @@ class TrainingSection(Section):
         default_factory=list, description="Also log to TensorBoard or Weights & Biases."
     )
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="Where to train.")
+    deterministic: bool = Field(
+        False,
+        description="The same bytes from every run on one GPU with one torch, as a CPU gives them anyway; attention's "
+        "backward pass takes longer and more memory.",
+    )
 
 
 class EvaluationSection(Section):

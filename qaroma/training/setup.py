@@ -26,6 +26,7 @@ from qaroma.runs.directory import RunDirectory
 from qaroma.runs.log import MetricsLog
 from qaroma.runs.peft_limits import told_of_peft
 from qaroma.tasks.causal_lm import require_known_head
+from qaroma.training.arithmetic import settle_arithmetic
 from qaroma.training.batches import BatchPlan
 from qaroma.training.loss_scale import LossScale
 from qaroma.training.memory import choose_level, enter_level, forbid_spilling
@@ -50,6 +51,7 @@ def build_session(data: PreparedData, run: RunDirectory) -> Session:
     forbid_spilling(accelerator.device)
     level = choose_level(config, data.base, accelerator.device)
     dtype = resolve_dtype(config.model.compute_dtype, accelerator.device, data.base.config)
+    settle_arithmetic(dtype, deterministic=config.training.deterministic)
     model = _load(data, level, dtype, accelerator.device)
     identity = fingerprint(model)
     names = head_names(model, model.new_parameters) if data.template is None else []
