@@ -116,7 +116,7 @@ def _cuda() -> Finding:
 
     build = torch.version.cuda or getattr(torch.version, "hip", None)
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return checks.cuda(build, cards, _driver(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return checks.cuda(build, cards, _driver(), os.environ.get("CUDA_VISIBLE_DEVICES"), platform.system())
 
 
 def _driver() -> str | None:
