@@ -82,7 +82,15 @@ def command(
         with Console(stderr=True).status("reading the model's shapes") as status:
             plan = make_plan(
                 model,
-                StepSettings(0, seq_len, micro_batch, asked.sequences, frozen_rank=rank_frozen, dtype=DTYPES[dtype]),
+                StepSettings(
+                    0,
+                    seq_len,
+                    micro_batch,
+                    asked.sequences,
+                    frozen_rank=rank_frozen,
+                    dtype=DTYPES[dtype],
+                    repeated_keys=dtype != "bf16",
+                ),
                 memory=training__memory or "auto",
                 vram=this_card() if size is None else size,
                 pcie=pcie,

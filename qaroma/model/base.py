@@ -22,6 +22,7 @@ from torch import Tensor
 from qaroma.errors import QaromaError
 from qaroma.method.head import classifier_around, classifier_head, may_be_new, unsaid_about_the_head
 from qaroma.method.linear import uncalled_layers
+from qaroma.model.attention import repeat_keys, wants_repeated_keys
 from qaroma.model.bnb import bnb
 from qaroma.model.builtin import ResolvedModel, resolve_model
 from qaroma.model.devices import device_map, layers_go_to_host, without_hooks
@@ -215,6 +216,8 @@ def load_base(
         missing = [name for name in missing if name not in network.new_parameters]
     _require_complete(model.name, missing)
     _settle(network, dtype)
+    if attention == "sdpa" and wants_repeated_keys(config, target, dtype):
+        repeat_keys(network)
     return network
 
 

@@ -168,13 +168,15 @@ def make_start(config: Config, room: Room, *, tell: Callable[[str], None] = lamb
     wanted = max(GRAIN, math.ceil(look.p95 / GRAIN) * GRAIN)
     planner = Planner(plannable(base))
     # Which rank the data needs is known when its length is: the step is planned for the largest that may train.
+    dtype = in_range(room.dtype, base.config)
     wished = StepSettings(
         0,
         min(wanted, longest or wanted),
         sequences=config.sequences,
         inner_rank=LARGE_BUDGET,
         frozen_rank=0,
-        dtype=in_range(room.dtype, base.config),
+        dtype=dtype,
+        repeated_keys=dtype != torch.bfloat16,  # as a GPU without bf16 has it
     )
     step = fit_step(planner, wished, room, tell=tell)
     chosen, settings = config.model_copy(deep=True), step.settings

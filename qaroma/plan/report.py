@@ -236,6 +236,11 @@ def _lines(plan: Plan) -> list[str]:
     lines += [_pace_line(plan.pace, found) for found in plan.levels if plan.pace and found.streamed]
     if settings.dtype == torch.float16 and plan.overflows:
         lines.append("It is known to overflow in fp16: runs on a GPU without bf16 take fp32. Type: --dtype fp32")
+    if settings.repeated_keys and plan.attention == "sdpa":
+        lines.append(
+            "Attention: SDPA's memory-efficient kernel, grouped key heads repeated: none that is fused takes them in "
+            "fp32, nor in fp16 before RTX 30."
+        )
     if plan.attention == "eager":
         lines.append("transformers has no fused attention for it: memory grows with the square of the context.")
     lines.append(f"Disk: {memory_size(plan.disk)} for the download in bf16 and the checkpoints of a run.")

@@ -19,6 +19,7 @@ from qaroma.engine.levels import apply_level
 from qaroma.engine.no_memory import card_is_full
 from qaroma.engine.streaming import bytes_of_layers
 from qaroma.errors import QaromaError
+from qaroma.model.attention import wants_repeated_keys
 from qaroma.model.found import FoundModel
 from qaroma.model.precision import resolve_dtype
 from qaroma.plan.card import FRAGMENTS
@@ -179,6 +180,7 @@ def choose_level(config: ResolvedConfig, base: FoundModel, device: torch.device)
     if not config.writes_text:  # the planner traces language models
         return 0 if bound < free else 1
     targets = config.growth.target_modules
+    dtype = resolve_dtype(config.model.compute_dtype, device, base.config)
     settings = StepSettings(
         level=0,
         seq_len=config.data.max_length,
@@ -188,7 +190,8 @@ def choose_level(config: ResolvedConfig, base: FoundModel, device: torch.device)
         targets=targets if isinstance(targets, str) else tuple(targets),
         quantized=config.model.quantization != "none",
         double_quantization=config.model.double_quantization,
-        dtype=resolve_dtype(config.model.compute_dtype, device, base.config),
+        dtype=dtype,
+        repeated_keys=config.model.attention == "sdpa" and wants_repeated_keys(base.config, device, dtype),
     )
     host = int(psutil.virtual_memory().available) if device.type == "cuda" else None
     level = Planner(plannable(base)).fastest_level(settings, free - FRAGMENTS, host)
