@@ -82,6 +82,20 @@ def test_bf16_error_is_no_larger_than_the_naive_bf16_error() -> None:
     assert error["ours"] <= error["naive"] * 1.05
 
 
+def test_fp16_keeps_the_gradient_of_tokens_that_are_all_but_learnt() -> None:
+    """Made before the loss is scaled, it would be rounded to nothing there, whatever the scale."""
+    projection = nn.Linear(64, 300, bias=False, dtype=torch.float16).requires_grad_(False)
+    projection.weight /= 64  # as large as those of a model's thousands of columns
+    head, targets = head_of(projection), torch.arange(20)
+    directions = head.projection.weight[targets].double()
+    hidden = (16 * directions / directions.square().sum(1, keepdim=True)).half()
+    ours, theirs = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    (linear_cross_entropy(ours, head, targets) / (5000 / 2**16)).backward()
+    (naive(theirs, head, targets) / (5000 / 2**16)).backward()
+    error = (ours.grad.double() - theirs.grad).norm() / theirs.grad.norm()
+    assert error < 0.02
+
+
 def test_a_packed_head_is_dequantised_no_oftener_for_more_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_BYTES", 1)
     monkeypatch.setattr(loss_module, "HIDDEN_SHARE", 6)

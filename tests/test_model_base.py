@@ -14,6 +14,7 @@ import torch
 from conftest import tiny_config
 from model_bases import linear_grad
 from torch import nn
+from transformers import AutoConfig
 
 from qaroma.errors import QaromaError
 from qaroma.method.dequantise import dense_weight
@@ -23,9 +24,9 @@ from qaroma.model.base import (
     load_model_config,
     load_tokenizer,
     resolve_device,
-    resolve_dtype,
 )
 from qaroma.model.bnb import bnb
+from qaroma.model.precision import dtype_note, resolve_dtype
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -43,7 +44,7 @@ def linears(model) -> dict[str, nn.Module]:
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "none"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_linear_layers_are_quantised_and_everything_else_is_in_the_compute_dtype(tiny_folder, quantization, dtype):
     model = load_base(tiny_folder, quantization=quantization, compute_dtype=dtype, device="cpu")
     found = linears(model)
@@ -96,12 +97,16 @@ def test_dense_weight_is_what_the_layer_multiplies_by(tmp_path):
         assert torch.equal(dense_weight(original, torch.float32), original.weight)
 
 
-def test_bf16_checkpoints_pack_to_the_same_bytes_in_both_compute_dtypes(tmp_path):
+def test_bf16_checkpoints_pack_to_the_same_bytes_in_every_compute_dtype(tmp_path):
     folder = save_llama(tmp_path, torch.bfloat16)
     half = load_base(folder, compute_dtype=torch.bfloat16, device="cpu")
     full = load_base(folder, compute_dtype=torch.float32, device="cpu")
+    short = load_base(folder, compute_dtype=torch.float16, device="cpu")
     for name, module in linears(half).items():
         assert torch.equal(module.weight.data, linears(full)[name].weight.data.to(module.weight.dtype)), name
+        if module.weight.dtype == torch.uint8:
+            assert torch.equal(module.weight.data, linears(short)[name].weight.data), name
+    assert {tensor.dtype for tensor in short.parameters()} == {torch.float16, torch.uint8}
 
 
 @pytest.mark.parametrize("double", [True, False])
@@ -161,7 +166,7 @@ def test_the_fingerprint_knows_a_base_in_every_form_and_no_other(tiny_folder, tm
     prints = {
         fingerprint(load_base(tiny_folder, quantization=quantization, compute_dtype=dtype, device="cpu"))
         for quantization in ("nf4", "fp4", "none")
-        for dtype in (torch.bfloat16, torch.float32)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
     }
     assert len(prints) == 1
     other = load_base(save_llama(tmp_path / "seed", seed=2), device="cpu")
@@ -208,17 +213,19 @@ def test_gpt2_in_four_bits_computes_what_gpt2_does(tmp_path):
 
 
 def test_devices_and_dtypes(monkeypatch):
-    assert resolve_dtype("auto", "cpu") is torch.bfloat16
-    assert resolve_dtype("fp32", "cpu") is torch.float32
-    with pytest.raises(QaromaError, match="expected auto, bf16 or fp32"):
-        resolve_dtype("fp16", "cpu")
+    cpu = torch.device("cpu")
+    assert [resolve_dtype(name, cpu) for name in ("auto", "fp16", "fp32")] == [
+        torch.bfloat16, torch.float16, torch.float32,
+    ]  # fmt: skip
+    with pytest.raises(QaromaError, match="expected auto, bf16, fp16, fp32"):
+        resolve_dtype("int8", cpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device(None) == torch.device("cpu")
     with pytest.raises(QaromaError, match="--device cpu"):
         resolve_device("cuda")
 
 
-def test_a_gpu_without_bf16_is_refused_with_the_way_out(monkeypatch):
+def test_a_gpu_without_bf16_takes_fp16_or_fp32_where_the_family_overflows(monkeypatch):
     from contextlib import nullcontext
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -226,10 +233,17 @@ def test_a_gpu_without_bf16_is_refused_with_the_way_out(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    for name in ("auto", "bf16"):
-        with pytest.raises(QaromaError, match=r"Tesla T4 has no bf16.*--set model\.compute_dtype=fp32"):
-            resolve_dtype(name, "cuda")
-    assert resolve_dtype("fp32", "cuda") is torch.float32
+    card, llama, gemma = torch.device("cuda"), tiny_config(), AutoConfig.for_model("gemma2")
+    with pytest.raises(QaromaError, match=r"Tesla T4 has no bf16.*--set model\.compute_dtype=auto"):
+        resolve_dtype("bf16", card)
+    assert resolve_dtype("fp32", card, llama) is torch.float32
+    assert resolve_dtype("auto", card, llama) is torch.float16
+    assert resolve_dtype("auto", card, gemma) is torch.float32
+    assert resolve_dtype("fp16", card, gemma) is torch.float16  # typed is taken
+    assert "in fp16, the loss scaled" in dtype_note("auto", card, llama)
+    assert "gemma2 overflows in fp16: arithmetic in fp32" in dtype_note("auto", card, gemma)
+    assert "known to overflow" in dtype_note("fp16", card, gemma)
+    assert dtype_note("fp16", card, llama) is None
 
 
 def test_config_and_tokenizer_load_alone(tiny_folder, tokenizer, tmp_path):

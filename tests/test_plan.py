@@ -346,8 +346,12 @@ def test_the_command_prints_figures_as_json(tmp_path: Path, capsys: pytest.Captu
     assert main(["plan", "--model", str(file), "--vram", "60MiB", "--seq-len", "64", "--memory", "1", "--json"]) == 2
     assert "more than the 0.65 GiB that are kept free" in capsys.readouterr().err
     arguments = ["plan", "--model", str(file), "--vram", "0.66GiB", "--seq-len", "128", "--micro-batch", "2"]
+    assert main([*arguments, "--json", "--dtype", "fp32"]) == 0
+    full = json.loads(capsys.readouterr().out)
     assert main([*arguments, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
+    assert (full["compute_dtype"], figures["compute_dtype"]) == ("fp32", "bf16")
+    assert full["peak_bytes"] > 1.4 * figures["peak_bytes"]
     expected = trace_step(model_config(str(tmp_path)), StepSettings(0, 128, 2))
     assert (figures["peak_bytes"], figures["resident_bytes"]) == (expected.peak.bytes, expected.resident)
     assert (figures["memory_level"], figures["host_bytes"], figures["fits"]) == (0, 0, True)

@@ -309,7 +309,8 @@ def test_auto_takes_the_fastest_level_that_fits(
 
     model_config("llama3-8b").save_pretrained(tmp_path)
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(gibibytes * 2**30))
-    monkeypatch.setattr(memory, "resolve_dtype", lambda name, device: torch.bfloat16)  # no card is here to ask
+    monkeypatch.setattr(memory, "resolve_dtype", lambda *_: torch.bfloat16)  # no card is here to ask
+    monkeypatch.setattr(memory, "wants_repeated_keys", lambda *_: False)
     config = Config.model_validate(
         {"model": {"name": str(tmp_path)}, "data": {"max_length": 2048}, "training": {"micro_batch": 1},
          "growth": {"schedule": schedule}}

@@ -13,7 +13,8 @@ from qaroma.bench.contestants import Step, examples, peft_step, qaroma_step, ran
 from qaroma.bench.measure import Spread, matrix_rate, peak_bytes, seconds_per_step, step_flops
 from qaroma.config.levels import LEVELS
 from qaroma.errors import QaromaError
-from qaroma.model.base import load_base, resolve_device, resolve_dtype
+from qaroma.model.base import load_base, resolve_device
+from qaroma.model.precision import resolve_dtype
 from qaroma.plan.shapes import SHAPES, model_config
 from qaroma.plan.weightless_model import tensors_of
 

@@ -26,7 +26,8 @@ from qaroma.config.levels import LEVELS
 from qaroma.engine.levels import apply_level
 from qaroma.engine.no_memory import card_is_full
 from qaroma.method.aroma import GrowthController
-from qaroma.model.base import resolve_device, resolve_dtype
+from qaroma.model.base import resolve_device
+from qaroma.model.precision import resolve_dtype
 from qaroma.plan.card import CONTEXT, FRAGMENTS, RESERVE
 from qaroma.plan.search import Planner
 from qaroma.plan.shapes import model_config
@@ -103,7 +104,7 @@ def fill_sheet(
         The table, in Markdown.
     """
     target = resolve_device(device)
-    dtype = resolve_dtype("auto", target)
+    dtype = resolve_dtype("auto", target, config)
     config = model_config(model)
     folder.mkdir(parents=True, exist_ok=True)
     room = free_bytes(target) - FRAGMENTS

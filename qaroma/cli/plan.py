@@ -37,6 +37,13 @@ Examples:
 @click.option("--time", "all_cards", is_flag=True, help="Tell the time on every known card, where none is named.")
 @click.option("--rows", type=count(1), default=1000, show_default=True, metavar="INTEGER",
               help="Examples of the run whose time is told.")  # fmt: skip
+@click.option(
+    "--dtype",
+    type=click.Choice(("bf16", "fp16", "fp32")),
+    default="bf16",
+    show_default=True,
+    help="Arithmetic: fp16 is what GPUs before RTX 30 take by themselves, fp32 where a model overflows in it.",
+)
 @config_option("model.trust_remote_code")
 @JSON_OPTION
 def command(
@@ -50,6 +57,7 @@ def command(
     rank_frozen: int,
     all_cards: bool,
     rows: int,
+    dtype: str,
     model__trust_remote_code: bool | None,
     json_output: bool,
 ) -> None:
@@ -66,6 +74,7 @@ def command(
 
     from rich.console import Console
 
+    from qaroma.model.precision import DTYPES
     from qaroma.plan.report import make_plan, print_plan
     from qaroma.plan.trace import StepSettings
 
@@ -73,7 +82,15 @@ def command(
         with Console(stderr=True).status("reading the model's shapes") as status:
             plan = make_plan(
                 model,
-                StepSettings(0, seq_len, micro_batch, asked.sequences, frozen_rank=rank_frozen),
+                StepSettings(
+                    0,
+                    seq_len,
+                    micro_batch,
+                    asked.sequences,
+                    frozen_rank=rank_frozen,
+                    dtype=DTYPES[dtype],
+                    repeated_keys=dtype != "bf16",
+                ),
                 memory=training__memory or "auto",
                 vram=size,
                 cards=cards,

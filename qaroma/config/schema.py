@@ -73,8 +73,10 @@ class ModelSection(Section):
     )
     quantization: Literal["nf4", "fp4", "none"] = Field("nf4", description="4-bit data type of the base, or none.")
     double_quantization: bool = Field(True, description="Quantise the constants too (0.4 bit a weight less).")
-    compute_dtype: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="Arithmetic of the base and the adapter; auto is bf16 where the device has it."
+    compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto",
+        description="Arithmetic of the base and the adapter; auto is bf16, or on a GPU without it fp16, or fp32 for "
+        "families that overflow in fp16 (Gemma 2 and 3).",
     )
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Never on by itself.")
@@ -250,6 +252,11 @@ class TrainingSection(Section):
         default_factory=list, description="Also log to TensorBoard or Weights & Biases."
     )
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="Where to train.")
+    deterministic: bool = Field(
+        False,
+        description="The same bytes from every run on one GPU with one torch, as a CPU gives them anyway; attention's "
+        "backward pass takes longer and more memory.",
+    )
 
 
 class EvaluationSection(Section):

@@ -19,7 +19,8 @@ from qaroma.config.words import memory_size
 
 Level = Literal["ok", "note", "problem"]
 
-CUDA_WHEELS = "https://download.pytorch.org/whl/cu128"
+WHEELS = "https://download.pytorch.org/whl"
+CUDA_13_DRIVER = 580  # the oldest that CUDA 13 runs on (NVIDIA, CUDA toolkit release notes); 12.6 takes any from 528
 # NF4 with blocks of 64 changes normal weights by 9 % (root of the mean square), and a product with them by as much.
 NF4_ERROR = (0.05, 0.15)
 SAME_PRODUCT = 0.02  # the packed product beside the one with the unpacked weight: bf16's rounding
@@ -103,7 +104,22 @@ def extras(missing: Mapping[str, Sequence[str]]) -> Finding:
     return Finding("extras", "note", found, f'where you want one, type: pip install "qaroma[{",".join(absent)}]"')
 
 
-def cuda(built_for: str | None, cards: int, driver: str | None, visible: str | None) -> Finding:
+def torch_with_cuda(driver: str, system: str) -> str:
+    """What to type for a torch with CUDA.
+
+    PyPI's wheels carry CUDA 13 for Linux and none for Windows (their metadata, torch 2.13).
+
+    Args:
+        driver: version of the NVIDIA driver.
+        system: as ``platform.system()`` names it.
+    """
+    install = "type: pip install --force-reinstall torch"
+    if Version(driver).major < CUDA_13_DRIVER:
+        return f"{install} --index-url {WHEELS}/cu126"
+    return install if system == "Linux" else f"{install} --index-url {WHEELS}/cu130"
+
+
+def cuda(built_for: str | None, cards: int, driver: str | None, visible: str | None, system: str) -> Finding:
     """Whether torch and the GPU's driver find each other.
 
     Args:
@@ -111,17 +127,20 @@ def cuda(built_for: str | None, cards: int, driver: str | None, visible: str | N
         cards: GPUs that torch sees.
         driver: version of the NVIDIA driver; None where there is none.
         visible: CUDA_VISIBLE_DEVICES, None where it is not set.
+        system: as ``platform.system()`` names it.
     """
     build = f"torch for CUDA {built_for}" if built_for else "torch without CUDA"
     found = f"{build}, {f'driver {driver}' if driver else 'no NVIDIA driver'}"
     if cards or driver is None:
         return Finding("CUDA", "ok", found)
     if built_for is None:
-        return Finding("CUDA", "problem", found, f"type: pip install --force-reinstall torch --index-url {CUDA_WHEELS}")
+        return Finding("CUDA", "problem", found, torch_with_cuda(driver, system))
     if visible is not None and visible.strip() in ("", "-1"):
         advice = f"CUDA_VISIBLE_DEVICES={visible!r} hides every GPU: unset it"
     else:
         advice = f"torch sees no GPU: update the driver to one for CUDA {built_for}, restart, and ask nvidia-smi"
+        if Version(built_for).major >= 13 and Version(driver).major < CUDA_13_DRIVER:
+            advice += f"; for the driver that is there {torch_with_cuda(driver, system)}"
     return Finding("CUDA", "problem", found, advice)
 
 
@@ -148,7 +167,8 @@ def bf16(on_gpu: bool, native: bool) -> Finding:
         return Finding("bf16", "ok", "in hardware")
     fp32 = "--set model.compute_dtype=fp32"
     if on_gpu:
-        return Finding("bf16", "problem", "this GPU has none (it needs an RTX 30 or later)", f"train with {fp32}")
+        found = "this GPU has none (it needs an RTX 30 or later): runs take fp16 and scale the loss"
+        return Finding("bf16", "note", found, f"Gemma 2 and 3 overflow in fp16 and take fp32; others do with {fp32}")
     return Finding("bf16", "note", "this CPU imitates it: right, but slow", f"{fp32} may be faster")
 
 
@@ -168,16 +188,18 @@ def nf4(device: str, error: float, packed_error: float) -> Finding:
     return Finding("bitsandbytes", "problem", found, advice)
 
 
-def attention(device: str, kernels: Sequence[str]) -> Finding:
+def attention(device: str, kernels: Sequence[str], grouped: bool) -> Finding:
     """Which of SDPA's kernels ran forward and backward.
 
     Args:
         device: where.
         kernels: of ``flash``, ``efficient``, ``math``, those that ran.
+        grouped: a fused one ran with fewer key heads than query heads.
     """
     fused = [name for name in kernels if name != "math"]
     if fused:
-        return Finding("attention", "ok", f"SDPA with {' and '.join(fused)} kernels on {device}")
+        repeated = "" if grouped else "; none takes grouped key heads: they are repeated, which costs memory"
+        return Finding("attention", "ok", f"SDPA with {' and '.join(fused)} kernels on {device}{repeated}")
     if kernels:
         found = f"SDPA on {device} has no fused kernel: memory grows with the square of the context"
         return Finding("attention", "note", found, "keep --max-length small, or install a newer torch")

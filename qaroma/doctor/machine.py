@@ -116,7 +116,7 @@ def _cuda() -> Finding:
 
     build = torch.version.cuda or getattr(torch.version, "hip", None)
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return checks.cuda(build, cards, _driver(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return checks.cuda(build, cards, _driver(), os.environ.get("CUDA_VISIBLE_DEVICES"), platform.system())
 
 
 def _driver() -> str | None:
@@ -146,9 +146,11 @@ def _gpu() -> Finding:
 def _bf16() -> Finding:
     import torch
 
+    from qaroma.model.precision import has_bf16
+
     device = _device()
     if device.type == "cuda":
-        return checks.bf16(True, torch.cuda.is_bf16_supported(including_emulation=False))
+        return checks.bf16(True, has_bf16(device))
     return checks.bf16(False, bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
@@ -185,8 +187,20 @@ def nf4_errors(device: torch.device) -> tuple[float, float]:
 
 
 def _attention() -> Finding:
+    from qaroma.model.attention import fused_for_groups
+
     device = _device()
-    return checks.attention(str(device), attention_kernels(device))
+    grouped = device.type != "cuda" or fused_for_groups(device, _attention_dtype(device))
+    return checks.attention(str(device), attention_kernels(device), grouped)
+
+
+def _attention_dtype(device: torch.device) -> torch.dtype:
+    """What runs take on a GPU; fp32 on a CPU, where every kernel has it."""
+    import torch
+
+    from qaroma.model.precision import resolve_dtype
+
+    return resolve_dtype("auto", device) if device.type == "cuda" else torch.float32
 
 
 def attention_kernels(device: torch.device) -> list[str]:
@@ -196,11 +210,7 @@ def attention_kernels(device: torch.device) -> list[str]:
 
     kernels = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
                "math": SDPBackend.MATH}  # fmt: skip
-    dtype = (
-        torch.bfloat16
-        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        else torch.float32
-    )
+    dtype = _attention_dtype(device)
     found = []
     for name, kernel in kernels.items():
         query = torch.ones(1, 2, 16, 64, device=device, dtype=dtype, requires_grad=True)

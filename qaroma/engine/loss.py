@@ -17,6 +17,9 @@ from qaroma.method.dequantise import block_maxima, dense_rows, dense_weight, pro
 CHUNK_BYTES = 256 * 2**20  # that a chunk of tokens may take, however few there are
 HIDDEN_SHARE = 6  # times the hidden states' own bytes is what it may take where they are many
 SLICES = 8  # of a chunk: what is element-wise on logits makes copies of one slice at a time
+# A token's gradient times this is what lies in fp16, whose numbers end at 6e-8: a token that is all but learnt would
+# lose its own before any scale of the loss reached it.
+FP16_SHIFT = 1024.0
 BLOCK_ROWS = 4096  # rows of the head that are dense at a time: a multiple of any quantisation block
 
 
@@ -133,7 +136,10 @@ def token_losses(hidden_TD: Tensor, head: LMHead, targets_T: Tensor) -> Tensor:
 
 
 def _fill_chunk(losses_C: Tensor, grad_CD: Tensor | None, hidden_CD: Tensor, targets_C1: Tensor, head: LMHead) -> None:
-    """Write the losses of a chunk's tokens, and their gradients where these are wanted; the logits die here."""
+    """Write the losses of a chunk's tokens, and their gradients where these are wanted; the logits die here.
+
+    In fp16 these are :data:`FP16_SHIFT` times the gradients.
+    """
     logits_CV = head.logits(hidden_CD)
     size = math.ceil(targets_C1.shape[0] / SLICES)
     for start in range(0, targets_C1.shape[0], size):
@@ -143,6 +149,8 @@ def _fill_chunk(losses_C: Tensor, grad_CD: Tensor | None, hidden_CD: Tensor, tar
         if grad_CD is not None:
             head.softmax_minus_one_hot(logits_SV, log_normaliser_S1, targets_S1)
     if grad_CD is not None:
+        if grad_CD.dtype == torch.float16:
+            logits_CV *= FP16_SHIFT
         grad_CD.copy_(head.backward(logits_CV, hidden_CD.dtype))
 
 
@@ -162,4 +170,8 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_TD,) = ctx.saved_tensors
-        return grad_TD * grad_T[:, None].to(grad_TD.dtype), None, None, None
+        if grad_TD.dtype != torch.float16:
+            return grad_TD * grad_T[:, None].to(grad_TD.dtype), None, None, None
+        # The factor in fp32: after the shift it may be below what fp16 holds, and the product is not.
+        factor_T1 = grad_T[:, None] / FP16_SHIFT
+        return torch.mul(grad_TD, factor_T1, out=torch.empty_like(grad_TD)), None, None, None

@@ -24,9 +24,10 @@ from qaroma.inference.generate import generate
 from qaroma.inference.room import has_room, stream_to_answer
 from qaroma.method.attach import attach_update, detach
 from qaroma.method.factors import Factors
-from qaroma.model.base import fingerprint, load_base, load_model_config, load_tokenizer, resolve_device, resolve_dtype
+from qaroma.model.base import fingerprint, load_base, load_model_config, load_tokenizer, resolve_device
 from qaroma.model.found import find_model
 from qaroma.model.generation import generation_settings
+from qaroma.model.precision import resolve_dtype
 from qaroma.runs.adapter import load_adapter, read_adapter
 from qaroma.runs.adapter_info import AdapterInfo, BaseInfo, TaskInfo
 from qaroma.runs.directory import adapter_folder
@@ -93,8 +94,9 @@ class RememberedBase:
         """
         info = self.info
         packed = info.head_quantization if quantization is None else "none"
-        kind, dtype = quantization or info.quantization, dtype or resolve_dtype(info.compute_dtype, device)
+        kind = quantization or info.quantization
         found = find_model(self.name, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        dtype = dtype or resolve_dtype(info.compute_dtype, device, found.config)
         streamed = self.task.outputs is None and not has_room(
             found, device, dtype=dtype, packed=kind != "none", double=info.double_quantization,
             packed_head=packed != "none",
@@ -210,8 +212,8 @@ def open_base(
         QaromaError: no such model, or one that cannot be read.
     """
     target = resolve_device(device)
-    dtype = resolve_dtype("auto", target)
     found = find_model(name, trust_remote_code=trust_remote_code)
+    dtype = resolve_dtype("auto", target, found.config)
     tokenizer = load_tokenizer(found)
     template = Template.choose(tokenizer)
     streamed = not has_room(found, target, dtype=dtype, packed=quantization != "none")

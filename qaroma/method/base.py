@@ -126,6 +126,10 @@ class Method:
         """The joint norm of what has accumulated, an fp32 scalar on the device."""
         raise NotImplementedError
 
+    def multiply_gradients(self, factor: float) -> None:
+        """Multiply what has accumulated, as to take a loss scale out of it again."""
+        raise NotImplementedError
+
     def step(self, loss: float | None = None) -> list[GrowthEvent]:
         """Clip, update, zero the gradients and grow; returns what grew.
 
@@ -353,6 +357,9 @@ class AdapterMethod(Method):
 
     def gradient_norm(self) -> Tensor:
         return torch.linalg.vector_norm(self.trainer.optimiser.gradients)  # type: ignore[no-any-return]
+
+    def multiply_gradients(self, factor: float) -> None:
+        self.trainer.optimiser.gradients.mul_(factor)
 
     def zero_grad(self) -> None:
         self.trainer.optimiser.zero_grad()

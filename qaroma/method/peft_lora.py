@@ -148,9 +148,14 @@ class PeftMethod(Method):
     def build(cls, attached: Any, options: MethodOptions, head: Sequence[nn.Parameter] = ()) -> PeftMethod:
         return cls(attached, head=head, **options.optimisation(), **options.cosine())
 
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._parameters.values() if p.grad is not None]
+
     def gradient_norm(self) -> Tensor:
-        found = [p.grad for p in self._parameters.values() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(found)
+        return torch.nn.utils.get_total_norm(self._gradients())
+
+    def multiply_gradients(self, factor: float) -> None:
+        torch._foreach_mul_(self._gradients(), factor)
 
     def step(self, loss: float | None = None) -> list[GrowthEvent]:
         """Clip, update, zero the gradients. Nothing grows."""

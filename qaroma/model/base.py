@@ -22,6 +22,7 @@ from torch import Tensor
 from qaroma.errors import QaromaError
 from qaroma.method.head import classifier_around, classifier_head, may_be_new, unsaid_about_the_head
 from qaroma.method.linear import uncalled_layers
+from qaroma.model.attention import repeat_keys, wants_repeated_keys
 from qaroma.model.bnb import bnb
 from qaroma.model.builtin import ResolvedModel, resolve_model
 from qaroma.model.devices import device_map, layers_go_to_host, without_hooks
@@ -29,6 +30,7 @@ from qaroma.model.failures import explained, readable
 from qaroma.model.found import FoundModel, find_model, loader_keywords, stored_quantization
 from qaroma.model.gguf import load_gguf, load_gguf_tokenizer
 from qaroma.model.hostmemory import FreedMemoryGoesBack
+from qaroma.model.precision import resolve_dtype
 from qaroma.model.skeleton import skeleton
 from qaroma.model.tokenizer_file import require_bounded
 from qaroma.model.weight_files import require_safetensors
@@ -63,35 +65,6 @@ def resolve_device(name: str | torch.device | None) -> torch.device:
             raise QaromaError("got device cuda, but torch sees no CUDA device. Type: --device cpu")
         return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     return device
-
-
-def resolve_dtype(name: str, device: str | torch.device | None = None) -> torch.dtype:
-    """Choose the arithmetic of base and adapter.
-
-    Args:
-        name: 'auto' (bf16), 'bf16' or 'fp32'.
-        device: where it will run; None is CUDA where there is one.
-
-    Returns:
-        torch.bfloat16 or torch.float32.
-
-    Raises:
-        QaromaError: an unknown name, or bf16 on a GPU whose hardware has none.
-    """
-    if name == "fp32":
-        return torch.float32
-    if name not in ("auto", "bf16"):
-        raise QaromaError(f"got compute dtype '{name}'; expected auto, bf16 or fp32")
-    target = resolve_device(device)
-    if target.type == "cuda":
-        with torch.cuda.device(target):
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        if not native:
-            raise QaromaError(
-                f"The GPU {torch.cuda.get_device_name(target)} has no bf16 arithmetic; expected one of the Ampere "
-                "generation (RTX 30) or later. Type: --set model.compute_dtype=fp32"
-            )
-    return torch.bfloat16
 
 
 def load_model_config(
@@ -186,7 +159,8 @@ def load_base(
         quantization: 'nf4', 'fp4', or 'none' for the compute dtype throughout.
         double_quantization: quantise the quantisation constants too.
         quantize_head: the output head in 4 bits too, unless it shares its table with the embeddings.
-        compute_dtype: dtype of embeddings, norms, head and arithmetic; None is bf16.
+        compute_dtype: dtype of embeddings, norms, head and arithmetic; None is what
+            :func:`~qaroma.model.precision.resolve_dtype` makes of ``auto``.
         device: 'cuda', 'cpu' or a device; None is CUDA where there is one.
         attention: 'sdpa', 'eager' or 'flash_attention_2'.
         revision: branch, tag or commit on the hub; of a found model, its own.
@@ -209,9 +183,11 @@ def load_base(
     if quantization not in ("nf4", "fp4", "none"):
         raise QaromaError(f"got quantization '{quantization}'; expected nf4, fp4 or none")
     target = resolve_device(device)
-    dtype = compute_dtype if compute_dtype is not None else resolve_dtype("auto", target)
     if not isinstance(model, FoundModel):
         model = find_model(model, revision=revision, trust_remote_code=trust_remote_code)
+    dtype = compute_dtype if compute_dtype is not None else resolve_dtype("auto", target, model.config)
+    # Read as the usual arithmetic reads it: the same packed bytes, and a fingerprint that fp16's short range spares.
+    read_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
     place, config = model.place, copy.deepcopy(model.config)
     if num_labels is not None:
         config.num_labels = num_labels
@@ -220,7 +196,7 @@ def load_base(
         _tell_stored(model.name, stored, quantization, double_quantization)
     bnb_config = None
     if stored is None and quantization != "none":
-        bnb_config = _bnb_config(quantization, double_quantization, dtype)
+        bnb_config = _bnb_config(quantization, double_quantization, read_dtype)
         with explained(model.name, gguf=place.gguf_file is not None):
             bnb_config.llm_int8_skip_modules = _left_dense(model, config, quantize_head, num_labels is not None)
     apart = host_embeddings and num_labels is None and stored is None and place.gguf_file is None
@@ -231,7 +207,7 @@ def load_base(
         if bnb_config is not None:
             bnb_config.llm_int8_enable_fp32_cpu_offload = len(devices) > 1  # or any part on the CPU is refused
         network, info = _read(
-            model, config, bnb_config, dtype, devices, implementation,
+            model, config, bnb_config, read_dtype, devices, implementation,
             classifier=num_labels is not None, host_layers=host_layers,
         )  # fmt: skip
     missing = sorted(info["missing_keys"])
@@ -240,6 +216,8 @@ def load_base(
         missing = [name for name in missing if name not in network.new_parameters]
     _require_complete(model.name, missing)
     _settle(network, dtype)
+    if attention == "sdpa" and wants_repeated_keys(config, target, dtype):
+        repeat_keys(network)
     return network
 
 
@@ -331,8 +309,22 @@ def _settle(network: Any, dtype: torch.dtype) -> None:
             module.support_avx512bf16_for_cpu = False
             module.compute_dtype = dtype  # a stored checkpoint brings its own
             module.compute_type_is_set = True
+    if dtype == torch.float16:
+        network.identity = fingerprint(network)
+        _to_fp16(network)
     network.requires_grad_(False)
     network.eval()
+
+
+def _to_fp16(network: Any) -> None:
+    """Turn what lies in bf16 into fp16, a tensor at a time; what a family keeps in fp32 stays."""
+    for tensor in (*network.parameters(), *network.buffers()):
+        packed = getattr(tensor, "quant_state", None)
+        if packed is not None:
+            packed.dtype = torch.float16  # is dequantised to it at once
+        elif tensor.dtype == torch.bfloat16:
+            tensor.data = tensor.data.to(torch.float16)
+    network.config.dtype = torch.float16
 
 
 def fingerprint(model: Any) -> str:
@@ -348,6 +340,9 @@ def fingerprint(model: Any) -> str:
     Returns:
         32 hexadecimal digits.
     """
+    known: str | None = getattr(model, "identity", None)  # of a model whose values the compute dtype rounded since
+    if known is not None:
+        return known
     config = model.config.get_text_config()
     names = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     digest = hashlib.sha256(json.dumps({name: getattr(config, name, None) for name in names}).encode())

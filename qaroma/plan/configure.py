@@ -30,8 +30,9 @@ from qaroma.data.sources import RowSet, read_rows
 from qaroma.data.split import split_validation
 from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
-from qaroma.model.base import load_tokenizer, resolve_device, resolve_dtype
+from qaroma.model.base import load_tokenizer, resolve_device
 from qaroma.model.found import find_model
+from qaroma.model.precision import dtype_name, in_range, resolve_dtype
 from qaroma.plan.card import RESERVE, parse_memory
 from qaroma.plan.facts import conversation_facts, encoded_as_asked
 from qaroma.plan.search import Estimate, Planner
@@ -137,8 +138,7 @@ def room_for(card: str | None) -> Room:
         name = "auto" if card is None else "cpu"
         return Room(available - RESERVE, None, f"the CPU with {memory_size(available)} of free memory", name=name)
     free, words = torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
-    native = torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = resolve_dtype("bf16" if native else "fp32", device)
+    dtype = resolve_dtype("auto", device)
     return Room(free - RESERVE, available, f"{words} with {memory_size(free)} free", dtype)
 
 
@@ -168,13 +168,15 @@ def make_start(config: Config, room: Room, *, tell: Callable[[str], None] = lamb
     wanted = max(GRAIN, math.ceil(look.p95 / GRAIN) * GRAIN)
     planner = Planner(plannable(base))
     # Which rank the data needs is known when its length is: the step is planned for the largest that may train.
+    dtype = in_range(room.dtype, base.config)
     wished = StepSettings(
         0,
         min(wanted, longest or wanted),
         sequences=config.sequences,
         inner_rank=LARGE_BUDGET,
         frozen_rank=0,
-        dtype=room.dtype,
+        dtype=dtype,
+        repeated_keys=dtype != torch.bfloat16,  # as a GPU without bf16 has it
     )
     step = fit_step(planner, wished, room, tell=tell)
     chosen, settings = config.model_copy(deep=True), step.settings
@@ -311,8 +313,10 @@ def _of_the_plan(
         Decision("training.memory", level, f"{fit}. auto looks again at every start"),
         Decision("training.device", room.name, "auto takes a GPU where there is one"),
     ]
-    if settings.dtype == torch.float32:
-        choices.append(Decision("model.compute_dtype", "fp32", "this GPU has no bf16"))
+    if settings.dtype != torch.bfloat16:
+        name = dtype_name(settings.dtype)
+        why = "this GPU has no bf16" + (", and the model overflows in fp16" if name == "fp32" else "")
+        choices.append(Decision("model.compute_dtype", name, why))
     return choices
 
 

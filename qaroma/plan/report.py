@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import psutil
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +17,7 @@ from qaroma.config.levels import LEVELS
 from qaroma.config.words import duration, memory_size
 from qaroma.errors import QaromaError
 from qaroma.model.failures import explained
+from qaroma.model.precision import dtype_name, overflows
 from qaroma.plan.card import RESERVE, Card
 from qaroma.plan.counter import WORKSPACE
 from qaroma.plan.search import LONGEST, Estimate, Planner
@@ -52,6 +54,7 @@ class Plan:
         disk: bytes of the base's download and of a run.
         cards: whose times are told.
         rows: examples of the run whose time is told.
+        overflows: whether its family is known to overflow in fp16.
     """
 
     model: str
@@ -66,6 +69,7 @@ class Plan:
     disk: int
     cards: tuple[Card, ...] = ()
     rows: int = 1000
+    overflows: bool = False
 
     @property
     def shown(self) -> Estimate:
@@ -84,6 +88,7 @@ class Plan:
             "seq_len": settings.seq_len,
             "micro_batch": settings.micro_batch,
             "sequences": settings.micro_batch * settings.sequences,
+            "compute_dtype": dtype_name(settings.dtype),
             "memory_level": settings.level,
             "peak_bytes": shown.peak,
             "resident_bytes": shown.resident,
@@ -165,6 +170,7 @@ def make_plan(
         disk,
         cards,
         rows,
+        overflows(config),
     )
 
 
@@ -175,7 +181,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     pairs = " pairs of 2" if settings.sequences == 2 else ""
     say(
         f"{plan.model}: {plan.parameters:,} parameters; {settings.micro_batch}{pairs} x {settings.seq_len:,} tokens, "
-        f"{settings.frozen_rank} frozen ranks and {settings.inner_rank} in training in every layer\n"
+        f"{settings.frozen_rank} frozen ranks and {settings.inner_rank} in training in every layer; "
+        f"{dtype_name(settings.dtype)}\n"
     )
     console.print(_levels_table(plan))
     say("")
@@ -244,6 +251,13 @@ def _lines(plan: Plan) -> list[str]:
     host = plan.shown.host
     if host:
         lines.append(f"Host memory: {memory_size(host)}{_beside_this_machine(host)}.")
+    if settings.dtype == torch.float16 and plan.overflows:
+        lines.append("It is known to overflow in fp16: runs on a GPU without bf16 take fp32. Type: --dtype fp32")
+    if settings.repeated_keys and plan.attention == "sdpa":
+        lines.append(
+            "Attention: SDPA's memory-efficient kernel, grouped key heads repeated: none that is fused takes them in "
+            "fp32, nor in fp16 before RTX 30."
+        )
     if plan.attention == "eager":
         lines.append("transformers has no fused attention for it: memory grows with the square of the context.")
     if plan.vram is not None and not plan.cards:

@@ -17,6 +17,7 @@ from qaroma.method.aroma import GrowthController
 from qaroma.method.attach import attach
 from qaroma.method.growth import GrowthSettings
 from qaroma.method.head import backbone
+from qaroma.model.attention import repeat_keys
 from qaroma.plan.counter import LiveStorages, Peak
 from qaroma.plan.weightless import KnownShapes, weightless
 from qaroma.plan.weightless_model import materialise, tensors_of, weightless_model
@@ -36,6 +37,7 @@ class StepSettings:
         targets: layers that have an adapter.
         quantized, double_quantization: whether linear layers lie in 4 bits, and their constants in 8.
         dtype: compute dtype.
+        repeated_keys: whether key heads are repeated for attention (:mod:`qaroma.model.attention`).
     """
 
     level: int
@@ -48,6 +50,7 @@ class StepSettings:
     quantized: bool = True
     double_quantization: bool = True
     dtype: torch.dtype = torch.bfloat16
+    repeated_keys: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ def trace_step(config: Any, settings: StepSettings) -> Trace:
     s = settings
     head = LEVELS[s.level].packed_head
     model = weightless_model(config, dtype=s.dtype, packed=s.quantized, double=s.double_quantization, packed_head=head)
+    if s.repeated_keys:
+        repeat_keys(model)
     shapes = KnownShapes()
     with weightless(), LiveStorages(shapes) as counter:
         counter.phase("load", "base")

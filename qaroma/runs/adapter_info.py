@@ -37,7 +37,7 @@ class BaseInfo:
         quantization: ``nf4``, ``fp4`` or ``none``.
         double_quantization: whether the constants are quantised too.
         head_quantization: of the output head, ``none`` where it is dense.
-        compute_dtype: ``auto``, ``bf16`` or ``fp32``.
+        compute_dtype: ``auto``, ``bf16``, ``fp16`` or ``fp32``.
         attention: ``sdpa``, ``eager`` or ``flash_attention_2``.
         needs_remote_code: it runs Python code of its own, which the user must allow each time.
     """
@@ -47,7 +47,7 @@ class BaseInfo:
     fingerprint: str
     quantization: Packing
     double_quantization: bool
-    compute_dtype: Annotated[str, Field(pattern="^(auto|bf16|fp32)$")]
+    compute_dtype: Annotated[str, Field(pattern="^(auto|bf16|fp16|fp32)$")]
     head_quantization: Packing = "none"
     attention: Annotated[str, Field(pattern="^(sdpa|eager|flash_attention_2)$")] = "sdpa"
     needs_remote_code: bool = False

@@ -19,6 +19,7 @@ from qaroma.runs.directory import quoted
 from qaroma.runs.stop import StopRequest
 from qaroma.tasks.base import Batch
 from qaroma.training.live_page import LivePage
+from qaroma.training.loss_scale import LossScale
 from qaroma.training.memory import memory_figures, with_relief
 from qaroma.training.patience import counts_as_lost
 from qaroma.training.progress import ProgressView
@@ -109,6 +110,8 @@ def _train_step(session: Session, state: FitState, view: ProgressView) -> dict[s
     """Forward and backward passes of one step; gradients are left for the method."""
     start = time.perf_counter()
     figures, tokens = _gradients(session, state, view)
+    if session.loss_scale is not None:
+        session.loss_scale.step_made()
     return {"figures": figures, "tokens": tokens, "start": start}
 
 
@@ -125,7 +128,7 @@ def _gradients(session: Session, state: FitState, view: ProgressView) -> tuple[d
     """Figures and tokens of the next step's examples; saves memory and tries again where it does not suffice.
 
     Raises:
-        QaromaError: the loss or the gradient is not finite.
+        QaromaError: the loss or the gradient is not finite, in fp16 without a loss scale too.
     """
 
     def gradients() -> tuple[dict[str, float], float, int]:
@@ -134,12 +137,17 @@ def _gradients(session: Session, state: FitState, view: ProgressView) -> tuple[d
         found = accumulate(session, batches, lambda all_: view.counted(all_, f"step {state.step + 1}"))
         return *found, sum(batch.tokens for batch in batches)
 
-    figures, norm, tokens = with_relief(session, gradients, f"step {state.step + 1}", view.console)
-    if not math.isfinite(figures["loss"]):
-        _stop(session, state, f"the loss of step {state.step + 1} is {figures['loss']}")
-    if not math.isfinite(norm):
-        _stop(session, state, f"the gradient of step {state.step + 1} is not finite")
-    return figures, tokens
+    step, scale = state.step + 1, session.loss_scale
+    while True:
+        figures, norm, tokens = with_relief(session, gradients, f"step {step}", view.console)
+        if not math.isfinite(figures["loss"]):
+            _stop(session, state, f"the loss of step {step} is {figures['loss']}")
+        if math.isfinite(norm):
+            return figures, tokens
+        if scale is None or not scale.halve():
+            _stop(session, state, f"the gradient of step {step} is not finite")
+        session.method.zero_grad()
+        view.console.print(f"step {step}: overflow in fp16; again at a loss scale of {scale.scale:g}", highlight=False)
 
 
 def _stop(session: Session, state: FitState, what: str) -> NoReturn:
@@ -193,15 +201,18 @@ def accumulate(
         waits for the device once, for these.
     """
     count = sum(batch.counted for batch in batches)
+    scale = session.loss_scale.scale if session.loss_scale is not None else 1.0
     totals: dict[str, Tensor] = {}
     for batch in shown(batches):
         loss_sum, told = session.task.step(session.model, batch.to(session.accelerator.device))
-        session.accelerator.backward(loss_sum / count)
+        session.accelerator.backward(loss_sum / (count / scale))
         for name, value in {"loss": loss_sum.detach(), **told}.items():
             totals[name] = totals[name] + value if name in totals else value
     penalty = session.method.penalty()
     if penalty is not None:
-        session.accelerator.backward(penalty)
+        session.accelerator.backward(penalty * scale)
+    if session.loss_scale is not None:
+        session.method.multiply_gradients(1 / scale)
     *sums, norm = torch.stack([*totals.values(), session.method.gradient_norm()]).tolist()
     return {name: value / count for name, value in zip(totals, sums, strict=True)}, norm
 
@@ -225,6 +236,7 @@ def _record_step(
         "trainable_parameters": trainable,
         "tokens_per_second": record["tokens"] / seconds,
         "seconds": seconds,
+        **_scale_figures(session.loss_scale),
         **memory_figures(session.accelerator.device),
     }
     session.log.write(line)
@@ -232,6 +244,11 @@ def _record_step(
     for event in events:
         session.log.write(event.to_json())
     view.step(line, events)
+
+
+def _scale_figures(scale: LossScale | None) -> dict[str, float]:
+    """What the log keeps of a run in fp16: its loss scale, and how often gradients have overflowed."""
+    return {} if scale is None else {"loss_scale": scale.scale, "overflows": scale.overflows}
 
 
 def _log_new(session: Session, events: Sequence[GrowthEvent]) -> None:
@@ -310,6 +327,8 @@ def save_state(session: Session, state: FitState) -> str:
         "adapter": session.info(state.step).to_json(),
         "data": session.data_fingerprint,
     }
+    if session.loss_scale is not None:
+        values["loss_scale"] = asdict(session.loss_scale)
     method = session.method
     checkpoint = Checkpoint.of(state.step, method.name, method.state(), tensors=tensors, values=values)
     ruined = checkpoint.not_finite()
@@ -326,4 +345,6 @@ def restore_state(session: Session, checkpoint: Checkpoint) -> FitState:
     torch.set_rng_state(checkpoint.tensors["random.cpu"])
     if "random.cuda" in checkpoint.tensors and session.accelerator.device.type == "cuda":
         torch.cuda.set_rng_state(checkpoint.tensors["random.cuda"])
+    if session.loss_scale is not None and "loss_scale" in checkpoint.values:  # not where another device wrote it
+        session.loss_scale = LossScale(**checkpoint.values["loss_scale"])
     return FitState(**checkpoint.values["fit"])

@@ -20,8 +20,9 @@ from qaroma.engine.levels import apply_level
 from qaroma.engine.no_memory import card_is_full
 from qaroma.engine.streaming import bytes_of_layers
 from qaroma.errors import QaromaError
-from qaroma.model.base import resolve_dtype
+from qaroma.model.attention import wants_repeated_keys
 from qaroma.model.found import FoundModel
+from qaroma.model.precision import resolve_dtype
 from qaroma.plan.card import FRAGMENTS
 from qaroma.plan.search import Planner
 from qaroma.plan.shapes import plannable
@@ -180,7 +181,7 @@ def choose_level(config: ResolvedConfig, base: FoundModel, device: torch.device)
     if not config.writes_text:  # the planner traces language models
         return 0 if bound < free else 1
     host = int(psutil.virtual_memory().available) if device.type == "cuda" else None
-    level = Planner(plannable(base)).fastest_level(_step_settings(config, device), free - FRAGMENTS, host)
+    level = Planner(plannable(base)).fastest_level(_step_settings(config, base, device), free - FRAGMENTS, host)
     if level is None:
         raise QaromaError(
             f"{config.model.name} does not fit in {memory_size(free, 1)} with micro-batches of {tokens} tokens; type a "
@@ -203,7 +204,7 @@ def step_memory(config: ResolvedConfig, base: FoundModel, device: torch.device, 
     bound = generous_bound(base.config.get_text_config(), _step_tokens(config))
     if bound < SMALL_SHARE * free_bytes(device) or not config.writes_text:
         return bound, False
-    step = Planner(plannable(base)).estimate(replace(_step_settings(config, device), level=level))
+    step = Planner(plannable(base)).estimate(replace(_step_settings(config, base, device), level=level))
     return step.peak + (step.host if device.type == "cpu" else 0), True
 
 
@@ -212,9 +213,10 @@ def _step_tokens(config: ResolvedConfig) -> int:
     return config.training.micro_batch * config.sequences * config.data.max_length
 
 
-def _step_settings(config: ResolvedConfig, device: torch.device) -> StepSettings:
+def _step_settings(config: ResolvedConfig, base: FoundModel, device: torch.device) -> StepSettings:
     """The step that a run makes, at level 0."""
     targets = config.growth.target_modules
+    dtype = resolve_dtype(config.model.compute_dtype, device, base.config)
     return StepSettings(
         level=0,
         seq_len=config.data.max_length,
@@ -224,7 +226,8 @@ def _step_settings(config: ResolvedConfig, device: torch.device) -> StepSettings
         targets=targets if isinstance(targets, str) else tuple(targets),
         quantized=config.model.quantization != "none",
         double_quantization=config.model.double_quantization,
-        dtype=resolve_dtype(config.model.compute_dtype, device),
+        dtype=dtype,
+        repeated_keys=config.model.attention == "sdpa" and wants_repeated_keys(base.config, device, dtype),
     )
 
 

@@ -24,6 +24,7 @@ from qaroma.runs.log import MetricsLog
 from qaroma.tasks.base import Batch, Task
 from qaroma.training.batches import BatchPlan
 from qaroma.training.data_fingerprint import data_fingerprint
+from qaroma.training.loss_scale import LossScale
 from qaroma.training.samples import Sampler
 
 
@@ -44,7 +45,8 @@ class Session:
         accelerator: device and backward pass.
         sampler: answers chosen prompts while the run trains; None where there are none.
         level: memory level that the model is in (:data:`qaroma.config.levels.LEVELS`).
-        notes: sentences on what of the base no adapter takes.
+        notes: sentences on the arithmetic, and on what of the base no adapter takes.
+        loss_scale: of a run in fp16; None for the others.
     """
 
     config: ResolvedConfig
@@ -64,6 +66,7 @@ class Session:
     sampler: Sampler | None = None
     level: int = 0
     notes: list[str] = field(default_factory=list)
+    loss_scale: LossScale | None = None
     _validation_batches: list[Batch] = field(default_factory=list)
     _validation_size: int = 0  # rows of these
 

@@ -19,13 +19,16 @@ from qaroma.errors import QaromaError
 from qaroma.method.base import AdapterMethod, Method, MethodOptions
 from qaroma.method.head import TrainedHead, head_names, is_inside
 from qaroma.method.targets import find_targets, unadaptable
-from qaroma.model.base import fingerprint, load_base, resolve_dtype
+from qaroma.model.base import fingerprint, load_base
+from qaroma.model.precision import dtype_note, resolve_dtype
 from qaroma.runs.adapter import continue_from
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.log import MetricsLog
 from qaroma.runs.peft_limits import told_of_peft
 from qaroma.tasks.causal_lm import require_known_head
+from qaroma.training.arithmetic import settle_arithmetic
 from qaroma.training.batches import BatchPlan
+from qaroma.training.loss_scale import LossScale
 from qaroma.training.memory import choose_level, enter_level, forbid_spilling
 from qaroma.training.prepare import PreparedData
 from qaroma.training.samples import Sampler
@@ -51,12 +54,15 @@ def build_session(data: PreparedData, run: RunDirectory, level: int | None = Non
     accelerator = _accelerator(config, run)
     forbid_spilling(accelerator.device)
     level = choose_level(config, data.base, accelerator.device) if level is None else level
-    model = _load(data, level, accelerator.device)
+    dtype = resolve_dtype(config.model.compute_dtype, accelerator.device, data.base.config)
+    settle_arithmetic(dtype, deterministic=config.training.deterministic)
+    model = _load(data, level, dtype, accelerator.device)
     identity = fingerprint(model)
     names = head_names(model, model.new_parameters) if data.template is None else []
     if names:
         model.config.pad_token_id = data.tokenizer.pad_token_id  # decoders look for the last token before it
-    notes = unadaptable(model)
+    note = dtype_note(config.model.compute_dtype, accelerator.device, data.base.config)
+    notes = [*([note] if note else []), *unadaptable(model)]
     told = told_of_peft(model.config, find_targets(model, config.growth.target_modules))
     if told is not None:
         logger.warning(told)
@@ -88,6 +94,7 @@ def build_session(data: PreparedData, run: RunDirectory, level: int | None = Non
         sampler=_sampler(data),
         level=level,
         notes=notes,
+        loss_scale=LossScale() if dtype == torch.float16 else None,
     )
 
 
@@ -116,7 +123,7 @@ def _accelerator(config: ResolvedConfig, run: RunDirectory) -> Accelerator:
     return accelerator
 
 
-def _load(data: PreparedData, level: int, device: torch.device) -> Any:
+def _load(data: PreparedData, level: int, dtype: torch.dtype, device: torch.device) -> Any:
     """The base, as its task and its memory level want it."""
     model = data.config.model
     return load_base(
@@ -124,7 +131,7 @@ def _load(data: PreparedData, level: int, device: torch.device) -> Any:
         quantization=model.quantization,
         double_quantization=model.double_quantization,
         quantize_head=LEVELS[level].packed_head,
-        compute_dtype=resolve_dtype(model.compute_dtype, device),
+        compute_dtype=dtype,
         device=device,
         attention=model.attention,
         num_labels=data.remember.outputs,

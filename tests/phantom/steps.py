@@ -7,10 +7,15 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from phantom.card import Card
 from phantom.registry import SCENARIOS, Scenario, scenario
-from phantom.world import batch, step, trained
+from phantom.world import base, batch, gradients, growing, step, trained
 from qaroma.engine import checkpointing, tiled
+from qaroma.engine.levels import apply_level
+from qaroma.model.attention import repeat_keys
+from qaroma.training.loss_scale import LossScale
 
 A_STEP = {"tolist in fit.accumulate": 1}
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -87,6 +92,29 @@ def packed(card: Card) -> None:
     model, method = trained(1)
     card.clear()
     step(model, method, [batch(2, 64, lengths=(40, 24))])
+
+
+@scenario("a step in fp16", waits=A_STEP)
+def in_fp16(card: Card) -> None:
+    model, method = trained(1, sizes={"dtype": torch.float16})
+    card.clear()
+    gradients(model, method, [batch(2, 64)] * 2, loss_scale=LossScale())
+    method.step()
+
+
+@scenario("attention in fp32 repeats grouped keys", waits=A_STEP)
+def repeated(card: Card) -> None:
+    """SDPA's math kernel, which makes L x L matrices, without that."""
+    for repeats, taken in ((False, "math"), (True, "efficient")):
+        model = base(1, torch.float32)
+        if repeats:
+            repeat_keys(model)
+        method = growing(model)
+        apply_level(model.train(), 1)
+        card.clear()
+        card.attention.clear()
+        step(model, method, [batch(1, 64)])
+        assert set(card.attention) == {taken}
 
 
 _MUTANTS = {

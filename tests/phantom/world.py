@@ -30,6 +30,7 @@ from qaroma.runs import checkpoint, peft_lora
 from qaroma.tasks.causal_lm import CausalLM, TokenBatch
 from qaroma.training import finetune, fit
 from qaroma.training.batches import BatchPlan
+from qaroma.training.loss_scale import LossScale
 
 CONFIG = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "tie_word_embeddings": False}
 
@@ -45,10 +46,10 @@ def for_real(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def base(level: int = 1, **sizes: Any) -> Any:
+def base(level: int = 1, dtype: torch.dtype = torch.bfloat16, **sizes: Any) -> Any:
     """A frozen base in NF4, as it is loaded for a level."""
     build = for_real(weightless_model)
-    model = build(tiny_config(**{**CONFIG, **sizes}), packed_head=LEVELS[level].packed_head)
+    model = build(tiny_config(**{**CONFIG, **sizes}), dtype=dtype, packed_head=LEVELS[level].packed_head)
     with CARD:
         materialise(model)
     return model
@@ -75,10 +76,14 @@ def batch(rows: int = 2, length: int = 64, lengths: tuple[int, ...] = ()) -> Tok
     return CausalLM().collate([example] * rows)
 
 
-def gradients(model: Any, method: Any, batches: Sequence[Any], task: Any = None) -> float:
+def gradients(
+    model: Any, method: Any, batches: Sequence[Any], task: Any = None, loss_scale: LossScale | None = None
+) -> float:
     """The gradients of a step, as the loop makes them; returns the loss."""
     accelerator = SimpleNamespace(device=CARD, backward=lambda loss: loss.backward())
-    session: Any = SimpleNamespace(task=task or CausalLM(), model=model, method=method, accelerator=accelerator)
+    session: Any = SimpleNamespace(
+        task=task or CausalLM(), model=model, method=method, accelerator=accelerator, loss_scale=loss_scale
+    )
     return fit.accumulate(session, batches)[0]["loss"]
 
 
