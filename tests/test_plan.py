@@ -418,11 +418,11 @@ def test_goal_peak_of_a_streamed_base(model: str, tokens: int, goal: float, host
     assert found.breakdown["layer_buffers"] == pytest.approx(2 * found.streamed / layers, rel=1e-3)
 
 
-@pytest.mark.parametrize(("card", "seconds"), [("rtx3060", 6.2), ("rtx4090", 1.16), ("h100", 0.24)])
+@pytest.mark.parametrize(("card", "seconds"), [("rtx3060", 5.5), ("rtx4090", 1.04), ("h100", 0.218)])
 def test_the_roofline_of_llama3_8b(llama: Planner, card: str, seconds: float) -> None:
-    """Counted elsewhere, operation by operation under FakeTensorMode, with whole attention matrices: 5 % more here."""
+    """Counted elsewhere, with whole attention matrices and each down_proj computed again: 6.2, 1.16 and 0.24 s."""
     found = llama.estimate(StepSettings(1, seq_len=2048, frozen_rank=0))
-    assert step_seconds(found.work, CARDS[card]) == pytest.approx(seconds, rel=0.06)
+    assert step_seconds(found.work, CARDS[card]) == pytest.approx(seconds, rel=0.02)
 
 
 def test_the_products_of_a_step_are_those_that_it_cannot_do_without(llama: Planner) -> None:
@@ -433,8 +433,8 @@ def test_the_products_of_a_step_are_those_that_it_cannot_do_without(llama: Plann
     assert flops["forward"] == pytest.approx(forward, rel=0.01)
     assert flops["loss"] == pytest.approx(tokens * 4 * head, rel=0.01)
     gradients = tokens * (2 * linear + 2.5 * attention * tokens)
-    assert gradients < flops["backward"] < 1.01 * (forward + gradients)
-    assert flops["backward"] > 0.95 * (forward + gradients)  # a layer's last product need not be computed again
+    again = forward - tokens * 2 * 32 * 4096 * 14336  # a layer's last product need not be computed again
+    assert flops["backward"] == pytest.approx(again + gradients, rel=0.01)
 
 
 def test_a_streamed_base_travels_once_a_pass_and_the_longer_of_copying_and_computing_counts(llama: Planner) -> None:

@@ -188,7 +188,7 @@ def test_runs_that_stream_leave_the_bytes_of_one_that_does_not(
         """Let something happen in the fifth step of the next run; the levels of all steps."""
         levels: list[int] = []
 
-        def disturbed(session: Any, batches: Any) -> float:
+        def disturbed(session: Any, batches: Any, *_: Any) -> Any:
             levels.append(session.level)
             if len(levels) == 5:
                 disturbance()

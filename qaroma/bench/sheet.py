@@ -104,8 +104,8 @@ def fill_sheet(
         The table, in Markdown.
     """
     target = resolve_device(device)
-    dtype = resolve_dtype("auto", target, config)
     config = model_config(model)
+    dtype = resolve_dtype("auto", target, config)
     folder.mkdir(parents=True, exist_ok=True)
     room = free_bytes(target) - FRAGMENTS
     cells = cells_of(Planner(config), room, dtype=dtype, lengths=lengths)

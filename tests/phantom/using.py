@@ -107,9 +107,10 @@ def conversation(card: Card) -> None:
     answers(card, 3)
     pieces: list[str] = []
     assert chat.ask("one", pieces.append).tokens == 3
-    chat.base = True
     answers(card, 3)
-    assert chat.ask_again(pieces.append).tokens == 3
+    of_the_base = chat.ask_base(pieces.append)
+    assert of_the_base is not None
+    assert of_the_base.tokens == 3
 
 
 def _classifier(config: Any) -> Any:
