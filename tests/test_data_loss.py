@@ -307,7 +307,7 @@ def poison_gradient(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """The gradient of one step is not finite though its loss is, as after an overflow in the backward pass."""
     real, calls = fit_module.accumulate, []
 
-    def poisoned(session, batches):
+    def poisoned(session, batches, *_):
         figures, norm = real(session, batches)
         calls.append(1)
         if len(calls) == at:

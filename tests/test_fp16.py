@@ -64,7 +64,7 @@ def test_a_gradient_that_no_scale_mends_stops_the_run(
 ) -> None:
     original, calls = fit_module.accumulate, []
 
-    def poisoned(session, batches):
+    def poisoned(session, batches, *_):
         calls.append(session.loss_scale.scale)
         return original(session, batches)[0], float("inf")
 

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from qaroma.method.optimiser import FlatAdamW
-from qaroma.method.rate import FASTEST, LARGEST_FACTOR, NOISE_SIZE, SMALL_START, MeasuredRate, noise_size, rate_for
+from qaroma.method.rate import (
+    CLIMB,
+    FASTEST,
+    LARGEST_FACTOR,
+    LEAST_CLIMB,
+    NOISE_SIZE,
+    SMALL_START,
+    MeasuredRate,
+    noise_size,
+    rate_for,
+)
 
 
 @pytest.mark.parametrize("rank", [1, 8, 32])
@@ -75,11 +85,12 @@ def test_the_factor_rises_while_updates_are_too_short_and_falls_where_they_are_t
     assert observed(MeasuredRate(2000), -1.0)[1500] == 1 / LARGEST_FACTOR
 
 
-def test_the_factor_climbs_with_the_share_of_the_run_that_is_done() -> None:
+def test_the_factor_climbs_the_more_slowly_the_longer_a_run_is() -> None:
     """What a run learns first stands any rate: a long run that climbed within a few steps would end far too high."""
-    shorter, longer = observed(MeasuredRate(50), 1.0), observed(MeasuredRate(200), 1.0)
-    assert longer[39] == pytest.approx(shorter[9], rel=0.3)
-    assert observed(MeasuredRate(2000), 1.0)[20] < 1.2 * SMALL_START
+    after = {steps: observed(MeasuredRate(steps), 1.0)[8] / SMALL_START for steps in (20, 50, 100, 1000)}
+    assert after[20] == pytest.approx(math.exp(8 * FASTEST), rel=1e-3)
+    assert after[50] == pytest.approx(math.exp(8 * CLIMB / 50), rel=1e-3)
+    assert after[100] == after[1000] == pytest.approx(math.exp(8 * LEAST_CLIMB), rel=1e-3)
 
 
 def test_a_risen_loss_moves_the_factor_down_whatever_the_cosine_says() -> None:

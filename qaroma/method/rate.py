@@ -10,9 +10,10 @@ from dataclasses import dataclass
 NOISE_SIZE = 0.025
 # Of the measured rate, all found on a byte-level model: its first factor; the cosine at which the best rates stand;
 # what counts as a large difference from it; the bound. The most that a step changes the factor's logarithm: first, with
-# CLIMB over all measured steps, and last. A faster climb ends above the best rate: what a run learns first stands any.
+# CLIMB over all measured steps but within bounds, and last. A faster climb ends above the best rate, for what a run
+# learns first stands any; a slower one leaves a long run at rates that are too small.
 SMALL_START, AIM, WIDTH, LARGEST_FACTOR = 0.5, -0.02, 0.05, 64.0
-CLIMB, FASTEST, SLOWEST = 10.0, 0.4, 0.07
+CLIMB, LEAST_CLIMB, FASTEST, SLOWEST = 10.0, 0.1, 0.4, 0.07
 RISEN = 1.2  # of the first loss: above it, the rate was too large
 _COSINE = 0.404  # mean square of a cosine that ends at a tenth
 
@@ -89,9 +90,9 @@ class MeasuredRate:
         """
         recent = cosine if self.cosine is None else (cosine + self.cosine) / 2
         self.cosine = cosine
-        fastest = gain = min(FASTEST, CLIMB / self.steps)
+        fastest = gain = min(FASTEST, max(LEAST_CLIMB, CLIMB / self.steps))
         if self.enough is not None:
-            gain = max(min(SLOWEST, fastest), fastest / (1 + (step - self.enough) / 3))
+            gain = max(SLOWEST, fastest / (1 + (step - self.enough) / 3))
         elif recent < AIM:
             self.enough = step
         change = -fastest if risen else gain * math.tanh((recent - AIM) / WIDTH)
