@@ -285,7 +285,7 @@ def test_a_folder_that_may_not_be_read_hides_no_run(
     monkeypatch.setattr(Path, "iterdir", guarded(listed))
     assert main(["runs", str(tmp_path), "--json"]) == 0
     runs = {run["name"]: run["state"] for run in json.loads(capsys.readouterr().out)["runs"]}
-    assert runs == {"good": "running", "locked": "broken"}
+    assert runs == {"good": "stopped", "locked": "broken"}
 
 
 @pytest.mark.parametrize("cell", ["[{[1]: 2}]", "[{{1}}]", "[" * 500, "[" * 3000 + "]" * 3000, "[" + "9" * 5000 + "]"])
