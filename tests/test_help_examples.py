@@ -80,6 +80,9 @@ def fresh_imports() -> Iterator[None]:
     yield
     for name in [name for name in sys.modules if name.startswith("qaroma.") and name not in before]:
         del sys.modules[name]
+        package, _, module = name.rpartition(".")
+        if package in sys.modules:  # a later import would find the old one there
+            vars(sys.modules[package]).pop(module, None)
 
 
 @pytest.mark.usefixtures("fresh_imports")
