@@ -67,37 +67,30 @@ def test_a_resumed_run_sums_up_as_an_uninterrupted_one(
     assert second["training_seconds"] == pytest.approx(sum(step["seconds"] for step in steps), rel=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("losses", "steps", "ended", "best"),
+    [
+        # Two validations without gain: one is forgiven by the next best, an equal one is no gain.
+        ([4.0, 5.0, 3.0, 3.0, 3.5, 2.0, 1.0], 14, 10, 6),
+        # While the learning rate is high, validation rises and falls: in the first half what is clearly worse counts.
+        ([4.0, 4.1, 4.15, 4.1, 4.19, 4.1, 4.1, 4.1], 20, 14, 2),
+    ],
+)
 def test_patience_ends_a_run_at_the_step_it_says(
-    tiny_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two validations without gain: one is forgiven by the next best, an equal one is no gain."""
-    losses = iter([1.0, 4.0, 5.0, 3.0, 3.0, 3.5, 2.0, 1.0])  # the first is the untrained model's
-    monkeypatch.setattr(fit_module, "validation_metrics", lambda *_: {"loss": next(losses), "loss_error": 0.1})
+    tiny_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, losses: list[float],
+    steps: int, ended: int, best: int,
+) -> None:  # fmt: skip
+    """A validation every two steps, each with a standard error of 0.1; the first is the untrained model's."""
+    given = iter([1.0, *losses])
+    monkeypatch.setattr(fit_module, "validation_metrics", lambda *_: {"loss": next(given), "loss_error": 0.1})
     config = make_config(
         tiny_folder, data_file, tmp_path / "run", method="lora", checkpoint__every=50,
-        training__patience=2, training__evaluate_every=2, training__max_steps=14,
+        training__patience=2, training__evaluate_every=2, training__max_steps=steps,
     )  # fmt: skip
     figures = finetune(config, console=QUIET)
-    assert (figures["ended"], figures["steps"], figures["best_step"]) == ("patience", 10, 6)
-    assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-00000000", "step-00000010"}
-
-
-def test_a_little_worse_counts_in_the_second_half_alone(
-    tiny_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """While the learning rate is high, validation rises and falls: only what is clearly worse counts."""
-    losses = [1.0, 4.0, 4.1, 4.15, 4.1, 4.19, 4.1, 4.1, 4.1]  # after steps 0, 2, ...; 10 is half of the run
-
-    def metrics(*_: Any) -> dict[str, float]:
-        return {"loss": losses.pop(0), "loss_error": 0.1}
-
-    monkeypatch.setattr(fit_module, "validation_metrics", metrics)
-    config = make_config(
-        tiny_folder, data_file, tmp_path / "run", method="lora", checkpoint__every=50,
-        training__patience=2, training__evaluate_every=2, training__max_steps=20,
-    )  # fmt: skip
-    figures = finetune(config, console=QUIET)
-    assert (figures["ended"], figures["steps"], figures["best_step"]) == ("patience", 14, 2)
+    assert (figures["ended"], figures["steps"], figures["best_step"]) == ("patience", ended, best)
+    checkpoints = {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert checkpoints == {"step-00000000", f"step-{ended:08d}"}
 
 
 TOTAL, WARMUP, PEAK = 12, 3, 5e-3

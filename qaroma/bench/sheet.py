@@ -147,13 +147,10 @@ class _Bench:
             apply_level(self.base, cell.level)
             self.level = cell.level
         _clean(self.device)
-        try:
+        with _where_memory_lasts():
             return {"outcome": "ran", **getattr(self, f"_{cell.kind}")(cell)}
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            if not card_is_full(error):
-                raise
-            self.base.zero_grad(set_to_none=True)
-            return {"outcome": "no memory"}
+        self.base.zero_grad(set_to_none=True)
+        return {"outcome": "no memory"}
 
     def _rows(self, cell: Cell) -> Any:
         return examples(self.vocabulary, rows=1, length=cell.length)
@@ -170,14 +167,13 @@ class _Bench:
         steps = {"qaroma": ours}
         if self.plain is not None:
             theirs = twin(self.plain)
-            try:
+            with _where_memory_lasts():
                 steps["peft"] = peft_step(theirs, self._rows(cell), checkpointing=LEVELS[cell.level].checkpointing)
                 steps["peft"]()
                 figures["peft_peak"] = peak_bytes(steps["peft"], self.device, self._resident(theirs, None))
-            except (RuntimeError, torch.OutOfMemoryError) as error:
-                if not card_is_full(error):
-                    raise
-                del steps["peft"], theirs
+            if "peft_peak" not in figures:
+                steps.pop("peft", None)
+                del theirs
                 _clean(self.device)
         return {**figures, "tokens_per_second": self._rates(cell, steps)}
 
@@ -225,6 +221,16 @@ class _Bench:
         finally:
             del self.method.step
         return {"share": own / whole}
+
+
+@contextmanager
+def _where_memory_lasts() -> Iterator[None]:
+    """Leave the block at an error that means that the card's memory is out."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not card_is_full(error):
+            raise
 
 
 @contextmanager
