@@ -17,6 +17,8 @@ from qaroma.config.schema import BudgetGrowthSection, Config, GrowingSection, Re
 from qaroma.config.words import file_size, memory_size
 from qaroma.model.base import resolve_device
 from qaroma.model.facts import component_parameters
+from qaroma.plan.search import Planner
+from qaroma.plan.shapes import plannable
 from qaroma.runs.directory import RunDirectory
 from qaroma.training.memory import choose_level, memory_bytes, step_memory
 from qaroma.training.prepare import PreparedData, prepare_data
@@ -63,8 +65,9 @@ def forecast(data: PreparedData) -> Forecast:
     """
     config, training = data.config, data.config.training
     device = resolve_device(training.device)
-    level = choose_level(config, data.base, device)
-    memory, counted = step_memory(config, data.base, device, level)
+    planner = Planner(plannable(data.base))
+    level = choose_level(config, data.base, device, planner)
+    memory, counted = step_memory(config, data.base, device, planner, level)
     if device.type == "cpu":  # the libraries lie there too
         memory += memory_bytes(device)
     step_rows = training.micro_batch * training.grad_accum

@@ -157,7 +157,7 @@ def enter_level(model: Any, level: int, config: ResolvedConfig) -> None:
     apply_level(model, level, quant_type=quant_type, double_quantization=config.model.double_quantization)
 
 
-def choose_level(config: ResolvedConfig, base: FoundModel, device: torch.device) -> int:
+def choose_level(config: ResolvedConfig, base: FoundModel, device: torch.device, planner: Planner | None = None) -> int:
     """The memory level of a run: the one that was typed, or the fastest that fits.
 
     A small model needs no look; for others a step is traced on fake tensors (seconds).
@@ -166,6 +166,7 @@ def choose_level(config: ResolvedConfig, base: FoundModel, device: torch.device)
         config: of the run.
         base: what its model was found to be.
         device: where it trains.
+        planner: of the base, which keeps what it traces; None makes one.
 
     Raises:
         QaromaError: not even the smallest level fits.
@@ -181,7 +182,8 @@ def choose_level(config: ResolvedConfig, base: FoundModel, device: torch.device)
     if not config.writes_text:  # the planner traces language models
         return 0 if bound < free else 1
     host = int(psutil.virtual_memory().available) if device.type == "cuda" else None
-    level = Planner(plannable(base)).fastest_level(_step_settings(config, base, device), free - FRAGMENTS, host)
+    planner = planner or Planner(plannable(base))
+    level = planner.fastest_level(_step_settings(config, base, device), free - FRAGMENTS, host)
     if level is None:
         raise QaromaError(
             f"{config.model.name} does not fit in {memory_size(free, 1)} with micro-batches of {tokens} tokens; type a "
@@ -191,11 +193,13 @@ def choose_level(config: ResolvedConfig, base: FoundModel, device: torch.device)
     return level
 
 
-def step_memory(config: ResolvedConfig, base: FoundModel, device: torch.device, level: int) -> tuple[int, bool]:
+def step_memory(
+    config: ResolvedConfig, base: FoundModel, device: torch.device, planner: Planner, level: int
+) -> tuple[int, bool]:
     """Bytes of the largest step at a memory level, on the device (the host's too where that is the device).
 
     Args:
-        config, base, device: as :func:`choose_level` takes them.
+        config, base, device, planner: as :func:`choose_level` takes them.
         level: of the run.
 
     Returns:
@@ -204,7 +208,7 @@ def step_memory(config: ResolvedConfig, base: FoundModel, device: torch.device, 
     bound = generous_bound(base.config.get_text_config(), _step_tokens(config))
     if bound < SMALL_SHARE * free_bytes(device) or not config.writes_text:
         return bound, False
-    step = Planner(plannable(base)).estimate(replace(_step_settings(config, base, device), level=level))
+    step = planner.estimate(replace(_step_settings(config, base, device), level=level))
     return step.peak + (step.host if device.type == "cpu" else 0), True
 
 
