@@ -16,6 +16,7 @@ from qaroma.config.presets import DataFacts, resolve
 from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
 from qaroma.model.found import find_model
+from qaroma.runs.adapter import read_adapter
 from qaroma.runs.directory import RunDirectory
 from qaroma.training import fit as fit_module
 from qaroma.training.finetune import finetune
@@ -390,7 +391,15 @@ def test_the_default_growth_runs_reports_and_goes_on(tiny_folder: Path, data_fil
     assert all(event["inner"] is event["outer"] is None for event in grown)
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "Rank at first, at most" in page
+    [trimmed] = records(tmp_path / "run", "trim")
+    adapter, last = (read_adapter(tmp_path / "run" / name) for name in ("adapter", "adapter_last"))
+    assert sum(last.info.ranks().values()) == trimmed["before"] > trimmed["after"]
+    assert sum(adapter.info.ranks().values()) == trimmed["after"]
+    assert trimmed["value"] == pytest.approx(figures["metric_best"], rel=1e-3)
+    before = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
     assert finetune(Config.model_validate({"output": config.output}), resume=True, console=QUIET)["steps"] == 36
+    assert records(tmp_path / "run", "trim") == [trimmed]
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 
 def test_files_named_for_validation_are_validated_on(tiny_folder: Path, tmp_path: Path) -> None:

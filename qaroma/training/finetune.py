@@ -41,6 +41,7 @@ from qaroma.training.resume import resumed_config
 from qaroma.training.session import Session
 from qaroma.training.setup import build_session
 from qaroma.training.trackers import start_trackers
+from qaroma.training.trimming import trim_adapter
 
 
 def finetune(
@@ -126,6 +127,7 @@ def _train(
     _write_adapters(session, state)
     if state.best is not None:
         session.take_best()
+    trim_adapter(session, state, console)
     after = _tested(test, session, "after", state.step, console)
     figures = _figures(session, state, ending, time.perf_counter() - start)
     write_atomically(run.summary, json.dumps(figures, indent=2))
