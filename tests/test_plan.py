@@ -436,6 +436,8 @@ def test_the_gradients_of_llama3_8b_and_the_share_of_a_step_that_their_sum_takes
     assert (4 * width, 4 * 16 * width) == (10_485_760, 167_772_160)
     card, work = CARDS["rtx3060"], llama.estimate(StepSettings(1, seq_len=2048, frozen_rank=0)).work
     alone, two, many = SharedStep(1, 4, 4 * width), SharedStep(2, 4, 4 * width), SharedStep(4, 4, 64 * width)
+    resident = replace(llama.estimate(StepSettings(1, seq_len=2048, frozen_rank=0)), peak=5, resident=4)
+    assert (alone.peak(resident), two.peak(resident)) == (5, 4 + 10_485_760)
     assert (alone.traffic, two.traffic, many.traffic) == (0, 10_485_760, 251_658_240)
     assert alone.seconds(work, card, 6) == pytest.approx(4 * step_seconds(work, card), rel=0.01)
     assert two.seconds(work, card, 6) == pytest.approx(2 * step_seconds(work, card), rel=0.01)
@@ -454,6 +456,7 @@ def test_the_gradients_that_are_planned_for_are_those_of_a_run(tmp_path: Path, c
     gradients = trainer.optimiser.gradients
     shared = figures["gpus"]
     assert (shared["gradient_bytes"], shared["traffic_bytes"]) == (gradients.nbytes, gradients.nbytes)
+    assert (shared["peak_bytes"], shared["host_bytes"]) == (figures["peak_bytes"], 2 * figures["host_bytes"])
     step = shared["steps"]["RTX 3060"]
     assert step["seconds_on_one"] / 2 < step["seconds"] < step["seconds_on_one"]  # the update is done on each
     assert step["own_link_reduce_seconds"] < shared["reduce_seconds"] == gradients.nbytes / 6e9

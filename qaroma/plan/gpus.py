@@ -22,12 +22,16 @@ class SharedStep:
     Attributes:
         gpus: that share it; one shares nothing.
         grad_accum: its micro-batches.
-        gradients: bytes of the flat fp32 buffer that is summed over the GPUs once a step, in its place.
+        gradients: bytes of the flat fp32 buffer, of which a copy is summed over the GPUs once a step.
     """
 
     gpus: int
     grad_accum: int
     gradients: int
+
+    def peak(self, found: Estimate) -> int:
+        """The most bytes on a GPU: the copy of the gradients is there when the activations are gone."""
+        return found.peak if self.gpus == 1 else max(found.peak, found.resident + self.gradients)
 
     @property
     def traffic(self) -> int:
@@ -53,12 +57,19 @@ class SharedStep:
         passes = sum(phase.seconds(card) for name, phase in work.items() if name != "update")
         return passes * self.grad_accum / self.gpus + work["update"].seconds(card) + self.reducing(rate)
 
-    def to_json(self, fastest: Iterable[tuple[Card, Estimate]]) -> dict[str, Any]:
-        """Every figure, in bytes and seconds by arithmetic; ``fastest`` as :func:`shared_table` takes it."""
+    def to_json(self, shown: Estimate, fastest: Iterable[tuple[Card, Estimate]]) -> dict[str, Any]:
+        """Every figure, in bytes and seconds by arithmetic.
+
+        Args:
+            shown: the step whose bytes are laid out.
+            fastest: as :func:`shared_table` takes it.
+        """
         alone = SharedStep(1, self.grad_accum, self.gradients)
         return {
             "count": self.gpus,
             "grad_accum": self.grad_accum,
+            "peak_bytes": self.peak(shown),
+            "host_bytes": self.gpus * shown.host,
             "gradient_bytes": self.gradients,
             "traffic_bytes": self.traffic,
             "reduce_seconds": self.reducing(PCIE3_X8),

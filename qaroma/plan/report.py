@@ -114,7 +114,7 @@ class Plan:
             "max_context_level": None if self.longest is None else self.longest.settings.level,
             "max_context_host_bytes": None if self.longest is None else self.longest.host,
             "breakdown": shown.breakdown,
-            "gpus": self.shared.to_json(self.fastest()) if self.shared.gpus > 1 else None,
+            "gpus": self.shared.to_json(shown, self.fastest()) if self.shared.gpus > 1 else None,
             "levels": [
                 {"memory_level": e.settings.level, "peak_bytes": e.peak, "resident_bytes": e.resident,
                  "host_bytes": e.host, "full_depth": e.exact,
@@ -235,13 +235,13 @@ def _print_shared(plan: Plan, console: Console) -> None:
     together = f" Host memory of all on one machine: {memory_size(shared.gpus * host)}." if host else ""
     say(
         f"\n{shared.gpus} GPUs, each of which takes {shared.grad_accum // shared.gpus} of a step's {shared.grad_accum} "
-        "micro-batches and holds base, adapter and optimiser whole: the memory above is each one's, and the all-reduce "
-        f"needs none beside (NCCL's own buffers are not counted).{together}"
+        f"micro-batches and holds base, adapter and optimiser whole: {memory_size(shared.peak(plan.shown))} on each, "
+        f"NCCL's own buffers not counted.{together}"
     )
     say(
-        f"Once a step they sum {file_size(shared.gradients)} of gradients in fp32: in a ring each sends "
-        f"{file_size(shared.traffic)} and is sent as much, {1e3 * shared.reducing(PCIE3_X8):.3g} ms on PCIe 3 x8 "
-        f"({PCIE3_X8:g} GB/s) without NVLink."
+        f"Once a step they sum {file_size(shared.gradients)} of gradients in fp32, a copy that is there when the "
+        f"activations are gone: in a ring each sends {file_size(shared.traffic)} and is sent as much, "
+        f"{1e3 * shared.reducing(PCIE3_X8):.3g} ms on PCIe 3 x8 ({PCIE3_X8:g} GB/s) without NVLink."
     )
     fastest = plan.fastest()
     if fastest:
