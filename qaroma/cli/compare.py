@@ -22,7 +22,7 @@ Examples:
   qaroma compare --config mrpc.yaml --methods aroma,lora:8,adalora:8 --seeds 0,1,2 --output runs/mrpc
   qaroma compare --config mrpc.yaml --methods "aroma,aroma+reset=none,lora:8+training.learning_rate=1e-3" \\
       --seeds 0,1,2 --output runs/reset
-  qaroma compare --config mrpc.yaml --methods aroma,lora:8 --output runs/two --gpus 2
+  qaroma compare --config mrpc.yaml --methods aroma,lora:8 --output runs/both --gpus 2
   qaroma compare --suite growth --data DATA --output runs/suite --beds text,minilm --tables oracle
 """
 
