@@ -459,7 +459,7 @@ def test_the_gradients_that_are_planned_for_are_those_of_a_run(tmp_path: Path, c
     assert (shared["peak_bytes"], shared["host_bytes"]) == (figures["peak_bytes"], 2 * figures["host_bytes"])
     step = shared["steps"]["RTX 3060"]
     assert step["seconds_on_one"] / 2 < step["seconds"] < step["seconds_on_one"]  # the update is done on each
-    assert step["own_link_reduce_seconds"] < shared["reduce_seconds"] == gradients.nbytes / 6e9
+    assert step["own_bus_reduce_seconds"] < shared["reduce_seconds"] == gradients.nbytes / 6e9
     assert main([*arguments, "--gpus", "2"]) == 0
     page = capsys.readouterr().out
     assert "each of which takes 2 of a step's 4 micro-batches" in page

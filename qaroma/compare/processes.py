@@ -22,8 +22,9 @@ from qaroma.runs.directory import RunDirectory
 from qaroma.runs.files import read_json, write_atomically
 from qaroma.runs.stop import StopRequest
 
-# Where a run lies and what it trains on may change between two calls; what is trained may not.
 Ended = Callable[[PlannedRun, str | None], None]
+
+# Where a run lies and what it trains on may change between two calls; what is trained may not.
 _MAY_DIFFER = ("output", "checkpoint", "evaluation.report", "training.device", "training.memory", "training.track")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.table import Table
@@ -28,6 +28,11 @@ class SharedStep:
     gpus: int
     grad_accum: int
     gradients: int
+
+    @property
+    def alone(self) -> SharedStep:
+        """The same step on one GPU."""
+        return replace(self, gpus=1)
 
     def peak(self, found: Estimate) -> int:
         """The most bytes on a GPU: the copy of the gradients is there when the activations are gone."""
@@ -64,7 +69,6 @@ class SharedStep:
             shown: the step whose bytes are laid out.
             fastest: as :func:`shared_table` takes it.
         """
-        alone = SharedStep(1, self.grad_accum, self.gradients)
         return {
             "count": self.gpus,
             "grad_accum": self.grad_accum,
@@ -76,10 +80,10 @@ class SharedStep:
             "steps": {
                 card.title: {
                     "memory_level": found.settings.level,
-                    "seconds_on_one": alone.seconds(found.work, card, PCIE3_X8),
+                    "seconds_on_one": self.alone.seconds(found.work, card, PCIE3_X8),
                     "seconds": self.seconds(found.work, card, PCIE3_X8),
-                    "own_link_reduce_seconds": self.reducing(_own_link(card)),
-                    "own_link_seconds": self.seconds(found.work, card, _own_link(card)),
+                    "own_bus_reduce_seconds": self.reducing(_own_bus(card)),
+                    "own_bus_seconds": self.seconds(found.work, card, _own_bus(card)),
                 }
                 for card, found in fastest
             },
@@ -93,15 +97,14 @@ def shared_table(step: SharedStep, fastest: Iterable[tuple[Card, Estimate]]) -> 
         step: on how many.
         fastest: each card with the step at the fastest level that fits it.
     """
-    alone = SharedStep(1, step.grad_accum, step.gradients)
     table = Table(box=None, pad_edge=False)
     table.add_column("card", no_wrap=True)
     for name in ("level", "on one", f"on {step.gpus}", "all-reduce, PCIe 3 x8", "all-reduce, its own bus"):
         table.add_column(name, justify="right")
     for card, found in fastest:
-        times = [alone.seconds(found.work, card, PCIE3_X8), step.seconds(found.work, card, PCIE3_X8)]
+        times = [step.alone.seconds(found.work, card, PCIE3_X8), step.seconds(found.work, card, PCIE3_X8)]
         row = [str(found.settings.level), *(f"{time:.3g} s" for time in times)]
-        for rate in (PCIE3_X8, _own_link(card)):
+        for rate in (PCIE3_X8, _own_bus(card)):
             reducing = step.reducing(rate)
             share = reducing / step.seconds(found.work, card, rate)
             row.append(f"{1e3 * reducing:.3g} ms, {100 * share:.2g} %")
@@ -109,6 +112,6 @@ def shared_table(step: SharedStep, fastest: Iterable[tuple[Card, Estimate]]) -> 
     return table
 
 
-def _own_link(card: Card) -> float:
+def _own_bus(card: Card) -> float:
     """GB/s that its bus comes to in one direction."""
     return COPIES * card.pcie
