@@ -107,6 +107,12 @@ class Run:
         return ended if isinstance(ended, str) else None
 
     @property
+    def device(self) -> str | None:
+        """What a finished run computed on: ``cpu`` or the GPU's name; None where it does not say."""
+        device = self.summary.get("device") if self.finished else None
+        return device if isinstance(device, str) else None
+
+    @property
     def resume(self) -> str | None:
         """The command that goes on with a stopped run."""
         return RunDirectory(self.path).resume_command if self.state == "stopped" else None
