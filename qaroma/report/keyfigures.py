@@ -99,7 +99,7 @@ def _cost(run: Run, figures: Figures) -> dict[str, str]:
     if figures.seconds:
         found["Time"] = duration(figures.seconds)
     if run.device is not None:
-        found["Device"] = run.device
+        found["Device"] = "CPU" if run.device == "cpu" else run.device
     speed = run.series("tokens_per_second").values
     if speed:
         found["Speed"] = f"{median(speed):,.0f} tokens a second"
