@@ -165,6 +165,13 @@ def test_answers_stand_before_beside_after(tmp_path: Path) -> None:
     assert [row.missed for row in rows] == [None, None]
 
 
+def test_answers_of_another_form_are_left_out(tmp_path: Path) -> None:
+    odd = [{"event": "answers", "when": "after", "step": 1, "prompts": p, "expected": e, "answers": a} for p, e, a in (
+        ([{}], ["x"], ["x"]), (["x"], [1], ["x"]), (["x"], ["x"], [None]), (["x"], None, ["x"]))]  # fmt: skip
+    page = page_of(make_run(tmp_path / "run", lines=[*odd, step_line(1)]))
+    assert "Answers before and after" not in page.headings
+
+
 def test_a_large_run_is_written_fast(tmp_path: Path) -> None:
     """224 modules and 5,000 steps, as at every validation of a large model; measured in time of the processor."""
     modules = [f"model.layers.{layer}.{kind}" for layer in range(32) for kind in "qkvogud"]

@@ -46,10 +46,11 @@ def answered_test(run: Run) -> list[Answered]:
     """The generation test: every prompt with its answers before and after training."""
     found: dict[str, Answered] = {}
     for line in run.answers:
-        for prompt, expected, text in zip(line["prompts"], line["expected"], line["answers"], strict=False):
+        for prompt, expected, text in zip(line["prompts"], line.get("expected", ()), line["answers"], strict=False):
             row = found.get(prompt, Answered(prompt, (), expected))
             given = {one.label: one for one in row.answers}
-            given[str(line["when"])] = Answer(str(line["when"]), text, text.strip() == expected.strip())
+            when = str(line.get("when"))
+            given[when] = Answer(when, text, text.strip() == expected.strip())
             found[prompt] = replace(row, answers=tuple(given.values()))
     return [row.shortened(_LONGEST_SHOWN) for row in found.values()]
 

@@ -77,7 +77,7 @@ def _judged(run: Run, judged: Validation) -> Finding:
         return Finding(f"{percent(judged.before)} to {percent(judged.best)} of labels right", course, True)
     if judged.name == "loss" and run.task == "causal-lm":
         before, best = (percent(math.exp(-max(loss, 0.0))) for loss in (judged.before, judged.best))
-        meaning = "So sure is it of each right token of rows held out (geometric mean)."
+        meaning = "How sure it is of each right token of the rows held out (geometric mean)."
         return Finding(f"{before} to {best} sure of the next token", f"{meaning} {course}", True)
     return Finding(f"{name.capitalize()} {judged.before:.3g} to {judged.best:.3g}", course, True)
 
