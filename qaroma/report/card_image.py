@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qaroma import __version__
@@ -24,6 +25,7 @@ _INNER = _WIDTH - 2 * _EDGE
 _GOOD, _BAD = "#00724f", "#a94a00"
 _HEADLINE, _TEXT, _SMALL = (30.0, 24.0, 19.0, 15.0), 12.0, 10.5
 _MAP_BOTTOM, _MAP_ROW, _MAP_COLUMN, _MAP_TEXT = 84, 22, 60, 9.0
+_MARK, _BESIDE = 24, 86  # what stands before an answer: its mark, its mark and label
 _HINTED = 1.04  # letters that are fitted to pixels are wider than their outlines
 _MOST_LAYERS = 48  # a map of more has cells that no number fits in
 
@@ -60,22 +62,29 @@ def _head(figure: Figure, run: Run) -> float:
 def _answers(figure: Figure, rows: list[Answered], top: float, bottom: float) -> None:
     """A column a prompt: the first and the last answer, marked where it is known which is right."""
     width = (_INNER - _GAP * (len(rows) - 1)) / len(rows)
-    lines = max(1, int((bottom - top - 70) / (2 * _line_height(_TEXT))))  # of each answer
+    lines = max(2, int((bottom - top - 70) / _line_height(_TEXT)))  # of both answers
     for place, row in enumerate(rows):
         x, y = _EDGE + place * (width + _GAP), top
         _rule(figure, x, x + width, y, RULE)
         y = _write(figure, x, y + 12, _wrapped(row.prompt, width, _TEXT, 2, bold=True), _TEXT, INK, bold=True)
-        for answer in dict.fromkeys((row.answers[0], row.answers[-1])):
-            y = _answer(figure, answer, x, y + 6, width, lines, last=answer is row.answers[-1])
+        shown = list(dict.fromkeys((row.answers[0], row.answers[-1])))
+        for answer, most in zip(shown, _shares(shown, width, lines), strict=True):
+            y = _answer(figure, answer, x, y + 6, width, most, last=answer is row.answers[-1])
+
+
+def _shares(answers: Sequence[Answer], width: float, lines: int) -> list[int]:
+    """How many lines each answer may have: half of them, or what the other one leaves."""
+    needed = [len(_wrapped(answer.text, width - _BESIDE, _TEXT, lines)) for answer in answers]
+    return [max(lines // 2, lines - (sum(needed) - own)) for own in needed]
 
 
 def _answer(figure: Figure, answer: Answer, x: float, y: float, width: float, lines: int, *, last: bool) -> float:
     if answer.right is not None:
         mark, colour = ("\N{CHECK MARK}", _GOOD) if answer.right else ("\N{BALLOT X}", _BAD)
         _write(figure, x, y - 3, [mark], 15.0, colour)
-        x, width = x + 24, width - 24
+        x, width = x + _MARK, width - _MARK
     _write(figure, x, y + 2, [answer.label], _SMALL, MUTED)
-    ink, indent = INK if last else MUTED, 14 + _width(max(answer.label, "before", key=len), _SMALL)
+    ink, indent = INK if last else MUTED, _BESIDE - (0 if answer.right is None else _MARK)
     return _write(figure, x + indent, y, _wrapped(answer.text, width - indent, _TEXT, lines), _TEXT, ink)
 
 
@@ -145,5 +154,6 @@ def _wrapped(text: str, width: float, size: float, most: int, *, bold: bool = Fa
         return lines
     kept = lines[:most]
     while kept[-1] and _width(f"{kept[-1]} ...", size, bold=bold) > width:
-        kept[-1] = kept[-1][:-1]
+        shorter = kept[-1].rstrip().rpartition(" ")[0]
+        kept[-1] = shorter or kept[-1][:-1]
     return [*kept[:-1], f"{kept[-1].rstrip()} ..."]
