@@ -67,6 +67,11 @@ def resolve_device(name: str | torch.device | None) -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    """What a device is called: the GPU's own name, or ``cpu``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def load_model_config(
     model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:

@@ -18,6 +18,7 @@ from qaroma.config.schema import Config
 from qaroma.config.tasks import PREFERENCE
 from qaroma.export.gguf_families import ARCHITECTURES
 from qaroma.inference.answer_test import Answers, AnswerTest, read_conversations
+from qaroma.model.base import device_name
 from qaroma.report.outcome import outcome
 from qaroma.report.page import PAGE
 from qaroma.report.summary import BeforeAfter, RunSummary, Score, print_summary
@@ -202,6 +203,7 @@ def _figures(session: Session, state: FitState, ending: Ending, elapsed: float) 
         "trainable_parameters_start": state.trainable_start,
         "trainable_parameters_mean": figures.trainable_mean or 0.0,
         "trainable_parameters_end": figures.trainable_end or 0,
+        "device": device_name(session.accelerator.device),
         "memory_bytes": figures.memory_bytes or 0,
         "training_seconds": state.seconds,
         "seconds": max(elapsed, state.seconds),
