@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qaroma.data.files import SUFFIXES, data_suffix
 from qaroma.errors import QaromaError
-from qaroma.runs.files import make_directory, unused
+from qaroma.runs.files import make_directory
 
 LARGEST_UPLOAD = 256 * 2**20  # bytes
 DEMO = "demo:calendar"
@@ -58,7 +58,11 @@ class Places:
         if not data_suffix(Path(name)):
             raise QaromaError(f"got '{name[:80]}'; expected a file of the kind {', '.join(SUFFIXES)}, or such a .gz")
         make_directory(self.uploads)
-        path = unused(inside(self.uploads, re.sub(r"[^\w.-]+", "-", name).strip("-")))
+        stem, _, kind = re.sub(r"[^\w.-]+", "-", name).strip("-").partition(".")
+        path, number = inside(self.uploads, f"{stem}.{kind}"), 1
+        while path.exists():
+            number += 1
+            path = self.uploads / f"{stem}-{number}.{kind}"
         size, aside = 0, path.with_name(f"{path.name}.part")
         try:
             with aside.open("xb") as file:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -44,10 +44,11 @@ class Screens:
     Args:
         places: its folders.
         machine: where runs train.
+        closing: whether the server is about to end.
     """
 
-    def __init__(self, places: Places, machine: Machine) -> None:
-        self._places, self._machine = places, machine
+    def __init__(self, places: Places, machine: Machine, closing: Callable[[], bool]) -> None:
+        self._places, self._machine, self._closing = places, machine, closing
         self._jobs, self._talk = Jobs(places.logs), Talk(places.logs / "chat.log")
 
     def home(self, request: Request) -> Response:
@@ -106,7 +107,7 @@ class Screens:
 
         async def follow() -> AsyncIterator[str]:
             before = None
-            while True:
+            while not self._closing():
                 now = await anyio.to_thread.run_sync(self._now, name)
                 if now != before:
                     yield f"data: {json.dumps(now)}\n\n"
@@ -147,8 +148,7 @@ class Screens:
     async def talk(self, request: Request) -> Response:
         """Without a message the model is loaded; with one it is answered, in lines of JSON as they come."""
         run, message = self._run(request.path_params["name"]), await _text(request)
-        lines = self._talk.say(message) if message else self._talk.begin(run)
-        return StreamingResponse(lines, media_type="application/x-ndjson")
+        return StreamingResponse(self._talk.answer(run, message), media_type="application/x-ndjson")
 
     def _run(self, name: str) -> Path:
         return self._places.run(name)

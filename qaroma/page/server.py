@@ -20,7 +20,7 @@ from qaroma.page.screens import TEMPLATES, Screens, failed
 HOME = "127.0.0.1"
 
 
-def make_app(token: str, port: int, machine: Machine, places: Places) -> Guard:
+def make_app(token: str, port: int, machine: Machine, places: Places, closing: Callable[[], bool]) -> Guard:
     """The page as an ASGI application.
 
     Args:
@@ -28,8 +28,9 @@ def make_app(token: str, port: int, machine: Machine, places: Places) -> Guard:
         port: that it is served at.
         machine: where runs train.
         places: its folders.
+        closing: whether the server is about to end, so that what follows a run ends too.
     """
-    screens = Screens(places, machine)
+    screens = Screens(places, machine, closing)
     routes = [
         Route("/", screens.home),
         Route("/upload", screens.upload, methods=["PUT"]),
@@ -76,11 +77,10 @@ def serve(port: int, tell: Callable[[str], None]) -> None:
     token, machine = secrets.token_urlsafe(24), this_machine()
     listening.listen(128)  # what asks from now on is answered as soon as the server runs
     tell(f"http://{HOME}:{port}/{token}/")
+    app = make_app(token, port, machine, Places(), lambda: server.should_exit)
+    # Addresses hold the token: none is logged.
     config = uvicorn.Config(
-        make_app(token, port, machine, Places()),
-        log_level="warning",
-        access_log=False,  # addresses hold the token
-        server_header=False,
-        timeout_graceful_shutdown=1,  # a page that follows a run never ends by itself
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    server = uvicorn.Server(config)
+    server.run(sockets=[listening])

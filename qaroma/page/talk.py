@@ -31,53 +31,46 @@ class Talk:
         self._process: Process | None = None
         self._turn = asyncio.Lock()
 
-    async def begin(self, run: Path) -> AsyncIterator[str]:
-        """Load a run's model, or forget what was said where it is loaded.
+    async def answer(self, run: Path, message: str) -> AsyncIterator[str]:
+        """The tuned model's answer to a message, then the base's.
+
+        Args:
+            run: whose model is loaded, where it is not.
+            message: empty begins anew.
 
         Yields:
             Lines of JSON, as the help of ``qaroma chat`` has them.
         """
         async with self._turn:
-            if self._run == run and self._process is not None and self._process.returncode is None:
-                async for line in self._lines({"reset": True}):
+            process, ended = await self._loaded(run), False
+            asked = {"message": message, "base": True} if message else {"reset": True}
+            try:
+                assert process.stdin is not None
+                assert process.stdout is not None
+                process.stdin.write(f"{json.dumps(asked)}\n".encode())
+                while line := (await process.stdout.readline()).decode("utf-8", "replace"):
+                    ended = "done" in json.loads(line)
                     yield line
-                return
+                    if ended:
+                        return
+                said = self._log.read_text(encoding="utf-8", errors="replace")
+                yield json.dumps({"error": own_words(said)}) + "\n"
+            finally:
+                if not ended:  # whoever asked has gone: the rest of the answer would be taken for the next one's
+                    self.end()
+
+    async def _loaded(self, run: Path) -> Process:
+        if self._process is None or self._run != run or self._process.returncode is not None:
             self.end()
             make_directory(self._log.parent)
-            command = argv([*chat_words(run), "--json"])
             with self._log.open("wb") as log:
+                command = argv([*chat_words(run), "--json"])
                 self._process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, stderr=log)
             self._run = run
-            async for line in self._lines(None, last="ready"):
-                yield line
-
-    async def say(self, message: str) -> AsyncIterator[str]:
-        """The answers to a message: the tuned model's, then the base's."""
-        async with self._turn:
-            async for line in self._lines({"message": message, "base": True}):
-                yield line
+        return self._process
 
     def end(self) -> None:
         """Let go of the model."""
         process, self._process = self._process, None
         if process is not None and process.returncode is None:
             process.kill()
-
-    async def _lines(self, asked: dict[str, object] | None, last: str = "done") -> AsyncIterator[str]:
-        process = self._process
-        if process is None or process.stdin is None or process.stdout is None:
-            yield json.dumps({"error": "the model is not loaded; load this page again"}) + "\n"
-            return
-        ended = False
-        try:
-            if asked is not None:
-                process.stdin.write((json.dumps(asked) + "\n").encode())
-            while line := (await process.stdout.readline()).decode("utf-8", "replace"):
-                yield line
-                if last in json.loads(line):
-                    ended = True
-                    return
-            yield json.dumps({"error": own_words(self._log.read_text(encoding="utf-8", errors="replace"))}) + "\n"
-        finally:
-            if not ended:  # whoever asked has gone: the rest of the answer would be taken for the next one's
-                self.end()
