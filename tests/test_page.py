@@ -247,6 +247,13 @@ def test_another_page_finds_a_run_at_work_and_stops_it(page: Any, places: Places
     assert read_run(run).state == "stopped"
 
 
+@pytest.mark.parametrize("lock", [{}, {"pid": os.getpid()}, {"pid": os.getpid(), "host": "elsewhere"}, {"pid": "x"}])
+def test_a_lock_that_names_no_run_of_this_machine_stops_nothing(places: Places, lock: dict[str, Any]) -> None:
+    run = write_run(places.runs / "one", finished=False)
+    (run / "run.lock").write_text(json.dumps(lock))
+    Jobs(places.logs).stop(run)  # would be this process
+
+
 def test_a_job_outlives_the_page_and_keeps_its_words(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import os, sys; print(os.getsid(0) == os.getpid()); print('noise'); print('error: got 1\\nexpected 2')"
     monkeypatch.setattr("qaroma.page.commands.argv", lambda words: [sys.executable, "-c", code])
@@ -261,7 +268,7 @@ def test_a_job_outlives_the_page_and_keeps_its_words(places: Places, monkeypatch
 
 def test_an_error_of_a_command_is_shown_as_it_is(places: Places, page: Any) -> None:
     with pytest.raises(QaromaError, match="there is no folder nowhere"):
-        asyncio.run(figures_of(["runs", "nowhere"]))
+        figures_of(["runs", "nowhere"])
     put(places, "a.csv", "prompt,completion\na,b\n")
     answer = page.get("preview?data=a.csv&model=./nowhere")
     assert answer.status_code == 400

@@ -8,18 +8,17 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import anyio
 import psutil
 
 from qaroma.errors import QaromaError
 from qaroma.page.places import inside
 from qaroma.runs.directory import quoted
 from qaroma.runs.files import make_directory, read_json
-from qaroma.runs.lock import LOCK
-from qaroma.runs.reading import read_run
+from qaroma.runs.lock import LOCK, owner_is_gone
 
 _TAIL = 4000  # bytes of a log that are shown
 
@@ -34,13 +33,13 @@ def argv(words: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "qaroma", *words]
 
 
-async def figures_of(words: Sequence[str]) -> dict[str, Any]:
+def figures_of(words: Sequence[str]) -> dict[str, Any]:
     """What a command with ``--json`` says.
 
     Raises:
         QaromaError: it failed; the text is its own.
     """
-    done = await anyio.run_process(argv([*words, "--json"]), check=False)
+    done = subprocess.run(argv([*words, "--json"]), stdin=subprocess.DEVNULL, capture_output=True, check=False)
     if done.returncode != 0:
         raise QaromaError(own_words(done.stderr.decode("utf-8", "replace")))
     figures: dict[str, Any] = json.loads(done.stdout)
@@ -89,10 +88,11 @@ class Jobs:
         """Ask a run to stop, whoever began it; it saves its state first."""
         if self.working(run.name):
             self._children[run.name].terminate()
-        elif read_run(run).state == "running":
-            process = psutil.Process(read_json(run / LOCK).get("pid"))
-            if any("qaroma" in word for word in process.cmdline()):  # the file may be another's, its number too
-                process.terminate()
+        elif owner_is_gone(run) is False:
+            with suppress(psutil.Error, KeyError):
+                process = psutil.Process(read_json(run / LOCK)["pid"])
+                if any("qaroma" in word for word in process.cmdline()):  # a number is given to others later
+                    process.terminate()
 
     def said(self, name: str) -> str:
         """The command, and the end of what it has said so far."""

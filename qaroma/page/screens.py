@@ -70,8 +70,8 @@ class Screens:
         form = FORMS.get(choice.look.form or "")
         return _show("data", request, choice=choice, form=form, meanings=MEANINGS, words=words)
 
-    async def preview(self, request: Request) -> Response:
-        return await _fragment("preview", request, self._choice(request).preview())
+    def preview(self, request: Request) -> Response:
+        return _fragment("preview", request, self._choice(request).preview())
 
     def model(self, request: Request) -> Response:
         models = models_for(self._machine)
@@ -84,17 +84,17 @@ class Screens:
         data = choice.data.replace(":", "-").split(".")[0]
         run = RunDirectory.unused(f"{Path(choice.model).name}-{data}").path
         busy = [other.name for other in self._runs() if other.state == "running"]
-        words = choice.finetune(run)
+        words = {trial: choice.finetune(run, trial=trial) for trial in (False, True)}
         return _show("plan", request, choice=choice, run=run.name, words=words, busy=busy, trial=TRIAL_STEPS)
 
-    async def forecast(self, request: Request) -> Response:
+    def forecast(self, request: Request) -> Response:
         choice, run = self._choice(request), self._run(request.query_params.get("run", ""))
-        return await _fragment("forecast", request, [*choice.finetune(run), "--dry-run"], choice=choice)
+        return _fragment("forecast", request, [*choice.finetune(run), "--dry-run"], choice=choice)
 
     def start(self, request: Request) -> Response:
         choice, run = self._choice(request), self._run(request.query_params.get("run", ""))
         words = choice.finetune(run, trial="trial" in request.query_params)
-        return self._begun(request, run.name, words, f"run/{run.name}")
+        return self._begin(request, run.name, words, f"run/{run.name}")
 
     def run(self, request: Request) -> Response:
         run = self._run(request.path_params["name"])
@@ -129,7 +129,7 @@ class Screens:
 
     def resume(self, request: Request) -> Response:
         run = self._run(request.path_params["name"])
-        return self._begun(request, run.name, _resume(run), f"run/{run.name}")
+        return self._begin(request, run.name, _resume(run), f"run/{run.name}")
 
     def export(self, request: Request) -> Response:
         run = self._run(request.path_params["name"])
@@ -139,7 +139,7 @@ class Screens:
     async def start_export(self, request: Request) -> Response:
         run = self._run(request.path_params["name"])
         form = dict(parse_qsl(await _text(request)))
-        return self._begun(request, f"{run.name}.export", _export(run, form["format"]), f"run/{run.name}/export")
+        return self._begin(request, f"{run.name}.export", _export(run, form["format"]), f"run/{run.name}/export")
 
     def chat(self, request: Request) -> Response:
         run = self._run(request.path_params["name"])
@@ -159,7 +159,7 @@ class Screens:
     def _choice(self, request: Request) -> Choice:
         return Choice.read(request.query_params, self._places)
 
-    def _begun(self, request: Request, job: str, words: list[str], place: str) -> Response:
+    def _begin(self, request: Request, job: str, words: list[str], place: str) -> Response:
         self._jobs.start(job, words)
         return _to(request, place)
 
@@ -209,10 +209,10 @@ async def _text(request: Request) -> str:
     return body.decode("utf-8", "replace")
 
 
-async def _fragment(screen: str, request: Request, words: list[str], **values: Any) -> Response:
+def _fragment(screen: str, request: Request, words: list[str], **values: Any) -> Response:
     """A piece of a screen from what a command says, or the command's error."""
     try:
-        return _show(screen, request, figures=await figures_of(words), **values)
+        return _show(screen, request, figures=figures_of(words), **values)
     except QaromaError as error:
         return _show("failed", request, 400, error=str(error))
 
