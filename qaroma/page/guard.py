@@ -59,7 +59,7 @@ class Guard:
         host, origin = headers.get("host", ""), headers.get("origin")
         if host not in self._hosts:
             return "refused: this page answers at 127.0.0.1 alone"
-        if not secrets.compare_digest(path.split("/")[1].encode(), self._token.encode()):
+        if not secrets.compare_digest(path[1:].partition("/")[0].encode(), self._token.encode()):
             return "refused: open the address that 'qaroma page' printed, whole"
         changes = method not in ("GET", "HEAD")
         if origin != f"http://{host}" and (origin is not None or changes):

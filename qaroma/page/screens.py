@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from functools import cache
 from pathlib import Path
@@ -30,7 +31,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 # The report is drawn from what models and data say: it may show itself and do nothing.
 _REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'self'; sandbox"
 _LONGEST_TEXT = 2**18  # bytes of a message or a form
-_LOOK_SECONDS = 1.5  # between two looks at a run
+_LOOK_SECONDS, _LOOK_REST = 1.5, 20  # between two looks at a run: at least, and in times of what a look took
 _EXPORTS = {
     "gguf": ("Ollama, LM Studio, llama.cpp", "one file that holds the whole model"),
     "padded": ("vLLM, SGLang", "a small adapter beside the model"),
@@ -108,11 +109,12 @@ class Screens:
         async def follow() -> AsyncIterator[str]:
             before = None
             while not self._closing():
+                began = time.monotonic()
                 now = await anyio.to_thread.run_sync(self._now, name)
                 if now != before:
                     yield f"data: {json.dumps(now)}\n\n"
                 before = now
-                await anyio.sleep(_LOOK_SECONDS)
+                await anyio.sleep(max(_LOOK_SECONDS, _LOOK_REST * (time.monotonic() - began)))
 
         return StreamingResponse(follow(), media_type="text/event-stream")
 
