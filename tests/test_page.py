@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette import testclient
 from test_run_table import write_run
 
 from qaroma.cli import main
@@ -26,7 +27,6 @@ from qaroma.page.server import make_app
 from qaroma.page.talk import Talk
 from qaroma.runs.reading import read_run
 
-testclient = pytest.importorskip("starlette.testclient")
 TOKEN, PORT = "secret-token", 8123
 HOST = f"127.0.0.1:{PORT}"
 OURS = {"Origin": f"http://{HOST}"}
@@ -36,7 +36,6 @@ EVIL = "<script>alert(1)</script>"
 @pytest.fixture
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     return Places()
 
 
@@ -339,6 +338,22 @@ def test_a_talk_is_one_process_and_an_answer_left_alone_is_no_ones_else(
         await asyncio.sleep(0.1)
 
     asyncio.run(talk())
+
+
+def test_a_start_gives_the_memory_of_the_talk_to_the_run(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qaroma.page.talk.argv", lambda words: [sys.executable, "-c", ANSWERS])
+    monkeypatch.setattr(Jobs, "start", lambda *_: None)
+    with page:  # one loop for all requests
+
+        def said(message: str) -> list[dict[str, Any]]:
+            answer = page.post("run/one/talk", content=message, headers=OURS)
+            return [json.loads(line) for line in answer.text.splitlines()]
+
+        assert {"ready": True} in said("")
+        assert {"ready": True} not in said("a")
+        page.post(f"start?data={DEMO}&run=two", headers=OURS, follow_redirects=False)
+        assert {"ready": True} in said("a")
+        page.post(f"start?data={DEMO}&run=two", headers=OURS, follow_redirects=False)
 
 
 def test_choices_survive_the_way_through_addresses(places: Places) -> None:

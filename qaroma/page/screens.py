@@ -90,6 +90,7 @@ class Screens:
 
     def forecast(self, request: Request) -> Response:
         choice, run = self._choice(request), self._run(request.query_params.get("run", ""))
+        self._talk.end()  # what is free decides
         return _fragment("forecast", request, [*choice.finetune(run), "--dry-run"], choice=choice)
 
     def start(self, request: Request) -> Response:
@@ -162,6 +163,7 @@ class Screens:
         return Choice.read(request.query_params, self._places)
 
     def _begin(self, request: Request, job: str, words: list[str], place: str) -> Response:
+        self._talk.end()  # its model would take the memory
         self._jobs.start(job, words)
         return _to(request, place)
 
