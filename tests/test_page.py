@@ -18,11 +18,11 @@ from test_run_table import write_run
 
 from qaroma.cli import main
 from qaroma.errors import QaromaError
-from qaroma.page import places as places_module
+from qaroma.page import places
 from qaroma.page.choices import Choice
 from qaroma.page.commands import Jobs, figures_of, shown
 from qaroma.page.models import Machine, models_for
-from qaroma.page.places import DEMO, Places
+from qaroma.page.places import DEMO, LOGS, RUNS, UPLOADS
 from qaroma.page.server import make_app
 from qaroma.page.talk import Talk
 from qaroma.runs.reading import read_run
@@ -34,20 +34,20 @@ EVIL = "<script>alert(1)</script>"
 
 
 @pytest.fixture
-def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
+def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    return Places()
+    return tmp_path
 
 
 @pytest.fixture
-def page(places: Places) -> Any:
-    app = make_app(TOKEN, PORT, Machine(8 * 2**30, "a card"), places, lambda: False)
+def page(working_folder: Path) -> Any:
+    app = make_app(TOKEN, PORT, Machine(8 * 2**30, "a card"), lambda: False)
     return testclient.TestClient(app, base_url=f"http://{HOST}/{TOKEN}/", raise_server_exceptions=False)
 
 
-def put(places: Places, name: str, text: str) -> None:
-    places.uploads.mkdir(parents=True, exist_ok=True)
-    (places.uploads / name).write_text(text, encoding="utf-8")
+def put(name: str, text: str) -> None:
+    UPLOADS.mkdir(parents=True, exist_ok=True)
+    (UPLOADS / name).write_text(text, encoding="utf-8")
 
 
 def wait_for(done: Callable[[], bool]) -> None:
@@ -79,11 +79,11 @@ def test_others_are_refused(page: Any, url: str, headers: dict[str, str], why: s
     assert why in answer.text
 
 
-def test_what_changes_something_says_where_it_comes_from(page: Any, places: Places) -> None:
+def test_what_changes_something_says_where_it_comes_from(page: Any) -> None:
     for headers in ({}, {"Origin": "null"}, {"Origin": "http://127.0.0.1:1"}):
         assert page.post("run/one/stop", headers=headers).status_code == 403
         assert page.put("upload?name=a.txt", content=b"x", headers=headers).status_code == 403
-    assert not places.uploads.exists()
+    assert not UPLOADS.exists()
 
 
 def test_there_is_no_websocket_with_or_without_the_token(page: Any) -> None:
@@ -111,7 +111,7 @@ def test_every_answer_forbids_all_but_our_own_script(page: Any) -> None:
         assert screen.text.count('class="main"') + screen.text.count("button main") <= 1
 
 
-def test_an_upload_stays_in_its_folder(page: Any, places: Places) -> None:
+def test_an_upload_stays_in_its_folder(page: Any) -> None:
     def upload(name: str, text: bytes = b"a,b\n1,2\n") -> Any:
         return page.put("upload", params={"name": name}, content=text, headers=OURS)
 
@@ -122,13 +122,11 @@ def test_an_upload_stays_in_its_folder(page: Any, places: Places) -> None:
         answer = upload(name)
         assert answer.status_code == 400, name
         assert answer.json()["error"].startswith("got "), name
-    assert {path.parent.name for path in places.uploads.parent.rglob("*.csv*")} == {"data"}
+    assert {path.parent.name for path in UPLOADS.parent.rglob("*.csv*")} == {"data"}
 
 
-def test_too_large_an_upload_is_refused_before_and_while_it_comes(
-    page: Any, places: Places, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(places_module, "LARGEST_UPLOAD", 10)
+def test_too_large_an_upload_is_refused_before_and_while_it_comes(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "LARGEST_UPLOAD", 10)
 
     def pieces() -> Any:  # without a length, as a client may send it
         yield from (b"x" * 6, b"x" * 6)
@@ -137,38 +135,38 @@ def test_too_large_an_upload_is_refused_before_and_while_it_comes(
         answer = page.put("upload?name=a.txt", content=content, headers=OURS)
         assert answer.status_code == 400
         assert "command line" in answer.json()["error"]
-        assert not list(places.uploads.glob("*"))
+        assert not list(UPLOADS.glob("*"))
     assert page.put("upload?name=a.txt", content=b"x" * 10, headers=OURS).json() == {"data": "a.txt"}
 
 
-def test_a_name_that_leads_elsewhere_is_refused(page: Any, places: Places, tmp_path: Path) -> None:
+def test_a_name_that_leads_elsewhere_is_refused(page: Any, tmp_path: Path) -> None:
     (tmp_path / "secret.csv").write_text("prompt,completion\na,b\n")
     write_run(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "report.html").write_text("secret")
-    put(places, "mine.csv", "prompt,completion\na,b\n")
-    (places.uploads / "link.csv").symlink_to(tmp_path / "secret.csv")
-    write_run(places.runs / "one")
-    (places.runs / "link").symlink_to(tmp_path / "elsewhere")
-    (places.runs / "one" / "report.html").symlink_to(tmp_path / "secret.csv")
+    put("mine.csv", "prompt,completion\na,b\n")
+    (UPLOADS / "link.csv").symlink_to(tmp_path / "secret.csv")
+    write_run(RUNS / "one")
+    (RUNS / "link").symlink_to(tmp_path / "elsewhere")
+    (RUNS / "one" / "report.html").symlink_to(tmp_path / "secret.csv")
     for name in ("../../secret.csv", str(tmp_path / "secret.csv"), "link.csv", "", "..", ".", "mine.csv/", "--help"):
         answer = page.get("data", params={"data": name})
         assert answer.status_code == 400, name
         assert "<h1>That did not work</h1>" in answer.text
     with pytest.raises(QaromaError, match="expected one of something in runs"):
-        places.run("..")
+        places.inside(RUNS, "..")
     for name in ("..%2f..%2fsecret", "link", "-x"):
         assert page.get(f"run/{name}").status_code in (400, 404), name
         assert page.get(f"run/{name}/report").status_code in (400, 404), name
     assert page.get("run/one/report").status_code == 400
     assert page.post(f"start?data={DEMO}&run=../x", headers=OURS).status_code == 400
-    assert not list(places.logs.glob("*"))
+    assert not list(LOGS.glob("*"))
 
 
-def test_the_data_screen_says_the_form_or_guesses_the_columns(page: Any, places: Places) -> None:
-    put(places, "known.csv", "prompt,completion\na,b\n")
-    put(places, "odd.csv", f"asked,{EVIL},when\na,b,c\n")
-    put(places, "pairs.jsonl", json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
-    put(places, "broken.json", "{")
+def test_the_data_screen_says_the_form_or_guesses_the_columns(page: Any) -> None:
+    put("known.csv", "prompt,completion\na,b\n")
+    put("odd.csv", f"asked,{EVIL},when\na,b,c\n")
+    put("pairs.jsonl", json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    put("broken.json", "{")
     known = page.get("data?data=known.csv").text
     assert "These are questions with their answers." in known
     assert "<select" not in known
@@ -184,8 +182,8 @@ def test_the_data_screen_says_the_form_or_guesses_the_columns(page: Any, places:
     assert "Go on" not in broken
 
 
-def test_the_choices_become_the_command_that_is_shown_and_run(page: Any, places: Places, monkeypatch: Any) -> None:
-    put(places, "odd.csv", "asked,said\na,b\n")
+def test_the_choices_become_the_command_that_is_shown_and_run(page: Any, monkeypatch: Any) -> None:
+    put("odd.csv", "asked,said\na,b\n")
     started: list[tuple[str, list[str]]] = []
     monkeypatch.setattr(Jobs, "start", lambda _, name, words: started.append((name, words)))
     plan = page.get("plan?data=odd.csv&model=smollm2-135m&other=my/model").text
@@ -199,12 +197,12 @@ def test_the_choices_become_the_command_that_is_shown_and_run(page: Any, places:
         name, words = started.pop()
         assert name == "model-odd"
         assert shown(words) == line + " ".join(["--output runs/model-odd", *more])
-    write_run(places.runs / "model-odd")
+    write_run(RUNS / "model-odd")
     assert "runs/model-odd-2" in page.get("plan?data=odd.csv&model=my/model").text
 
 
-def test_a_run_is_shown_as_it_stands(page: Any, places: Places) -> None:
-    done, half = write_run(places.runs / "done"), write_run(places.runs / "half", finished=False)
+def test_a_run_is_shown_as_it_stands(page: Any) -> None:
+    done, half = write_run(RUNS / "done"), write_run(RUNS / "half", finished=False)
     (done / "adapter" / "growth.json").touch()
     (done / "report.html").write_text(f"<h1>report</h1>{EVIL}")
     assert "Chat with it" in page.get("run/done").text
@@ -228,8 +226,8 @@ with locked(pathlib.Path(sys.argv[1])):
 """
 
 
-def test_another_page_finds_a_run_at_work_and_stops_it(page: Any, places: Places) -> None:
-    run = write_run(places.runs / "one", finished=False)
+def test_another_page_finds_a_run_at_work_and_stops_it(page: Any) -> None:
+    run = write_run(RUNS / "one", finished=False)
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(run)])
     try:
         wait_for(lambda: read_run(run).state == "running")
@@ -247,28 +245,28 @@ def test_another_page_finds_a_run_at_work_and_stops_it(page: Any, places: Places
 
 
 @pytest.mark.parametrize("lock", [{}, {"pid": os.getpid()}, {"pid": os.getpid(), "host": "elsewhere"}, {"pid": "x"}])
-def test_a_lock_that_names_no_run_of_this_machine_stops_nothing(places: Places, lock: dict[str, Any]) -> None:
-    run = write_run(places.runs / "one", finished=False)
+def test_a_lock_that_names_no_run_of_this_machine_stops_nothing(working_folder: Path, lock: dict[str, Any]) -> None:
+    run = write_run(RUNS / "one", finished=False)
     (run / "run.lock").write_text(json.dumps(lock))
-    Jobs(places.logs).stop(run)  # would be this process
+    Jobs().stop(run)  # would be this process
 
 
-def test_a_job_outlives_the_page_and_keeps_its_words(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_outlives_the_page_and_keeps_its_words(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import os, sys; print(os.getsid(0) == os.getpid()); print('noise'); print('error: got 1\\nexpected 2')"
     monkeypatch.setattr("qaroma.page.commands.argv", lambda words: [sys.executable, "-c", code])
-    jobs = Jobs(places.logs)
+    jobs = Jobs()
     jobs.start("one", ["finetune", "--data", "a b"])
     wait_for(lambda: not jobs.working("one"))
     assert jobs.said("one").splitlines()[:3] == ['qaroma finetune --data "a b"', "True", "noise"]
     assert jobs.failure("one") == "got 1\nexpected 2"
-    assert Jobs(places.logs).failure("one") == "got 1\nexpected 2"  # another page
+    assert Jobs().failure("one") == "got 1\nexpected 2"  # another page
     assert jobs.failure("none") is None
 
 
-def test_an_error_of_a_command_is_shown_as_it_is(places: Places, page: Any) -> None:
+def test_an_error_of_a_command_is_shown_as_it_is(page: Any) -> None:
     with pytest.raises(QaromaError, match="there is no folder nowhere"):
         figures_of(["runs", "nowhere"])
-    put(places, "a.csv", "prompt,completion\na,b\n")
+    put("a.csv", "prompt,completion\na,b\n")
     answer = page.get("preview?data=a.csv&model=./nowhere")
     assert answer.status_code == 400
     assert "There is no folder &#39;./nowhere&#39;" in answer.text
@@ -316,7 +314,7 @@ for line in sys.stdin:
 
 
 def test_a_talk_is_one_process_and_an_answer_left_alone_is_no_ones_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    working_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qaroma.page.talk.argv", lambda words: [sys.executable, "-c", ANSWERS])
 
@@ -324,7 +322,7 @@ def test_a_talk_is_one_process_and_an_answer_left_alone_is_no_ones_else(
         return [json.loads(line) async for line in lines]
 
     async def talk() -> None:
-        one, run = Talk(tmp_path / "logs" / "chat.log"), Path("runs/one")
+        one, run = Talk(), Path("runs/one")
         assert await collected(one.answer(run, "")) == [{"ready": True}, {"done": True}]
         assert [line.get("piece") for line in await collected(one.answer(run, "a"))] == ["a", "a", "a", None]
         assert {"ready": True} not in await collected(one.answer(run, ""))  # it is loaded, and forgets what was said
@@ -356,12 +354,12 @@ def test_a_start_gives_the_memory_of_the_talk_to_the_run(page: Any, monkeypatch:
         page.post(f"start?data={DEMO}&run=two", headers=OURS, follow_redirects=False)
 
 
-def test_choices_survive_the_way_through_addresses(places: Places) -> None:
+def test_choices_survive_the_way_through_addresses(working_folder: Path) -> None:
     from urllib.parse import parse_qsl
 
-    put(places, "odd.csv", "a&b,c=d\n1,2\n")
-    choice = Choice.read({"data": "odd.csv", "model": "./a folder"}, places)
-    assert Choice.read(dict(parse_qsl(choice.query)), places) == choice
+    put("odd.csv", "a&b,c=d\n1,2\n")
+    choice = Choice.read({"data": "odd.csv", "model": "./a folder"})
+    assert Choice.read(dict(parse_qsl(choice.query))) == choice
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -381,16 +379,16 @@ def test_a_taken_port_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-def test_the_event_stream_tells_changes_alone(places: Places) -> None:
+def test_the_event_stream_tells_changes_alone(working_folder: Path) -> None:
     from qaroma.page.screens import Screens
 
-    write_run(places.runs / "one")
+    write_run(RUNS / "one")
 
     async def first() -> str:
         from starlette.requests import Request
 
         scope = {"type": "http", "path_params": {"name": "one"}}
-        answer = await Screens(places, Machine(1, None), lambda: False).events(Request(scope))
+        answer = await Screens(Machine(1, None), lambda: False).events(Request(scope))
         return await anext(aiter(answer.body_iterator))
 
     told = json.loads(asyncio.run(first()).removeprefix("data: "))

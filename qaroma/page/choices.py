@@ -13,7 +13,7 @@ from qaroma.data.forms import recognise
 from qaroma.data.sources import Row
 from qaroma.errors import QaromaError
 from qaroma.model.builtin import SMOLLM2_NAME
-from qaroma.page.places import DEMO, Places
+from qaroma.page.places import DEMO, source
 
 TRIAL_STEPS = 10
 _LOOKED_AT = 200  # rows
@@ -34,44 +34,39 @@ FORMS = {
 
 
 @dataclass(frozen=True)
-class Look:
-    """What a file is like: one of :data:`FORMS`, or None and why; and the columns of its first rows."""
-
-    form: str | None
-    columns: tuple[str, ...] = ()
-    problem: str = ""
-
-
-@dataclass(frozen=True)
 class Choice:
     """Data, what its columns mean, and a model.
 
     Attributes:
         source: as ``--data`` takes it.
-        columns: meaning to column, where the form does not say: as chosen, or else the first two.
+        form: of its rows, one of :data:`FORMS`; None where none was recognised.
+        problem: why none was.
+        names: of the columns that its rows have then.
+        columns: what is which of them: as chosen, or else the first two.
         model: as ``--model`` takes it.
-        look: what the data is like.
     """
 
     source: str
+    form: str | None
+    problem: str
+    names: tuple[str, ...]
     columns: Mapping[str, str]
     model: str
-    look: Look
 
     @classmethod
-    def read(cls, query: Mapping[str, str], places: Places) -> Choice:
+    def read(cls, query: Mapping[str, str]) -> Choice:
         """From an address or a form.
 
         Raises:
             QaromaError: no such data.
         """
-        source = places.source(query.get("data", ""))
-        look = _look(source)
+        data = source(query.get("data", ""))
+        form, problem, names = _look(data)
         columns = {meaning: query[meaning] for meaning in MEANINGS if query.get(meaning)}
-        if not columns and len(look.columns) > 1:
-            columns = dict(zip(("prompt", "completion"), look.columns, strict=False))
+        if not columns and len(names) > 1:
+            columns = dict(zip(("prompt", "completion"), names, strict=False))
         model = query.get("other", "").strip() or query.get("model", "").strip() or SMOLLM2_NAME
-        return cls(source, columns, model, look)
+        return cls(data, form, problem, names, columns, model)
 
     @property
     def data(self) -> str:
@@ -96,22 +91,22 @@ class Choice:
 
     def _words(self) -> list[str]:
         columns = ",".join(f"{meaning}={name}" for meaning, name in self.columns.items())
-        task = ["--task", "preference"] if self.look.form == "preference" else []
+        task = ["--task", "preference"] if self.form == "preference" else []
         return ["--model", self.model, "--data", self.source, *(["--columns", columns] if columns else []), *task]
 
 
-def _look(source: str) -> Look:
-    """What the first rows are like; a file that cannot be read has that as its problem."""
-    if source == DEMO:
-        return Look("alpaca")
+def _look(file: str) -> tuple[str | None, str, tuple[str, ...]]:
+    """The form of the first rows; or why it is not known, and the names of their columns."""
+    if file == DEMO:
+        return "alpaca", "", ()
     rows: list[Row] = []
     remarks = Remarks([], [])
     try:
-        for line, value in islice(read_file(Path(source), remarks), _LOOKED_AT):
-            rows.append(Row(value, source, line))
+        for line, value in islice(read_file(Path(file), remarks), _LOOKED_AT):
+            rows.append(Row(value, file, line))
         if not rows:
-            raise QaromaError("; ".join(remarks.bad[:3]) or f"{source} holds no rows")
-        return Look(recognise(rows))
+            raise QaromaError("; ".join(remarks.bad[:3]) or f"{file} holds no rows")
+        return recognise(rows), "", ()
     except QaromaError as error:
         columns = dict.fromkeys(str(name) for row in rows if isinstance(row.value, dict) for name in row.value)
-        return Look(None, tuple(columns), str(error))
+        return None, str(error), tuple(columns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from typing import Any
 import psutil
 
 from qaroma.errors import QaromaError
-from qaroma.page.places import inside
+from qaroma.page.places import LOGS, inside
 from qaroma.runs.directory import quoted
 from qaroma.runs.files import make_directory, read_json
 from qaroma.runs.lock import LOCK, owner_is_gone
@@ -53,14 +54,9 @@ def own_words(said: str) -> str:
 
 
 class Jobs:
-    """Commands that outlive the page, each with a log.
+    """Commands that outlive the page, each with a log."""
 
-    Args:
-        folder: of the logs.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self) -> None:
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._starting = threading.Lock()  # a button is clicked twice
 
@@ -71,11 +67,11 @@ class Jobs:
                 self._children[name] = self._started(name, words)
 
     def _started(self, name: str, words: Sequence[str]) -> subprocess.Popen[bytes]:
-        make_directory(self._folder)
+        make_directory(LOGS)
         own_group: dict[str, Any] = {"start_new_session": True}
         if os.name == "nt":
             own_group = {"creationflags": 0x200}  # CREATE_NEW_PROCESS_GROUP
-        with self._log(name).open("wb") as log:
+        with _log(name).open("wb") as log:
             log.write(f"{shown(words)}\n".encode())
             log.flush()
             return subprocess.Popen(argv(words), stdin=subprocess.DEVNULL, stdout=log, stderr=log, **own_group)
@@ -96,14 +92,15 @@ class Jobs:
 
     def said(self, name: str) -> str:
         """The command, and the end of what it has said so far."""
-        log = self._log(name)
+        log = _log(name)
         return log.read_bytes()[-_TAIL:].decode("utf-8", "replace").strip() if log.is_file() else ""
 
     def failure(self, name: str) -> str | None:
         """The error that ended a command, in its own words; None where there is none."""
         said = self.said(name)
-        failed = not self.working(name) and ("\nerror: " in said or "\nTraceback (most" in said)
+        failed = re.search(r"^(error: |Error: |Traceback )", said, re.MULTILINE) and not self.working(name)
         return own_words(said) if failed else None
 
-    def _log(self, name: str) -> Path:
-        return inside(self._folder, f"{name}.log")
+
+def _log(name: str) -> Path:
+    return inside(LOGS, f"{name}.log")

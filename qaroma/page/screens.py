@@ -21,7 +21,7 @@ from qaroma.errors import QaromaError
 from qaroma.page.choices import FORMS, MEANINGS, TRIAL_STEPS, Choice
 from qaroma.page.commands import Jobs, figures_of, shown
 from qaroma.page.models import Machine, models_for
-from qaroma.page.places import DEMO, LARGEST_UPLOAD, Places, require_small
+from qaroma.page.places import DEMO, LARGEST_UPLOAD, RUNS, UPLOADS, inside, receive, require_small
 from qaroma.page.talk import Talk, chat_words
 from qaroma.runs.directory import RunDirectory, find_adapter
 from qaroma.runs.finding import list_runs, looks_like_run
@@ -43,69 +43,67 @@ class Screens:
     """Answers of the page.
 
     Args:
-        places: its folders.
         machine: where runs train.
         closing: whether the server is about to end.
     """
 
-    def __init__(self, places: Places, machine: Machine, closing: Callable[[], bool]) -> None:
-        self._places, self._machine, self._closing = places, machine, closing
-        self._jobs, self._talk = Jobs(places.logs), Talk(places.logs / "chat.log")
+    def __init__(self, machine: Machine, closing: Callable[[], bool]) -> None:
+        self._machine, self._closing = machine, closing
+        self._jobs, self._talk = Jobs(), Talk()
 
     def home(self, request: Request) -> Response:
-        runs = [run for run in self._runs() if "/" not in run.name]
-        limit, uploads = LARGEST_UPLOAD // 2**20, self._places.uploads.as_posix()
-        return _show("home", request, runs=runs, limit=limit, demo=DEMO, uploads=uploads)
+        runs = [run for run in _runs() if "/" not in run.name]
+        return _show("home", request, runs=runs, limit=LARGEST_UPLOAD // 2**20, demo=DEMO, uploads=UPLOADS.as_posix())
 
     async def upload(self, request: Request) -> Response:
         try:
             require_small(int(request.headers.get("content-length", 0)))
-            name = await self._places.receive(request.query_params.get("name", ""), request.stream())
+            name = await receive(request.query_params.get("name", ""), request.stream())
         except QaromaError as error:
             return JSONResponse({"error": str(error)}, 400)
         return JSONResponse({"data": name})
 
     def data(self, request: Request) -> Response:
-        choice = self._choice(request)
-        words = choice.preview() if choice.look.form or choice.columns else None
-        form = FORMS.get(choice.look.form or "")
+        choice = Choice.read(request.query_params)
+        words = choice.preview() if choice.form or choice.columns else None
+        form = FORMS.get(choice.form or "")
         return _show("data", request, choice=choice, form=form, meanings=MEANINGS, words=words)
 
     def preview(self, request: Request) -> Response:
-        return _fragment("preview", request, self._choice(request).preview())
+        return _fragment("preview", request, Choice.read(request.query_params).preview())
 
     def model(self, request: Request) -> Response:
         models = models_for(self._machine)
         here, fetched = ([one for one in models if one.here is here] for here in (True, False))
-        choice = self._choice(request)
+        choice = Choice.read(request.query_params)
         return _show("model", request, choice=choice, machine=self._machine, here=here, fetched=fetched)
 
     def plan(self, request: Request) -> Response:
-        choice = self._choice(request)
+        choice = Choice.read(request.query_params)
         data = choice.data.replace(":", "-").split(".")[0]
         run = RunDirectory.unused(f"{Path(choice.model).name}-{data}").path
-        busy = [other.name for other in self._runs() if other.state == "running"]
+        busy = [other.name for other in _runs() if other.state == "running"]
         words = {trial: choice.finetune(run, trial=trial) for trial in (False, True)}
         return _show("plan", request, choice=choice, run=run.name, words=words, busy=busy, trial=TRIAL_STEPS)
 
     def forecast(self, request: Request) -> Response:
-        choice, run = self._choice(request), self._run(request.query_params.get("run", ""))
+        choice, run = Choice.read(request.query_params), _run(request)
         self._talk.end()  # what is free decides
         return _fragment("forecast", request, [*choice.finetune(run), "--dry-run"], choice=choice)
 
     def start(self, request: Request) -> Response:
-        choice, run = self._choice(request), self._run(request.query_params.get("run", ""))
+        choice, run = Choice.read(request.query_params), _run(request)
         words = choice.finetune(run, trial="trial" in request.query_params)
         return self._begin(request, run.name, words, f"run/{run.name}")
 
     def run(self, request: Request) -> Response:
-        run = self._run(request.path_params["name"])
+        run = _run(request)
         words = {"stopped": _resume(run), "finished": chat_words(run)}
         return _show("run", request, name=run.name, now=self._now(run.name), words=words)
 
     async def events(self, request: Request) -> Response:
         """How a run or an export stands, whenever that changes."""
-        name = self._run(request.path_params["name"]).name
+        name = _run(request).name
 
         async def follow() -> AsyncIterator[str]:
             before = None
@@ -120,47 +118,38 @@ class Screens:
         return StreamingResponse(follow(), media_type="text/event-stream")
 
     def report(self, request: Request) -> Response:
-        page = self._run(request.path_params["name"]) / "report.html"
+        page = _run(request) / "report.html"
         if page.is_symlink() or not page.is_file():
             raise QaromaError("the report appears with the first steps")
         return HTMLResponse(page.read_bytes(), headers={"Content-Security-Policy": _REPORT_POLICY})
 
     def stop(self, request: Request) -> Response:
-        run = self._run(request.path_params["name"])
+        run = _run(request)
         self._jobs.stop(run)
         return _to(request, f"run/{run.name}")
 
     def resume(self, request: Request) -> Response:
-        run = self._run(request.path_params["name"])
+        run = _run(request)
         return self._begin(request, run.name, _resume(run), f"run/{run.name}")
 
     def export(self, request: Request) -> Response:
-        run = self._run(request.path_params["name"])
+        run = _run(request)
         exports = [(name, *texts, _export(run, name)) for name, texts in _EXPORTS.items()]
         return _show("export", request, name=run.name, now=self._now(f"{run.name}.export"), exports=exports)
 
     async def start_export(self, request: Request) -> Response:
-        run = self._run(request.path_params["name"])
+        run = _run(request)
         form = dict(parse_qsl(await _text(request)))
         return self._begin(request, f"{run.name}.export", _export(run, form["format"]), f"run/{run.name}/export")
 
     def chat(self, request: Request) -> Response:
-        run = self._run(request.path_params["name"])
+        run = _run(request)
         return _show("chat", request, name=run.name, words=chat_words(run))
 
     async def talk(self, request: Request) -> Response:
         """Without a message the model is loaded; with one it is answered, in lines of JSON as they come."""
-        run, message = self._run(request.path_params["name"]), await _text(request)
+        run, message = _run(request), await _text(request)
         return StreamingResponse(self._talk.answer(run, message), media_type="application/x-ndjson")
-
-    def _run(self, name: str) -> Path:
-        return self._places.run(name)
-
-    def _runs(self) -> list[Run]:
-        return list_runs(self._places.runs) if self._places.runs.is_dir() else []
-
-    def _choice(self, request: Request) -> Choice:
-        return Choice.read(request.query_params, self._places)
 
     def _begin(self, request: Request, job: str, words: list[str], place: str) -> Response:
         self._talk.end()  # its model would take the memory
@@ -169,7 +158,7 @@ class Screens:
 
     def _now(self, name: str) -> dict[str, Any]:
         """How a run stands, or another job."""
-        path, working, failure = self._run(name), self._jobs.working(name), self._jobs.failure(name)
+        path, working, failure = inside(RUNS, name), self._jobs.working(name), self._jobs.failure(name)
         run = read_run(path) if looks_like_run(path) else None
         state: str = run.state if run else "failed" if failure else "ended"
         report = path / "report.html"
@@ -181,6 +170,15 @@ class Screens:
             "tuned": run is not None and find_adapter(path) is not None,
             **_progress(run or Run(path, name)),
         }
+
+
+def _run(request: Request) -> Path:
+    """The folder of the run that an address names, which may not be there yet."""
+    return inside(RUNS, request.path_params.get("name") or request.query_params.get("run", ""))
+
+
+def _runs() -> list[Run]:
+    return list_runs(RUNS) if RUNS.is_dir() else []
 
 
 def _progress(run: Run) -> dict[str, Any]:

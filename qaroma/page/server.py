@@ -14,23 +14,21 @@ from starlette.staticfiles import StaticFiles
 from qaroma.errors import QaromaError
 from qaroma.page.guard import Guard
 from qaroma.page.models import Machine, this_machine
-from qaroma.page.places import Places
 from qaroma.page.screens import TEMPLATES, Screens, failed
 
 HOME = "127.0.0.1"
 
 
-def make_app(token: str, port: int, machine: Machine, places: Places, closing: Callable[[], bool]) -> Guard:
+def make_app(token: str, port: int, machine: Machine, closing: Callable[[], bool]) -> Guard:
     """The page as an ASGI application.
 
     Args:
         token: what every address begins with.
         port: that it is served at.
         machine: where runs train.
-        places: its folders.
         closing: whether the server is about to end, so that what follows a run ends too.
     """
-    screens = Screens(places, machine, closing)
+    screens = Screens(machine, closing)
     routes = [
         Route("/", screens.home),
         Route("/upload", screens.upload, methods=["PUT"]),
@@ -77,7 +75,7 @@ def serve(port: int, tell: Callable[[str], None]) -> None:
     token, machine = secrets.token_urlsafe(24), this_machine()
     listening.listen(128)  # what asks from now on is answered as soon as the server runs
     tell(f"http://{HOME}:{port}/{token}/")
-    app = make_app(token, port, machine, Places(), lambda: server.should_exit)
+    app = make_app(token, port, machine, lambda: server.should_exit)
     # Addresses hold the token: none is logged.
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5

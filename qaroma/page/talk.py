@@ -9,8 +9,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from qaroma.page.commands import argv, own_words
+from qaroma.page.places import LOGS
 from qaroma.runs.files import make_directory
 
+_LOG = LOGS / "chat.log"  # what the command writes beside its answers
 LONGEST_ANSWER = 256  # tokens
 
 
@@ -19,14 +21,9 @@ def chat_words(run: Path) -> list[str]:
 
 
 class Talk:
-    """One model at a time in memory: of the run that was talked to last.
+    """One model at a time in memory: of the run that was talked to last."""
 
-    Args:
-        log: what the command writes beside its answers.
-    """
-
-    def __init__(self, log: Path) -> None:
-        self._log = log
+    def __init__(self) -> None:
         self._run: Path | None = None
         self._process: Process | None = None
         self._turn = asyncio.Lock()
@@ -53,7 +50,7 @@ class Talk:
                     yield line
                     if ended:
                         return
-                said = self._log.read_text(encoding="utf-8", errors="replace")
+                said = _LOG.read_text(encoding="utf-8", errors="replace")
                 yield json.dumps({"error": own_words(said)}) + "\n"
             finally:
                 if not ended:  # whoever asked has gone: the rest of the answer would be taken for the next one's
@@ -62,8 +59,8 @@ class Talk:
     async def _loaded(self, run: Path) -> Process:
         if self._process is None or self._run != run or self._process.returncode is not None:
             self.end()
-            make_directory(self._log.parent)
-            with self._log.open("wb") as log:
+            make_directory(LOGS)
+            with _LOG.open("wb") as log:
                 command = argv([*chat_words(run), "--json"])
                 self._process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, stderr=log)
             self._run = run
