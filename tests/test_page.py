@@ -103,9 +103,11 @@ def test_every_answer_forbids_all_but_our_own_script(page: Any) -> None:
         assert "unsafe" not in policy
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.headers["cache-control"] == "no-store"
-    for address in ("", f"data?data={DEMO}", f"model?data={DEMO}", f"plan?data={DEMO}"):
+    screens = {"": "Data", f"data?data={DEMO}": "Data", f"model?data={DEMO}": "Model", f"plan?data={DEMO}": "Run"}
+    for address, step in screens.items():
         screen = page.get(address)
         assert screen.status_code == 200
+        assert f'aria-current="step">{step}<' in screen.text
         assert "http" not in screen.text.replace(OURS["Origin"], "")  # nothing is asked for elsewhere
         assert screen.text.count("<script") == 1
         assert screen.text.count('class="main"') + screen.text.count("button main") <= 1
