@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 from headless import NAMES, find_browser
 
-sync_api = pytest.importorskip("playwright.sync_api")
+sync_api = pytest.importorskip(
+    "playwright.sync_api", reason="there is no playwright; type pip install -c configs/constraints.txt playwright"
+)
 pytestmark = pytest.mark.slow
 SECONDS = 120
 MOST_CLICKS = 6
