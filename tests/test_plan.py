@@ -17,6 +17,7 @@ from qaroma.cli import main
 from qaroma.config.levels import LEVELS
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_base
+from qaroma.model.documents import keep_documents_apart
 from qaroma.plan import trace, workspaces
 from qaroma.plan.card import CARDS, RESERVE, parse_card, parse_memory
 from qaroma.plan.counter import LiveStorages
@@ -171,11 +172,13 @@ def test_attention_on_meta_is_torchs_own_again_after_a_trace() -> None:
     assert operations() == before
 
 
-@pytest.mark.parametrize("level", range(len(LEVELS)))
-def test_a_real_step_takes_the_bytes_of_a_weightless_one(tiny_folder: Path, level: int) -> None:
+@pytest.mark.parametrize(("level", "packed"), [*((level, False) for level in range(len(LEVELS))), (0, True)])
+def test_a_real_step_takes_the_bytes_of_a_weightless_one(tiny_folder: Path, level: int, packed: bool) -> None:
     """The base is loaded and quantised, and the step computes, on real tensors of a CPU."""
-    settings = StepSettings(level, seq_len=96, micro_batch=2, frozen_rank=3, dtype=torch.float32)
+    settings = StepSettings(level, seq_len=96, micro_batch=2, frozen_rank=3, dtype=torch.float32, one_by_one=packed)
     model = load_base(tiny_folder, compute_dtype=torch.float32, device="cpu")
+    if packed:
+        keep_documents_apart(model)
     with LiveStorages() as counter:
         counter.phase("load", "base")
         counter.adopt(tensors_of(model), "base")

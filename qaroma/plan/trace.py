@@ -18,6 +18,7 @@ from qaroma.method.attach import attach
 from qaroma.method.growth import GrowthSettings
 from qaroma.method.head import backbone
 from qaroma.model.attention import repeat_keys
+from qaroma.model.documents import keep_documents_apart
 from qaroma.plan.counter import LiveStorages, Peak
 from qaroma.plan.weightless import KnownShapes, weightless
 from qaroma.plan.weightless_model import materialise, tensors_of, weightless_model
@@ -38,6 +39,8 @@ class StepSettings:
         quantized, double_quantization: whether linear layers lie in 4 bits, and their constants in 8.
         dtype: compute dtype.
         repeated_keys: whether key heads are repeated for attention (:mod:`qaroma.model.attention`).
+        one_by_one: whether rows are packed, and attention reads one sequence of them after the other
+            (:mod:`qaroma.model.documents`); in one kernel they take what a row of one sequence does.
     """
 
     level: int
@@ -51,6 +54,7 @@ class StepSettings:
     double_quantization: bool = True
     dtype: torch.dtype = torch.bfloat16
     repeated_keys: bool = False
+    one_by_one: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,8 @@ def trace_step(config: Any, settings: StepSettings) -> Trace:
     model = weightless_model(config, dtype=s.dtype, packed=s.quantized, double=s.double_quantization, packed_head=head)
     if s.repeated_keys:
         repeat_keys(model)
+    if s.one_by_one:
+        keep_documents_apart(model)
     shapes = KnownShapes()
     with weightless(), LiveStorages(shapes) as counter:
         counter.phase("load", "base")
@@ -161,8 +167,9 @@ def _step(model: Any, method: GrowthController, settings: StepSettings, counter:
     counter.phase("forward", "checkpoints")
     shape = (settings.micro_batch * settings.sequences, settings.seq_len)
     tokens = torch.zeros(shape, dtype=torch.int64)
-    positions = torch.arange(settings.seq_len).expand(shape)
-    batch = TokenBatch(tokens, tokens, positions, ((shape[1],),) * shape[0], torch.arange(1, tokens.numel()))
+    positions = torch.arange(settings.seq_len).expand(shape)  # no bytes depend on where a sequence begins
+    lengths = (shape[1] // 2, shape[1] - shape[1] // 2) if settings.one_by_one else (shape[1],)
+    batch = TokenBatch(tokens, tokens, positions, (lengths,) * shape[0], torch.arange(1, tokens.numel()))
     loss, count = CausalLM().loss(model, batch)
     counter.phase("backward", "layer")
     (loss / count).backward()  # type: ignore[no-untyped-call]

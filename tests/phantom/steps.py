@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from phantom.card import Card
+from phantom.card import CARD, Card
 from phantom.registry import SCENARIOS, Scenario, scenario
 from phantom.world import base, batch, gradients, growing, step, trained
 from qaroma.engine import checkpointing, tiled
 from qaroma.engine.levels import apply_level
 from qaroma.model.attention import repeat_keys
+from qaroma.model.documents import keep_documents_apart, one_kernel_for_all
 from qaroma.training.loss_scale import LossScale
 
 A_STEP = {"tolist in fit.accumulate": 1}
@@ -87,11 +88,29 @@ SCENARIOS["tiles at level 2 on a full card"] = Scenario(
 SCENARIOS["tiles at level 3, adapters on the MLP alone"] = Scenario(_tiled(3, MLP), waits=A_STEP)
 
 
-@scenario("packed rows", waits=A_STEP)
-def packed(card: Card) -> None:
-    model, method = trained(1)
-    card.clear()
-    step(model, method, [batch(2, 64, lengths=(40, 24))])
+def _packed(prepare: Callable[[Any], None], dtype: torch.dtype) -> Callable[[Card], dict[str, int]]:
+    """A step of two rows of three documents each: which attention ran, a layer and pass."""
+
+    def run(card: Card) -> dict[str, int]:
+        model, method = trained(1, sizes={"dtype": dtype})
+        prepare(model)
+        one_kernel_for_all(CARD, dtype, 32)  # asked once a process
+        card.clear()
+        step(model, method, [batch(2, 64, lengths=(40, 14, 10))])
+        together = {name: card.ops[f"torch_attn.{name}.default"] for name in ("_varlen_attn", "_varlen_attn_backward")}
+        return {"kernels": card.kernels, **{name: n for name, n in (card.attention | together).items() if n}}
+
+    return run
+
+
+_TOGETHER = {"_varlen_attn": 4, "_varlen_attn_backward": 2}
+# Two layers, run again in the backward pass: four calls; where no kernel takes many lengths, for each of six documents.
+for _how, _prepare, _dtype, _result in (
+    ("in one kernel", keep_documents_apart, torch.bfloat16, {"kernels": 683, **_TOGETHER}),
+    ("one by one", repeat_keys, torch.float32, {"kernels": 722, "efficient": 24}),
+    ("under a mask", lambda model: None, torch.bfloat16, {"kernels": 724, "efficient": 4}),
+):
+    SCENARIOS[f"packed rows, {_how}"] = Scenario(_packed(_prepare, _dtype), waits=A_STEP, result=_result)
 
 
 @scenario("a step in fp16", waits=A_STEP)
