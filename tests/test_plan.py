@@ -175,7 +175,9 @@ def test_attention_on_meta_is_torchs_own_again_after_a_trace() -> None:
 @pytest.mark.parametrize(("level", "packed"), [*((level, False) for level in range(len(LEVELS))), (0, True)])
 def test_a_real_step_takes_the_bytes_of_a_weightless_one(tiny_folder: Path, level: int, packed: bool) -> None:
     """The base is loaded and quantised, and the step computes, on real tensors of a CPU."""
-    settings = StepSettings(level, seq_len=96, micro_batch=2, frozen_rank=3, dtype=torch.float32, one_by_one=packed)
+    settings = StepSettings(
+        level, seq_len=96, micro_batch=2, frozen_rank=3, dtype=torch.float32, one_by_one=packed, fused_norms=False
+    )
     model = load_base(tiny_folder, compute_dtype=torch.float32, device="cpu")
     if packed:
         keep_documents_apart(model)
@@ -255,7 +257,7 @@ class FullLogits:
 def test_plain_qlora_takes_what_it_is_known_to_take(monkeypatch: pytest.MonkeyPatch, llama: Planner) -> None:
     """9,069 MiB with PEFT's fp32 rank-8 factors and no optimiser yet, counted under FakeTensorMode elsewhere."""
     monkeypatch.setattr(trace, "CausalLM", FullLogits)
-    found = Planner(llama.config).estimate(StepSettings(1, seq_len=2048))
+    found = Planner(llama.config).estimate(StepSettings(1, seq_len=2048, fused_norms=False))
     ours = found.breakdown["adapter"] + found.breakdown["optimiser"]
     assert (found.peak - ours) / MIB + 80 == pytest.approx(9069, abs=2)
 
@@ -425,7 +427,7 @@ def test_goal_peak_of_a_streamed_base(model: str, tokens: int, goal: float, host
     assert found.breakdown["layer_buffers"] == pytest.approx(2 * found.streamed / layers, rel=1e-3)
 
 
-@pytest.mark.parametrize(("card", "seconds"), [("rtx3060", 5.5), ("rtx4090", 1.04), ("h100", 0.218)])
+@pytest.mark.parametrize(("card", "seconds"), [("rtx3060", 5.25), ("rtx4090", 0.947), ("h100", 0.191)])
 def test_the_roofline_of_llama3_8b(llama: Planner, card: str, seconds: float) -> None:
     """Counted elsewhere, with whole attention matrices and each down_proj computed again: 6.2, 1.16 and 0.24 s."""
     found = llama.estimate(StepSettings(1, seq_len=2048, frozen_rank=0))

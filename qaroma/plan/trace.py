@@ -19,6 +19,7 @@ from qaroma.method.growth import GrowthSettings
 from qaroma.method.head import backbone
 from qaroma.model.attention import repeat_keys
 from qaroma.model.documents import keep_documents_apart
+from qaroma.model.norms import use_torchs_norms
 from qaroma.plan.counter import LiveStorages, Peak
 from qaroma.plan.weightless import KnownShapes, weightless
 from qaroma.plan.weightless_model import materialise, tensors_of, weightless_model
@@ -41,6 +42,7 @@ class StepSettings:
         repeated_keys: whether key heads are repeated for attention (:mod:`qaroma.model.attention`).
         one_by_one: whether rows are packed, and attention reads one sequence of them after the other
             (:mod:`qaroma.model.documents`); in one kernel they take what a row of one sequence does.
+        fused_norms: whether norms are torch's (:mod:`qaroma.model.norms`), as on a card.
     """
 
     level: int
@@ -55,6 +57,7 @@ class StepSettings:
     dtype: torch.dtype = torch.bfloat16
     repeated_keys: bool = False
     one_by_one: bool = False
+    fused_norms: bool = True
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ def trace_step(config: Any, settings: StepSettings) -> Trace:
     model = weightless_model(config, dtype=s.dtype, packed=s.quantized, double=s.double_quantization, packed_head=head)
     if s.repeated_keys:
         repeat_keys(model)
+    if s.fused_norms:
+        use_torchs_norms(model)
     if s.one_by_one:
         keep_documents_apart(model)
     shapes = KnownShapes()

@@ -234,6 +234,7 @@ def _step_settings(config: ResolvedConfig, base: FoundModel, device: torch.devic
         double_quantization=config.model.double_quantization,
         dtype=dtype,
         repeated_keys=fused and wants_repeated_keys(base.config, device, dtype),
+        fused_norms=device.type == "cuda",
         one_by_one=fused and config.data.packing and not one_kernel_for_all(device, dtype, head_size(base.config)),
     )
 
