@@ -197,7 +197,8 @@ def _longest(phases: Callable[[int], dict[str, int]], limit: int) -> int:
             least = _crossing([fits[-1], over] if over[1] else fits[-3:], limit, over[0])
             if most - longest < max(GRAIN, longest // 100) or least - longest < max(GRAIN, longest // 200):
                 return longest
-            guess = least if len(fits) == 3 and not over[1] else (least + most) // 2
+            bent = _crossing([*fits, over][-3:] if over[1] else fits[-3:], limit, over[0])
+            guess = bent if least < bent < most and len(fits) < 4 else (least + most) // 2
         guess = min(max(guess // GRAIN * GRAIN, longest + GRAIN), over[0] - GRAIN)
 
 
