@@ -175,8 +175,8 @@ def _longest(phases: Callable[[int], dict[str, int]], limit: int) -> int:
     The bytes of a phase grow with the tokens, along straight lines that only ever become steeper, or with their
     square, where masks are made. So the line through the last two lengths that fit leads to a guess that is not too
     small; the line from one that fits to one that does not, or the parabola through the last three that fit, to one
-    that is not too large. The search ends when the first is within a hundredth of what fitted, or the second within a
-    two-hundredth.
+    that is not too large. Between them the guess is, at first, the parabola's through the last three lengths of all.
+    The search ends when the first is within a hundredth of what fitted, or the second within a two-hundredth.
     """
     fits: list[tuple[int, dict[str, int]]] = []  # ascending
     over: tuple[int, dict[str, int]] = (LONGEST + GRAIN, {})
