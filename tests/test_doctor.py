@@ -58,10 +58,18 @@ CARD = Card("RTX 4060", 7 * GIB, 8 * GIB)
         (checks.nf4("cuda:0", 1.0, 1.0), "problem", "reinstall"),  # zeros
         (checks.nf4("cuda:0", 0.09, 0.5), "problem", "wrong"),
         (checks.nf4("cuda:0", float("nan"), float("nan")), "problem", "wrong"),
-        (checks.attention("cuda:0", ["flash", "efficient", "math"], True), "ok", "flash and efficient"),
-        (checks.attention("cuda:0", ["efficient", "math"], False), "ok", "they are repeated"),
-        (checks.attention("cuda:0", ["math"], False), "note", "square of the context"),
-        (checks.attention("cuda:0", [], False), "problem", "model.attention=eager"),
+        (
+            checks.attention("cuda:0", ["flash", "efficient", "math"], True, True),
+            "ok",
+            "packed sequences in one kernel",
+        ),
+        (
+            checks.attention("cuda:0", ["efficient", "math"], False, False),
+            "ok",
+            "a kernel each; none takes grouped key heads: they are repeated",
+        ),
+        (checks.attention("cuda:0", ["math"], False, False), "note", "square of the context"),
+        (checks.attention("cuda:0", [], False, False), "problem", "model.attention=eager"),
         (checks.host_memory(8 * GIB, 16 * GIB), "ok", "8.0 GiB of 16.0 GiB"),
         (checks.host_memory(1 * GIB, 16 * GIB), "problem", "close other programs"),
         (checks.disk("runs", "/home", 50 * GIB, True), "ok", "50.0 GiB free in /home"),

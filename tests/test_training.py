@@ -15,6 +15,7 @@ from rich.console import Console
 from qaroma.config.presets import DataFacts, resolve
 from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
+from qaroma.model.documents import APART
 from qaroma.model.found import find_model
 from qaroma.runs.adapter import read_adapter
 from qaroma.runs.directory import RunDirectory
@@ -89,6 +90,14 @@ def test_a_run_stops_by_itself_when_every_module_is_done(tiny_folder: Path, data
     done = {g["module"] for g in records(run, "growth") if g["decision"] == "done"}
     assert len(done) == 14
     assert figures["trainable_parameters_mean"] < figures["trainable_parameters_start"]
+
+
+def test_packed_rows_train_without_a_mask(tiny_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_folder, data_file, tmp_path / "run", data__packing=True, training__max_steps=6)
+    assert session_of(config, tmp_path).model.config._attn_implementation == APART
+    finetune(config, console=QUIET)
+    losses = [step["loss"] for step in records(tmp_path / "run")]
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("method", ["aroma", "lora"])

@@ -239,18 +239,20 @@ def nf4(device: str, error: float, packed_error: float) -> Finding:
     return Finding("bitsandbytes", "problem", found, advice)
 
 
-def attention(device: str, kernels: Sequence[str], grouped: bool) -> Finding:
+def attention(device: str, kernels: Sequence[str], grouped: bool, together: bool) -> Finding:
     """Which of SDPA's kernels ran forward and backward.
 
     Args:
         device: where.
         kernels: of ``flash``, ``efficient``, ``math``, those that ran.
         grouped: a fused one ran with fewer key heads than query heads.
+        together: one ran for sequences of many lengths, as packed rows have.
     """
     fused = [name for name in kernels if name != "math"]
     if fused:
         repeated = "" if grouped else "; none takes grouped key heads: they are repeated, which costs memory"
-        return Finding("attention", "ok", f"SDPA with {' and '.join(fused)} kernels on {device}{repeated}")
+        packed = f"; packed sequences in {'one kernel' if together else 'a kernel each'}"
+        return Finding("attention", "ok", f"SDPA with {' and '.join(fused)} kernels on {device}{packed}{repeated}")
     if kernels:
         found = f"SDPA on {device} has no fused kernel: memory grows with the square of the context"
         return Finding("attention", "note", found, "keep --max-length small, or install a newer torch")

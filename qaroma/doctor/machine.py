@@ -223,10 +223,12 @@ def nf4_errors(device: torch.device) -> tuple[float, float]:
 
 def _attention() -> Finding:
     from qaroma.model.attention import fused_for_groups
+    from qaroma.model.documents import one_kernel_for_all
 
     device = _device()
-    grouped = device.type != "cuda" or fused_for_groups(device, _attention_dtype(device))
-    return checks.attention(str(device), attention_kernels(device), grouped)
+    dtype = _attention_dtype(device)
+    grouped = device.type != "cuda" or fused_for_groups(device, dtype)
+    return checks.attention(str(device), attention_kernels(device), grouped, one_kernel_for_all(device, dtype))
 
 
 def _attention_dtype(device: torch.device) -> torch.dtype:

@@ -30,6 +30,7 @@ from qaroma.model.failures import explained, readable
 from qaroma.model.found import FoundModel, find_model, loader_keywords, stored_quantization
 from qaroma.model.gguf import load_gguf, load_gguf_tokenizer
 from qaroma.model.hostmemory import FreedMemoryGoesBack
+from qaroma.model.norms import use_torchs_norms
 from qaroma.model.precision import resolve_dtype
 from qaroma.model.skeleton import skeleton
 from qaroma.model.tokenizer_file import require_bounded
@@ -223,6 +224,8 @@ def load_base(
     _settle(network, dtype)
     if attention == "sdpa" and wants_repeated_keys(config, target, dtype):
         repeat_keys(network)
+    if target.type == "cuda":
+        use_torchs_norms(network)
     return network
 
 
