@@ -26,9 +26,9 @@ Formats:
 {_LIST}
 \b
 Examples:
-  qaroma export runs/quickstart
-  qaroma export runs/quickstart --format merged --merge-into original --dtype bf16
-  qaroma export runs/quickstart --format all --output exports --compress 0.01
+  qaroma export runs/demo
+  qaroma export runs/demo --format merged --merge-into original --dtype bf16
+  qaroma export runs/demo --format all --output exports --compress 0.01
 """
 
 
