@@ -11,7 +11,7 @@ import click
 from qaroma.cli.options import config_option
 from qaroma.cli.output import JSON_OPTION, figures_only
 from qaroma.cli.run_arguments import BASE_OPTION, RUN_ARGUMENT, TRUST_OPTION
-from qaroma.export.format_facts import FORMAT_FACTS
+from qaroma.export.format_facts import FORMAT_FACTS, OUTTYPES
 from qaroma.model.builtin import require_model
 from qaroma.runs.directory import require_adapter_or_checkpoint, run_around
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from qaroma.data.encode import Example
 
 _FORMATS = (*FORMAT_FACTS, "all")
-_OUTTYPES = ("f32", "f16", "bf16", "q8_0", "q4_k_m")
 _LIST = "\n".join(f"  {name:<14}{facts.audience}" for name, facts in FORMAT_FACTS.items())
 _EPILOG = f"""\b
 Formats:
@@ -43,7 +42,7 @@ Examples:
                    "published.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(("bf16", "fp16", "fp32")),
               help="Of the stored numbers; default: fp32 for adapters, bf16 for merged.")  # fmt: skip
-@click.option("--outtype", type=click.Choice(_OUTTYPES), default="f16", show_default=True,
+@click.option("--outtype", type=click.Choice(tuple(OUTTYPES)), default="f16", show_default=True,
               help="Of the matrices of a GGUF model.")  # fmt: skip
 @click.option("--compress", type=click.FloatRange(0, 1, max_open=True), metavar="ERR",
               help="Drop redundant directions up to this relative error in a module.")  # fmt: skip

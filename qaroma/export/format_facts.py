@@ -22,6 +22,31 @@ class FormatFacts(NamedTuple):
     loading: str
 
 
+class OutType(NamedTuple):
+    """What the matrices of a GGUF model are stored in.
+
+    Attributes:
+        kind: ggml's type of most of them.
+        file: what llama.cpp calls such a file.
+        exact: ``fp32``, ``fp16`` and so on: how near an engine's answers must be, see ``selftest``.
+    """
+
+    kind: str
+    file: str
+    exact: str
+
+
+OUTTYPES = {
+    "f32": OutType("F32", "ALL_F32", "fp32"),
+    "f16": OutType("F16", "MOSTLY_F16", "fp16"),
+    "bf16": OutType("BF16", "MOSTLY_BF16", "bf16"),
+    "q8_0": OutType("Q8_0", "MOSTLY_Q8_0", "q8_0"),
+    "q6_k": OutType("Q6_K", "MOSTLY_Q6_K", "q6_k"),
+    "q5_k_m": OutType("Q5_K", "MOSTLY_Q5_K_M", "q5_k"),
+    "q4_k_m": OutType("Q4_K", "MOSTLY_Q4_K_M", "q4_k"),
+    "q4_0": OutType("Q4_0", "MOSTLY_Q4_0", "q4_0"),
+}
+
 FORMAT_FACTS = {
     "peft": FormatFacts(
         "a rank for each module: PEFT, transformers",

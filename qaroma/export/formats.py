@@ -11,8 +11,10 @@ import torch
 
 from qaroma.errors import QaromaError
 from qaroma.export import gguf_adapter, gguf_model
+from qaroma.export.format_facts import OUTTYPES
 from qaroma.export.gguf_layout import read_linears
 from qaroma.export.gguf_names import GgufNames
+from qaroma.export.gguf_types import check_outtype
 from qaroma.export.gguf_vocab import check_vocabulary
 from qaroma.export.live import LiveModel
 from qaroma.export.merged import copy_code, write_generation_settings, write_merged
@@ -36,7 +38,6 @@ from qaroma.runs.peft_lora import read_lora
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_OUTTYPE_TOLERANCE = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "q8_0": "q8_0"}
 
 Check = Callable[[Subject, dict[str, Factors], str], None]
 Write = Callable[[LiveModel, Path, torch.dtype, str], dict[str, Any]]
@@ -86,7 +87,7 @@ def _check_gguf_adapter(subject: Subject, update: dict[str, Factors], outtype: s
 
 def _check_gguf(subject: Subject, update: dict[str, Factors], outtype: str) -> None:
     _check_gguf_adapter(subject, update, outtype)
-    gguf_model.check_outtype(outtype)
+    check_outtype(outtype)
     gguf_model.check_positions(subject.config)
     check_vocabulary(subject.tokenizer, subject.template)
 
@@ -176,7 +177,7 @@ def _test_gguf(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str)
     subject, path = tuned.subject, folder / gguf_model.FILE
     live = tuned.merged_answers()
     share = share_arrived(read_linears(path, subject.config, tuned.update), tuned.tensors(), tuned.update)
-    kind = _OUTTYPE_TOLERANCE[outtype]
+    kind = OUTTYPES[outtype].exact
     if installed("xllamacpp"):
         engine = LlamaCpp(path, context=max(len(one.ids) for one in live))
         test = compare_llama_cpp(engine, live, subject.tokenizer, tolerance=LOG_PROBABILITY_TOLERANCE[kind])

@@ -30,7 +30,16 @@ _TOP = 20
 # Largest difference that passes. In fp32 it is rounding of sums. What is stored in 16 or 8 bits is rounded
 # weight by weight (SmolLM2: 0.03 in fp16, 0.3 in bf16, 1.1 in q8_0); whether the update itself arrived is
 # then told by share_arrived, which rounding does not blur.
-LOGIT_TOLERANCE = {"fp32": 1e-3, "fp16": 0.25, "bf16": 2.0, "q8_0": 4.0}
+LOGIT_TOLERANCE = {
+    "fp32": 1e-3,
+    "fp16": 0.25,
+    "bf16": 2.0,
+    "q8_0": 4.0,
+    "q6_k": 8.0,
+    "q5_k": 8.0,
+    "q4_k": 16.0,
+    "q4_0": 16.0,
+}
 LOG_PROBABILITY_TOLERANCE = {**LOGIT_TOLERANCE, "fp32": 1e-2}
 SHARE_TOLERANCE = 0.2
 
