@@ -110,7 +110,8 @@ def _write_padded(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: s
 
 def _write_gguf_adapter(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
     subject = tuned.subject
-    return gguf_adapter.write_gguf_adapter(folder, tuned.update, subject.config, name=subject.name, dtype=dtype)
+    gguf_adapter.write_gguf_adapter(folder, tuned.update, subject.config, name=subject.name, dtype=dtype)
+    return {}
 
 
 def _write_merged(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
