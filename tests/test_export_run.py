@@ -103,7 +103,14 @@ def test_all_formats_pass_and_hold_what_they_should(run: Path, tmp_path: Path) -
             assert line in card, line
         ElementTree.fromstring((folder / "rank_map.svg").read_text(encoding="utf-8"))
     assert not list((tmp_path / "out").glob("*.part"))
-    assert "  start the engine with: --max-lora-rank 8" in said
+    used = [line.removeprefix("  use it with: ") for line in said if line.startswith("  use it with: ")]
+    assert used == [one.use for one in found.values()]
+    for name, words in {
+        "peft": "qaroma chat", "padded": "--max-lora-rank 8 --lora-modules", "gguf-adapter": "adapter.gguf",
+        "merged": "vllm serve", "gguf": "ollama create counting -f",
+    }.items():  # fmt: skip
+        assert words in found[name].use
+        assert found[name].folder.as_posix() in found[name].use
     assert "vllm serve" in (tmp_path / "out" / "padded" / "README.md").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "out" / "merged" / "config.json").read_text()).get("quantization_config") is None
     assert (tmp_path / "out" / "gguf" / "Modelfile").is_file()

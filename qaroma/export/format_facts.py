@@ -14,11 +14,13 @@ class FormatFacts(NamedTuple):
     Attributes:
         audience: what it is and who reads it, for ``--help``.
         library: as the hub calls what loads it.
-        loading: how each engine loads it, for the card, which fills in the braces.
+        use: the command that uses it, in which the braces are filled in.
+        loading: how each engine loads it, for the card, which fills in the braces, ``use`` among them.
     """
 
     audience: str
     library: str
+    use: str
     loading: str
 
 
@@ -51,6 +53,7 @@ FORMAT_FACTS = {
     "peft": FormatFacts(
         "a rank for each module: PEFT, transformers",
         "peft",
+        "qaroma chat {place}",
         """In PEFT (`pip install peft`):
 
     {in_peft}
@@ -61,9 +64,10 @@ it wrongly: give them the format `padded`.""",
     "padded": FormatFacts(
         "one rank, zero-padded: vLLM, SGLang, Ollama",
         "peft",
+        "vllm serve {base} --enable-lora --max-lora-rank {max_lora_rank} --lora-modules tuned={place}",
         """In vLLM:
 
-    vllm serve {base} --enable-lora --max-lora-rank {max_lora_rank} --lora-modules tuned={place}
+    {use}
 
 In SGLang:
 
@@ -75,15 +79,17 @@ In Ollama: a Modelfile with `FROM` the base and `ADAPTER {place}`. In PEFT: as a
     "gguf-adapter": FormatFacts(
         "llama.cpp, LM Studio",
         "gguf",
+        "llama-cli -m base.gguf --lora {place}/adapter.gguf",
         """In llama.cpp, on a GGUF of the base:
 
-    llama-cli -m base.gguf --lora adapter.gguf
+    {use}
 
 In LM Studio and Ollama: beside the base's GGUF (Ollama: `ADAPTER ./adapter.gguf` in a Modelfile).""",
     ),
     "merged": FormatFacts(
         "an ordinary checkpoint: anything",
         "transformers",
+        "vllm serve {place}",
         """In transformers, vLLM, SGLang or anything else that reads a checkpoint:
 
     model = AutoModelForCausalLM.from_pretrained("{place}"{options})""",
@@ -91,10 +97,11 @@ In LM Studio and Ollama: beside the base's GGUF (Ollama: `ADAPTER ./adapter.gguf
     "gguf": FormatFacts(
         "a model file with an Ollama Modelfile: llama.cpp, Ollama",
         "gguf",
+        "ollama create {name} -f {place}/Modelfile && ollama run {name}",
         """In Ollama:
 
-    ollama create {name} -f Modelfile && ollama run {name}
+    {use}
 
-In llama.cpp: `llama-cli -m model.gguf`. In LM Studio: open `model.gguf`.""",
+In llama.cpp: `llama-cli -m {place}/model.gguf`. In LM Studio: open `model.gguf`.""",
     ),
 }
