@@ -32,7 +32,7 @@ from qaroma.runs.lock import LOCK
 from qaroma.training.finetune import finetune
 
 EXACT = Options(dtype="fp32", outtype="f32")
-FORMATS = ("peft", "padded", "gguf-adapter", "merged", "gguf")
+FORMATS = ("peft", "padded", "gguf-adapter", "mlx", "merged", "gguf")
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,7 @@ def test_all_formats_pass_and_hold_what_they_should(run: Path, tmp_path: Path) -
     assert used == [one.use for one in found.values()]
     for name, words in {
         "peft": "qaroma chat", "padded": "--max-lora-rank 8 --lora-modules", "gguf-adapter": "adapter.gguf",
+        "mlx": "mlx_lm.generate --model",
         "merged": "vllm serve", "gguf": "ollama create counting -f",
     }.items():  # fmt: skip
         assert words in found[name].use

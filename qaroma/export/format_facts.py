@@ -86,13 +86,26 @@ In Ollama: a Modelfile with `FROM` the base and `ADAPTER {place}`. In PEFT: as a
 
 In LM Studio and Ollama: beside the base's GGUF (Ollama: `ADAPTER ./adapter.gguf` in a Modelfile).""",
     ),
+    "mlx": FormatFacts(
+        "Apple's chips: mlx-lm",
+        "mlx",
+        'mlx_lm.generate --model {base} --adapter-path {place} --prompt "a prompt"',
+        """In mlx-lm (`pip install mlx-lm`):
+
+    {use}
+
+`mlx_lm.fuse` makes one model of the base and this.""",
+    ),
     "merged": FormatFacts(
         "an ordinary checkpoint: anything",
         "transformers",
         "vllm serve {place}",
         """In transformers, vLLM, SGLang or anything else that reads a checkpoint:
 
-    model = AutoModelForCausalLM.from_pretrained("{place}"{options})""",
+    model = AutoModelForCausalLM.from_pretrained("{place}"{options})
+
+In mlx-lm: `mlx_lm.generate --model {place} --prompt "a prompt"`, or in 4 bits after
+`mlx_lm.convert --hf-path {place} -q`.""",
     ),
     "gguf": FormatFacts(
         "a model file with an Ollama Modelfile: llama.cpp, Ollama",

@@ -1,4 +1,4 @@
-"""The five formats: how each is checked beforehand, written, and read back for its self-test."""
+"""The formats: how each is checked beforehand, written, and read back for its self-test."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qaroma.errors import QaromaError
-from qaroma.export import gguf_adapter, gguf_model
+from qaroma.export import gguf_adapter, gguf_model, mlx_adapter
 from qaroma.export.format_facts import OUTTYPES
 from qaroma.export.gguf_layout import read_linears
 from qaroma.export.gguf_names import GgufNames
@@ -85,6 +85,10 @@ def _check_gguf_adapter(subject: Subject, update: dict[str, Factors], outtype: s
         names.tensor(f"{module}.weight")
 
 
+def _check_mlx(subject: Subject, update: dict[str, Factors], outtype: str) -> None:
+    mlx_adapter.check_family(subject.config)
+
+
 def _check_gguf(subject: Subject, update: dict[str, Factors], outtype: str) -> None:
     _check_gguf_adapter(subject, update, outtype)
     check_outtype(outtype)
@@ -111,6 +115,12 @@ def _write_padded(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: s
 def _write_gguf_adapter(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
     subject = tuned.subject
     gguf_adapter.write_gguf_adapter(folder, tuned.update, subject.config, name=subject.name, dtype=dtype)
+    return {}
+
+
+def _write_mlx(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
+    subject = tuned.subject
+    mlx_adapter.write_mlx_adapter(folder, tuned.update, subject.config, base=subject.public_base, dtype=dtype)
     return {}
 
 
@@ -155,9 +165,18 @@ def _test_lora(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str)
 def _test_gguf_adapter(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> SelfTest:
     """Read with gguf-py and applied by llama.cpp's rules; llama.cpp itself would need a GGUF of the base."""
     read = gguf_adapter.read_gguf_adapter(folder / gguf_adapter.FILE, tuned.subject.config, tuned.update)
+    return _test_by_rules(tuned, read, dtype, "gguf-py, by llama.cpp's rules")
+
+
+def _test_mlx(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> SelfTest:
+    """mlx-lm itself would need the base once more, as it is published."""
+    read = mlx_adapter.read_mlx_adapter(folder, tuned.update)
+    return _test_by_rules(tuned, read, dtype, "safetensors, by mlx-lm's rules in plain torch")
+
+
+def _test_by_rules(tuned: LiveModel, read: dict[str, Factors], dtype: torch.dtype, engine: str) -> SelfTest:
     with on_hooks(tuned.model(), read):
         tolerance = LOGIT_TOLERANCE[_NAMES[dtype]]
-        engine = "gguf-py, by llama.cpp's rules"
         return compare_model(tuned.model(), tuned.answers(), engine=engine, tolerance=tolerance)
 
 
@@ -195,6 +214,7 @@ FORMATS = {
         Format("peft", torch.float32, False, _check_peft, _write_peft, _test_lora),
         Format("padded", torch.float32, False, _check_padded, _write_padded, _test_lora),
         Format("gguf-adapter", torch.float32, False, _check_gguf_adapter, _write_gguf_adapter, _test_gguf_adapter),
+        Format("mlx", torch.float32, False, _check_mlx, _write_mlx, _test_mlx),
         Format("merged", torch.bfloat16, True, _no_check, _write_merged, _test_merged),
         Format("gguf", torch.float32, True, _check_gguf, _write_gguf, _test_gguf),
     )
