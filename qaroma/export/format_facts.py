@@ -30,12 +30,12 @@ class OutType(NamedTuple):
     Attributes:
         kind: ggml's type of most of them.
         file: what llama.cpp calls such a file.
-        exact: ``fp32``, ``fp16`` and so on: how near an engine's answers must be, see ``selftest``.
+        tolerance: the key of :data:`qaroma.export.selftest.LOGIT_TOLERANCE` that an engine's answers are held to.
     """
 
     kind: str
     file: str
-    exact: str
+    tolerance: str
 
 
 OUTTYPES = {

@@ -197,7 +197,7 @@ def _test_gguf(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str)
     subject, path = tuned.subject, folder / gguf_model.FILE
     live = tuned.merged_answers()
     share = share_arrived(read_linears(path, subject.config, tuned.update), tuned.tensors(), tuned.update)
-    kind = OUTTYPES[outtype].exact
+    kind = OUTTYPES[outtype].tolerance
     if installed("xllamacpp"):
         engine = LlamaCpp(path, context=max(len(one.ids) for one in live))
         test = compare_llama_cpp(engine, live, subject.tokenizer, tolerance=LOG_PROBABILITY_TOLERANCE[kind])

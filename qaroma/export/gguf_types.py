@@ -67,10 +67,10 @@ def kinds_of(shapes: Mapping[str, tuple[int, ...]], outtype: str, *, layers: int
 def _wanted(name: str, outtype: str, *, head: bool, layers: int, grouped: bool) -> str:
     """The type of a matrix whose rows are whole blocks of it: what matters most gets more bits."""
     kind = OUTTYPES[outtype].kind
-    if head and outtype.startswith(("q4", "q5", "q6")):
+    if head and kind in ("Q4_0", "Q4_K", "Q5_K"):
         return "Q6_K"
     match = _LAYER_PART.fullmatch(name)
-    if match is None or not outtype.endswith("_m"):
+    if match is None or not outtype.endswith("_m"):  # llama.cpp's medium mixes
         return kind
     layer, eighth = int(match[1]), layers // 8
     if layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2:
