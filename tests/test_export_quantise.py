@@ -19,8 +19,9 @@ from qaroma.export.gguf_model import write_gguf_model
 from qaroma.export.gguf_types import converted, kinds_of
 from qaroma.export.kquants import quantise
 from qaroma.export.readers import LlamaCpp, load_gguf_model
-from qaroma.export.selftest import compare_llama_cpp, live_answers
-from qaroma.export.weights import dequantised_tensors
+from qaroma.export.selftest import compare_llama_cpp, live_answers, share_arrived
+from qaroma.export.weights import StoredTensor, dequantised_tensors
+from qaroma.method.factors import Factors
 
 BITS = {"Q4_K": 4, "Q5_K": 5, "Q6_K": 6}
 
@@ -128,3 +129,18 @@ def test_llama_cpp_computes_what_a_file_holds(outtype: str, tokenizer, tmp_path:
     test = compare_llama_cpp(LlamaCpp(tmp_path / "model.gguf"), live, tokenizer, tolerance=0.1)
     print(f"\n{outtype}: {test.sentence()}")
     assert test.passed, test.sentence()
+
+
+def test_the_share_of_few_bits_is_that_of_all_modules_together() -> None:
+    """Where one module's weights are drawn to another grid, the update as a whole still tells one that came twice."""
+    update = {name: Factors(torch.ones(1, 4), torch.ones(1, 4) * size) for name, size in (("a", 1.0), ("b", 0.1))}
+
+    def tensors(*shares: float) -> list[StoredTensor]:
+        values = {n: torch.ones(4, 4) * s * f.B[0, 0] for (n, f), s in zip(update.items(), shares, strict=True)}
+        return [StoredTensor(f"{n}.weight", (4, 4), torch.float32, lambda a, b, v=v: v[a:b]) for n, v in values.items()]
+
+    base = tensors(0, 0)
+    assert share_arrived(tensors(1, 0.5), base, update) == pytest.approx(0.5)
+    assert share_arrived(tensors(1, 0.5), base, update, together=True) == pytest.approx(0.995, abs=1e-3)
+    assert share_arrived(tensors(2, 2), base, update, together=True) == pytest.approx(2)
+    assert share_arrived(base, base, {}, together=True) == 1

@@ -225,9 +225,12 @@ def test_a_wrong_scale_fails_and_the_files_are_marked(
     assert not (tmp_path / "out.part").exists()
 
 
-@pytest.mark.parametrize(("kind", "factor"), [("merged", 2.0), ("merged", 0.5), ("gguf", 2.0)])
+@pytest.mark.parametrize(
+    ("kind", "factor", "outtype"),
+    [("merged", 2.0, "f16"), ("merged", 0.5, "f16"), ("gguf", 2.0, "q8_0"), ("gguf", 2.0, "q4_k_m")],
+)
 def test_a_merge_of_a_wrong_scale_fails_even_in_few_bits(
-    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, factor: float
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, factor: float, outtype: str
 ) -> None:
     from qaroma.export import gguf_model, merged
     from qaroma.export.weights import merged_tensors
@@ -238,7 +241,7 @@ def test_a_merge_of_a_wrong_scale_fails_even_in_few_bits(
 
     monkeypatch.setattr(merged if kind == "merged" else gguf_model, "merged_tensors", wrong)
     with pytest.raises(QaromaError, match=r"self-test FAILED.* \d+\.\d % of the update") as error:
-        export(adapter, [kind], output=tmp_path / "out", options=Options(outtype="q8_0"))
+        export(adapter, [kind], output=tmp_path / "out", options=Options(outtype=outtype))
     told = float(re.search(r"([\d.]+) % of the update", str(error.value))[1])
     assert told == pytest.approx(100 * factor, abs=5)  # less what chance leaves of rounding
 

@@ -48,6 +48,8 @@ OUTTYPES = {
     "q4_k_m": OutType("Q4_K", "MOSTLY_Q4_K_M", "q4_k"),
     "q4_0": OutType("Q4_0", "MOSTLY_Q4_0", "q4_0"),
 }
+# Fewer than 8: the share of the update that arrived is then told of all modules together, see ``share_arrived``.
+FEW_BITS = ("q6_k", "q5_k_m", "q4_k_m", "q4_0")
 
 FORMAT_FACTS = {
     "peft": FormatFacts(

@@ -11,7 +11,7 @@ import torch
 
 from qaroma.errors import QaromaError
 from qaroma.export import gguf_adapter, gguf_model, mlx_adapter
-from qaroma.export.format_facts import OUTTYPES
+from qaroma.export.format_facts import FEW_BITS, OUTTYPES
 from qaroma.export.gguf_layout import read_linears
 from qaroma.export.gguf_names import GgufNames
 from qaroma.export.gguf_types import check_outtype
@@ -196,8 +196,9 @@ def _test_gguf(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str)
     """In llama.cpp where it is installed, else through transformers' own GGUF reader."""
     subject, path = tuned.subject, folder / gguf_model.FILE
     live = tuned.merged_answers()
-    share = share_arrived(read_linears(path, subject.config, tuned.update), tuned.tensors(), tuned.update)
-    kind = OUTTYPES[outtype].tolerance
+    kind, together = OUTTYPES[outtype].tolerance, outtype in FEW_BITS
+    written = read_linears(path, subject.config, tuned.update)
+    share = share_arrived(written, tuned.tensors(), tuned.update, together=together)
     if installed("xllamacpp"):
         engine = LlamaCpp(path, context=max(len(one.ids) for one in live))
         test = compare_llama_cpp(engine, live, subject.tokenizer, tolerance=LOG_PROBABILITY_TOLERANCE[kind])
@@ -205,7 +206,7 @@ def _test_gguf(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str)
         device, _ = tuned.room_for_dense("fp32")
         model = load_gguf_model(path, device)
         test = compare_model(model, live, engine="transformers' GGUF reader", tolerance=LOGIT_TOLERANCE[kind])
-    return replace(test, share=share)
+    return replace(test, share=share, share_of="over all modules" if together else test.share_of)
 
 
 FORMATS = {
