@@ -8,9 +8,9 @@ from typing import get_args
 
 import pytest
 
+from qaroma.config.growth_presets import PRESETS
 from qaroma.config.methods import METHODS, MethodName
 from qaroma.config.metrics import METRICS, LabelMetric, metric_facts, metrics_of
-from qaroma.config.presets import PRESETS
 from qaroma.errors import QaromaError
 from qaroma.method.base import Method
 

@@ -14,8 +14,9 @@ import torch
 import yaml
 
 from qaroma.cli import main
+from qaroma.config.decisions import DataFacts, Decision
 from qaroma.config.load import read_settings
-from qaroma.config.presets import DataFacts, Decision, resolve
+from qaroma.config.presets import resolve
 from qaroma.config.schema import Config, ResolvedConfig
 from qaroma.errors import QaromaError
 from qaroma.plan.configure import Room, Start, fit_step, letters, make_start, room_for, start_yaml

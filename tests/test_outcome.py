@@ -12,7 +12,8 @@ from rich.console import Console
 from test_training import make_config
 
 from qaroma.cli import main
-from qaroma.config.presets import DataFacts, resolve, validation_notes
+from qaroma.config.decisions import DataFacts
+from qaroma.config.presets import resolve, validation_notes
 from qaroma.config.schema import Config
 from qaroma.data.split import held_out_keys
 from qaroma.report.outcome import outcome

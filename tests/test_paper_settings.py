@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from qaroma.cli import main
+from qaroma.config.decisions import DataFacts
 from qaroma.config.load import read_settings
-from qaroma.config.presets import DataFacts, resolve
+from qaroma.config.presets import resolve
 
 # inner rank, alpha, T_in, and of the reference's script: eps_out, steps between checks, T
 PUBLISHED = {

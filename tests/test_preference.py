@@ -14,7 +14,8 @@ from rich.console import Console
 from test_training import make_config, records
 
 from qaroma.cli import main
-from qaroma.config.presets import DataFacts, resolve
+from qaroma.config.decisions import DataFacts
+from qaroma.config.presets import resolve
 from qaroma.config.schema import Config
 from qaroma.data.example import IGNORED, Example, Pair
 from qaroma.errors import QaromaError

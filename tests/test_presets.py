@@ -7,8 +7,10 @@ import re
 import pytest
 from pydantic import ValidationError
 
+from qaroma.config.decisions import DataFacts
+from qaroma.config.growth_presets import CRITERIA
 from qaroma.config.growth_settings import growth_settings
-from qaroma.config.presets import CRITERIA, DataFacts, resolve
+from qaroma.config.presets import resolve
 from qaroma.config.schema import (
     BudgetGrowthSection,
     Config,

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from qaroma.config.decisions import DataFacts, ModelFacts
+from qaroma.config.growth_presets import BLOCK, LARGE_BUDGET, SMALL_BUDGET, TRIM
 from qaroma.config.growth_settings import growth_settings
-from qaroma.config.presets import (
-    BITS_A_TOKEN,
-    BLOCK,
-    LARGE_BUDGET,
-    SMALL_BUDGET,
-    TRIM,
-    DataFacts,
-    ModelFacts,
-    resolve,
-    warm_up_notes,
-)
+from qaroma.config.presets import BITS_A_TOKEN, resolve, warm_up_notes
 from qaroma.config.schema import BudgetGrowthSection, Config, ResolvedConfig
 from qaroma.errors import QaromaError
 from qaroma.method.budget import BudgetSettings

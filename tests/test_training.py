@@ -12,7 +12,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from qaroma.config.presets import DataFacts, resolve
+from qaroma.config.decisions import DataFacts
+from qaroma.config.presets import resolve
 from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
 from qaroma.model.documents import APART

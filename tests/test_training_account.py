@@ -15,7 +15,8 @@ from test_training import make_config, records
 from torch import nn
 
 from qaroma.cli import main
-from qaroma.config.presets import DataFacts, resolve
+from qaroma.config.decisions import DataFacts
+from qaroma.config.presets import resolve
 from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
 from qaroma.method.adapter import Adapter

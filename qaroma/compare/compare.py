@@ -17,9 +17,10 @@ from qaroma.compare.processes import Folder, carry_out
 from qaroma.compare.specs import MakeConfig, PlannedRun, plan_runs, report, shared_settings
 from qaroma.compare.table import markdown
 from qaroma.compare.verdict import verdict
+from qaroma.config.decisions import DataFacts
 from qaroma.config.methods import METHODS
 from qaroma.config.metrics import metric_facts
-from qaroma.config.presets import DataFacts, resolve
+from qaroma.config.presets import resolve
 from qaroma.config.schema import GrowthSection
 from qaroma.errors import QaromaError
 from qaroma.report.style import has_matplotlib

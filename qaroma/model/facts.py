@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qaroma.config.presets import ModelFacts
+from qaroma.config.decisions import ModelFacts
 from qaroma.config.tasks import WRITING
 from qaroma.method.dequantise import layer_shape
 from qaroma.method.targets import find_targets

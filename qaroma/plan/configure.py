@@ -18,9 +18,11 @@ import psutil
 import torch
 import yaml
 
+from qaroma.config.decisions import Decision
+from qaroma.config.growth_presets import LARGE_BUDGET
 from qaroma.config.levels import LEVELS
 from qaroma.config.load import config_fields, require_model_and_data
-from qaroma.config.presets import LARGE_BUDGET, Decision, resolve
+from qaroma.config.presets import resolve
 from qaroma.config.schema import Config, DataSource, ResolvedConfig
 from qaroma.config.tasks import PREFERENCE
 from qaroma.config.words import memory_size

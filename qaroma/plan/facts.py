@@ -6,8 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from qaroma.config.decisions import DataFacts, ModelFacts
 from qaroma.config.methods import METHODS
-from qaroma.config.presets import DataFacts, ModelFacts, told_bits
+from qaroma.config.presets import told_bits
 from qaroma.config.schema import Config
 from qaroma.config.tasks import PREFERENCE
 from qaroma.data.encode import Encoded, encode_rows

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from qaroma.config.growth_presets import CRITERIA
 from qaroma.config.load import require_model_and_data
 from qaroma.config.methods import METHODS
-from qaroma.config.presets import CRITERIA
 from qaroma.config.schema import Config, ResolvedGrowthSection
 from qaroma.data.sources import require_source
 from qaroma.errors import QaromaError

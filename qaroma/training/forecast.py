@@ -11,8 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
+from qaroma.config.decisions import Decision
 from qaroma.config.levels import LEVELS
-from qaroma.config.presets import Decision
 from qaroma.config.schema import BudgetGrowthSection, Config, GrowingSection, ResolvedConfig
 from qaroma.config.words import file_size, memory_size
 from qaroma.model.base import resolve_device

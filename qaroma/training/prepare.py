@@ -9,9 +9,10 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from qaroma.config.decisions import DataFacts, Decision
 from qaroma.config.load import require_model_and_data
 from qaroma.config.metrics import metrics_of
-from qaroma.config.presets import BITS_A_TOKEN, DataFacts, Decision, resolve, validation_notes, warm_up_notes
+from qaroma.config.presets import BITS_A_TOKEN, resolve, validation_notes, warm_up_notes
 from qaroma.config.schema import Config, ResolvedConfig
 from qaroma.config.tasks import PREFERENCE
 from qaroma.data.encode import Encoded, limit_length

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qaroma.config.presets import DataFacts
+from qaroma.config.decisions import DataFacts
 from qaroma.method.factors import Update
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from qaroma.compare.suite.beds import PRETRAINING, Bed, Place
 from qaroma.compare.suite.bench import Bench, step_generator
 from qaroma.compare.suite.bytemodel import LENGTH, next_byte_logits, next_byte_loss, pretrained, read_text, windows
-from qaroma.config.presets import BITS_A_TOKEN, DataFacts
+from qaroma.config.decisions import DataFacts
+from qaroma.config.presets import BITS_A_TOKEN
 from qaroma.method.targets import find_targets
 from qaroma.model.facts import facts_of_module
 from qaroma.tasks.evaluation import evaluating, standard_error

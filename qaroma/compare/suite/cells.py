@@ -16,7 +16,7 @@ import qaroma
 from qaroma.runs.files import read_json, write_atomically
 
 # What decides how growth behaves: an edit to it makes the cells of growth ones of another rule.
-_RULE = ("method", "config/presets.py")
+_RULE = ("method", "config/presets.py", "config/growth_presets.py")
 
 
 @dataclass(frozen=True)

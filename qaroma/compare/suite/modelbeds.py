@@ -15,8 +15,9 @@ import torch
 
 from qaroma.compare.suite.beds import Bed, Place, minilm
 from qaroma.compare.suite.bench import Bench
+from qaroma.config.decisions import DataFacts
 from qaroma.config.load import read_settings
-from qaroma.config.presets import BITS_A_TOKEN, DataFacts
+from qaroma.config.presets import BITS_A_TOKEN
 from qaroma.data import demo
 from qaroma.data.encode import IGNORED
 from qaroma.method.head import head_names, is_inside

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qaroma.compare.suite.beds import Bed, Place
 from qaroma.compare.suite.bench import Bench, step_generator
-from qaroma.config.presets import DataFacts
+from qaroma.config.decisions import DataFacts
 from qaroma.method.factors import Update
 from qaroma.method.spectrum import product_svd
 from qaroma.method.targets import find_targets
