@@ -259,11 +259,11 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     finetune(config_for("whole"), console=QUIET)
     original, calls = fit_module.accumulate, []
 
-    def dies(session: Any, batches: Any, *shown: Any) -> dict[str, float]:
+    def dies(session: Any, batches: Any, *others: Any) -> dict[str, float]:
         calls.append(1)
         if len(calls) == 8:
             raise KeyboardInterrupt
-        return original(session, batches)
+        return original(session, batches, *others)
 
     monkeypatch.setattr(fit_module, "accumulate", dies)
     with pytest.raises(KeyboardInterrupt):
