@@ -19,8 +19,8 @@ from test_run_table import write_run
 from qaroma.cli import main
 
 # Where the work of a command is; all before that is done in earnest: arguments, files, runs, settings.
-WORK = ("training.finetune", "training.forecast", "inference.open", "inference.chat", "export.exporter", "export.push",
-        "report.write", "plan.report", "plan.configure", "bench.bench", "bench.sheet", "benchmarks.harness",
+WORK = ("training.finetune", "training.forecast", "training.launch", "inference.open", "inference.chat",
+        "export.exporter", "export.push", "report.write", "plan.report", "plan.configure", "bench.bench", "bench.sheet", "benchmarks.harness",
         "compare.compare", "compare.suite.suite", "doctor.machine", "data.encode")  # fmt: skip
 # What readers have of their own.
 FILES = {

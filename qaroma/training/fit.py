@@ -54,7 +54,7 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
         page.update()
         _probe(session, state, view)
     ending: Ending = "budget"
-    keep, saved = session.config.checkpoint.keep, False
+    saved = False
     session.model.train()
     while state.step < training.max_steps and not method.finished:
         with left_behind(session, state):
@@ -64,7 +64,7 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
                 return "interrupted"
             record = _train_step(session, state, view)
         if saved:  # that checkpoint has gone on well, so that older ones are not needed to go back to
-            keep_newest(session.run.checkpoints, keep)
+            _forget_older(session)
         events = method.step(record["figures"]["loss"])
         if events:
             require_same_state(session, state.step + 1)
@@ -92,8 +92,13 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
         ending = method.ending
     _log_new(session, method.finish())
     _log_ranks(session, state, ranks)
-    keep_newest(session.run.checkpoints, keep)
+    _forget_older(session)
     return ending
+
+
+def _forget_older(session: Session) -> None:
+    if session.ranks.is_first:
+        keep_newest(session.run.checkpoints, session.config.checkpoint.keep)
 
 
 def _train_step(session: Session, state: FitState, view: ProgressView) -> dict[str, Any]:
