@@ -165,3 +165,15 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]  # fmt: skip
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty questions with the answer that a rule gives, and another one, of several lengths."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [
+        {"prompt": f"count {n} " + "x" * (n % 7), "chosen": f"it is {n % 5}", "rejected": f"it is not {n % 3} " * 2}
+        for n in range(40)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

@@ -8,8 +8,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import random
 import signal
 import socket
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -24,8 +28,11 @@ import torch.distributed as dist
 from rich.console import Console
 from test_kill_and_resume import fingerprints
 from test_labelled import make_config as labelled_config
+from test_preference import preference_config
 from test_training import make_config, records
 
+from qaroma.cli import main
+from qaroma.config.load import dump_config
 from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
 from qaroma.runs.checkpoint import list_checkpoints, step_of
@@ -45,7 +52,8 @@ PERTURBED = "model.layers.1.mlp.up_proj"
 Job = tuple[Config, bool, str | None]
 
 
-# What happens in a rank. Of the language model's passes each rank of two makes two a step.
+# What happens in a rank. Each of two makes two of the language model's passes a step; but the first step here has one
+# row, and the second rank none.
 
 
 def at_pass(number: int, happens: Callable[[], None]) -> Any:
@@ -269,7 +277,7 @@ def test_a_rank_that_differs_is_named_at_the_next_growth(of_two: tuple[Path, dic
 def test_who_stops_one_rank_stops_all(of_two: tuple[Path, dict]) -> None:
     folder, ended = of_two
     assert ended["stopped", 0] == ended["stopped", 1] == "KeyboardInterrupt: "
-    assert step_of(list_checkpoints(folder / "stopped" / "checkpoints")[-1]) == 3  # the pass was of the third step
+    assert step_of(list_checkpoints(folder / "stopped" / "checkpoints")[-1]) == 4  # in which it was told
 
 
 def test_a_killed_rank_ends_all_and_any_number_goes_on_to_the_same_bytes(
@@ -278,7 +286,7 @@ def test_a_killed_rank_ends_all_and_any_number_goes_on_to_the_same_bytes(
     folder, ended = of_two
     assert ("killed", 1) not in ended
     assert ended["killed", 0].startswith("QaromaError: another process of this run has ended, or has not answered for")
-    assert "The run is safe up to step 5. With any number of processes go on with: qaroma" in ended["killed", 0]
+    assert "The run is safe up to step 6. With any number of processes go on with: qaroma" in ended["killed", 0]
     finetune(Config.model_validate({"output": str(folder / "killed")}), resume=True, console=QUIET)
     assert_same(folder / "killed", alone / "text")
 
@@ -298,3 +306,145 @@ def test_micro_batches_that_cannot_be_shared_are_refused(micro_batches: int, cou
     with pytest.raises(QaromaError, match=rf"which {count} processes cannot share evenly; type --grad-accum {nearest}"):
         require_shares(micro_batches, count)
     require_shares(nearest, count)
+
+
+# What takes longer: every method, four processes, kills at any moment, and the commands as they are typed.
+
+OF_TEXT: dict[str, dict[str, Any]] = {
+    "budget": {"growth": {"start_rank": 1, "max_rank": 4, "dropout": 0.1}, "training__learning_rate": 1e-6,
+               "training__max_steps": 36, "data__packing": True, "data__max_length": 64},
+    "product": {"growth__inner_criterion": "product", "growth__schedule": "independent", "growth__eps_out": 0.05},
+    "gradient": {"growth__init": "gradient", "growth__window": 2},
+    "relora": {"method": "relora"},
+    "lora": {"method": "lora", "rank": 4},
+    "peft-lora": {"method": "peft-lora", "rank": 4},
+    "adalora": {"method": "adalora", "rank": 2, "training__max_steps": 16},
+    "bf16": {"model__compute_dtype": "bf16", "training__memory": 2},
+}  # fmt: skip
+OF_LABELS: dict[str, dict[str, Any]] = {
+    "head-aroma": {},
+    "head-lora": {"method": "lora", "rank": 2},
+    "head-adalora": {"method": "adalora", "rank": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def every_run(tiny_folder: Path, encoder_folder: Path, data_file: Path, pairs: Path, pairs_file: Path) -> Any:
+    """Every kind of run, to be written into a folder."""
+
+    def into(folder: Path) -> list[Config]:
+        texts = [grown(tiny_folder, data_file, folder / name, **changes) for name, changes in OF_TEXT.items()]
+        labels = [with_head(encoder_folder, pairs, folder / name, **changes) for name, changes in OF_LABELS.items()]
+        preference = preference_config(tiny_folder, pairs_file, folder / "preference")
+        preference.training.grad_accum = MICRO_BATCHES
+        return [*texts, *labels, preference]
+
+    return into
+
+
+@pytest.fixture(scope="module")
+def every_run_alone(tmp_path_factory: pytest.TempPathFactory, every_run: Any) -> Path:
+    folder = tmp_path_factory.mktemp("every")
+    for config in every_run(folder):
+        finetune(config, console=QUIET)
+    for name in ("budget", "product", "gradient", "relora", "head-aroma"):
+        assert "commit" in {event["decision"] for event in records(folder / name, "growth")}
+    assert len(records(folder / "adalora", "ranks")) > 1
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_every_method_trains_the_run_of_one(count: int, tmp_path: Path, every_run: Any, every_run_alone: Path) -> None:
+    configs = every_run(tmp_path)
+    ended = launch(count, [(config, False, None) for config in configs], tmp_path / "told")
+    assert set(ended.values()) == {"done"}
+    assert len(ended) == count * len(configs)
+    for config in configs:
+        assert_same(Path(config.output), every_run_alone / Path(config.output).name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(10))
+def test_a_rank_killed_at_any_moment_and_any_number_goes_on(
+    number: int, tmp_path: Path, tiny_folder: Path, data_file: Path, alone: Path
+) -> None:
+    chance = random.Random(number)
+    count, then = chance.choice([2, 4]), (2, 1, 4)[number % 3]
+    victim, step, wait = chance.randrange(count), chance.randrange(STEPS), chance.uniform(0, 0.3)
+    run = tmp_path / "run"
+    ranks = begin(count, [(grown(tiny_folder, data_file, run), False, None)], tmp_path / "told")
+    metrics, reached = run / "metrics.jsonl", f'{{"step": {step}, ' if step else '"validation"'
+    while not (metrics.exists() and reached in metrics.read_text(encoding="utf-8")):
+        assert all(process.is_alive() for process in ranks)
+        time.sleep(0.001)
+    time.sleep(wait)
+    os.kill(ranks[victim].pid, signal.SIGKILL)
+    for process in ranks:
+        process.join(120)
+        assert process.exitcode is not None
+    whole = (tmp_path / "told" / f"0-{(victim + 1) % count}.txt").read_text(encoding="utf-8") == "done"
+    saved = step_of(list_checkpoints(run / "checkpoints")[-1])
+    assert whole or saved >= step - 4  # a checkpoint is due every four steps
+    config = Config.model_validate({"output": str(run)})
+    config.training.device = "cpu"
+    ended = launch(then, [(config, True, None)], tmp_path / "then")
+    assert list(ended.values()) == ["done"] * then
+    assert_same(run, alone / "text")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--nproc-per-node", "2", "-m"],
+        ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"],
+    ],
+)
+def test_the_launchers_that_people_have(
+    launcher: list[str], tmp_path: Path, tiny_folder: Path, data_file: Path, alone: Path
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_config(grown(tiny_folder, data_file, tmp_path / "run")), encoding="utf-8")
+    typed = [sys.executable, "-m", *launcher, "qaroma", "finetune", "--config", str(file), "--json"]
+    done = subprocess.run(typed, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == STEPS  # once
+    assert_same(tmp_path / "run", alone / "text")
+
+
+def test_more_cards_than_there_are_are_refused(
+    tiny_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    typed = ["finetune", "--model", str(tiny_folder), "--data", str(data_file), "--output", str(tmp_path / "run")]
+    assert main([*typed, "--gpus", "2"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "got --gpus 2, but there are 1 CUDA cards to train on" in said
+    assert "torchrun --nproc-per-node 2 -m qaroma finetune --device cpu" in said
+
+
+@pytest.mark.slow
+def test_gpus_starts_a_process_a_card_and_ctrl_c_saves(
+    tiny_folder: Path, data_file: Path, tmp_path: Path, alone: Path
+) -> None:
+    """On a machine that is said to have two cards; without any, both processes train on the CPU."""
+    run, file = tmp_path / "run", tmp_path / "config.yaml"
+    config = grown(tiny_folder, data_file, run)
+    config.training.device = "auto"
+    file.write_text(dump_config(config), encoding="utf-8")
+    two_cards = "import sys, torch; torch.cuda.device_count = lambda: 2; from qaroma.cli import main; sys.exit(main())"
+    typed = [sys.executable, "-c", two_cards, "finetune", "--config", str(file), "--gpus", "2"]
+    process = subprocess.Popen(typed, stderr=subprocess.PIPE, text=True)
+    metrics = run / "metrics.jsonl"
+    while not (metrics.exists() and '{"step": 2, ' in metrics.read_text(encoding="utf-8")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 130, error
+    assert f"go on with: qaroma finetune --resume --output {run.as_posix()}" in error
+    typed[typed.index("--config") :] = ["--resume", "--output", str(run), "--gpus", "2"]
+    assert subprocess.run(typed).returncode == 0
+    assert_same(run, alone / "text")
