@@ -80,7 +80,8 @@ def command(
         raise QaromaError("got --dry-run with --resume; a run that goes on stays what it was. Leave one of them out")
     settings = read_config(config, parameters, sets)
     check_finetune(settings, resume=resume, typed=typed_keys(parameters, sets))
-    if gpus is not None and gpus > 1 and not dry_run and "WORLD_SIZE" not in os.environ:
+    begun_by_launcher = os.environ.get("WORLD_SIZE", "1") != "1"
+    if gpus is not None and gpus > 1 and not dry_run and not begun_by_launcher:
         from qaroma.training.launch import launch
 
         context = click.get_current_context()
