@@ -39,8 +39,9 @@ from qaroma.runs.checkpoint import list_checkpoints, step_of
 from qaroma.tasks.causal_lm import CausalLM
 from qaroma.training import fit as fit_module
 from qaroma.training import memory as memory_module
+from qaroma.training import ranks as ranks_module
 from qaroma.training.finetune import finetune
-from qaroma.training.ranks import Ranks, require_shares
+from qaroma.training.ranks import Ranks, joined, require_shares
 
 QUIET = Console(quiet=True)
 TIMES = ("seconds", "tokens_per_second", "memory_bytes")
@@ -128,6 +129,10 @@ def mischief(name: str | None, rank: int, told: Path) -> Any:
         held.enter_context(at_pass(5, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     if name == "perturbed" and rank == 1:
         held.enter_context(perturbed())
+    if name == "hangs":
+        held.enter_context(mock.patch.object(ranks_module, "STEP_MINUTES", 0.25))
+        if rank == 1:
+            held.enter_context(at_pass(5, lambda: time.sleep(40)))
     if name == "killed" and rank == 1:
         held.enter_context(at_pass(12, lambda: os.kill(os.getpid(), signal.SIGKILL)))
     return held
@@ -394,6 +399,19 @@ def test_a_rank_killed_at_any_moment_and_any_number_goes_on(
 
 
 @pytest.mark.slow
+def test_a_rank_that_hangs_is_given_up_after_the_time_that_is_said(
+    tmp_path: Path, tiny_folder: Path, data_file: Path, alone: Path
+) -> None:
+    config = grown(tiny_folder, data_file, tmp_path / "run")
+    ended = launch(2, [(config, False, "hangs")], tmp_path / "told")
+    for rank in (0, 1):
+        assert "has not answered for 0.25 minutes" in ended[0, rank]
+        assert "The run is safe up to step 3." in ended[0, rank]
+    finetune(Config.model_validate({"output": config.output}), resume=True, console=QUIET)
+    assert_same(tmp_path / "run", alone / "text")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
     [
@@ -411,6 +429,13 @@ def test_the_launchers_that_people_have(
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == STEPS  # once
     assert_same(tmp_path / "run", alone / "text")
+
+
+def test_a_launcher_that_would_split_the_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(QaromaError, match="every card holds the whole 4-bit base"), joined("auto"):
+        pass
 
 
 def test_more_cards_than_there_are_are_refused(

@@ -181,6 +181,7 @@ def accumulate(
             session.accelerator.backward(loss_sum / (count / scale))
             totals.add_(torch.stack([loss_sum.detach(), *(told[name] for name in session.task.told)]))
             sums.micro_batch_done()
+        sums.share_done()
 
     if session.ranks.any(runs_out_of_memory(passes)):
         raise torch.OutOfMemoryError("no memory for a step")

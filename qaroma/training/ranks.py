@@ -81,7 +81,9 @@ class Ranks:
 
     def most(self, number: int) -> int:
         """The largest number of all ranks."""
-        return max(self._gathered(number))
+        if self.alone:
+            return number
+        return max(self._gathered(number, self._waits))
 
     def first(self, work: Callable[[], Result]) -> Result:
         """What the first rank's work gives, on all of them; the others wait for it.
@@ -119,7 +121,7 @@ class Ranks:
             result = work()
         except Exception as error:
             failure = error
-        failed = [rank for rank, fault in enumerate(self._gathered(failure is not None)) if fault]
+        failed = [rank for rank, fault in enumerate(self._gathered(failure is not None, self._waits)) if fault]
         if failed and (failure is None or failed[0] != self.number):
             raise ToldElsewhereError from failure
         if failure is not None:
@@ -139,7 +141,7 @@ class Ranks:
         """
         if self.alone:
             return
-        digests = self._gathered({name: _digest(value) for name, value in state().items()})
+        digests = self._gathered({name: _digest(value) for name, value in state().items()}, self._steps)
         for rank, other in enumerate(digests):
             differing = [name for name in {**digests[0], **other} if other.get(name) != digests[0].get(name)]
             if differing and not self.is_first:
@@ -151,12 +153,10 @@ class Ranks:
                     f"same. Nothing of it was saved. {hint}"
                 )
 
-    def _gathered(self, value: Result) -> list[Result]:
-        if self.alone:
-            return [value]
+    def _gathered(self, value: Result, group: Any) -> list[Result]:
         found: list[Any] = [None] * self.count
         with _losses_told():
-            dist.all_gather_object(found, value, group=self._steps)
+            dist.all_gather_object(found, value, group=group)
         return found
 
 
@@ -175,6 +175,7 @@ class StepSum:
     def __init__(self, ranks: Ranks, tensors: Sequence[Tensor]) -> None:
         self.ranks, self.tensors = ranks, tensors
         self._aside: list[Tensor] = []
+        self._total: Tensor | None = None
 
     def micro_batch_done(self) -> None:
         if self.ranks.ordered and not self.ranks.is_first:
@@ -182,11 +183,16 @@ class StepSum:
             for tensor in self.tensors:
                 tensor.zero_()
 
+    def share_done(self) -> None:
+        """Make this rank's message ready, while it can still tell the others that it has no memory for it."""
+        if not self.ranks.alone:
+            self._total = self._flat()
+
     def over_all_ranks(self) -> None:
-        """Put the sum over all ranks into the tensors, with one message a rank however many they are."""
-        if self.ranks.alone:
+        """Put the sum over all ranks into the tensors, all of them in one message."""
+        total = self._total
+        if total is None:
             return
-        total = self._flat()
         with _losses_told():
             if self.ranks.ordered:
                 self._in_order(total)
@@ -236,7 +242,11 @@ def joined(device: str, reduce: str = "auto", *, deterministic: bool = False) ->
         if place >= cards:
             raise QaromaError(f"got process {place + 1} on a machine with {cards} cards; start one process a card")
         torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if on_cards else "gloo", timeout=timedelta(minutes=STEP_MINUTES))
+    dist.init_process_group(
+        "nccl" if on_cards else "gloo",
+        timeout=timedelta(minutes=STEP_MINUTES),
+        device_id=torch.device("cuda", place) if on_cards else None,  # what NCCL takes of a card it takes now
+    )
     if dist.get_rank() > 0:
         logging.disable(logging.WARNING)  # the first rank warns of the same
     ordered = reduce == "ordered" or (reduce == "auto" and (deterministic or not on_cards))
