@@ -176,7 +176,7 @@ def accumulate(
 
     def passes() -> None:
         for place, batch in shown(session.ranks.share(list(enumerate(batches)))):
-            torch.manual_seed(session.plan.draws(step, place))
+            _draw_from(session.plan.draws(step, place), session.accelerator.device)
             loss_sum, told = session.task.step(session.model, batch.to(session.accelerator.device))
             session.accelerator.backward(loss_sum / (count / scale))
             totals.add_(torch.stack([loss_sum.detach(), *(told[name] for name in session.task.told)]))
@@ -193,6 +193,13 @@ def accumulate(
         session.method.multiply_gradients(1 / scale)
     *found, norm = torch.cat([totals, session.method.gradient_norm()[None]]).tolist()
     return {name: value / count for name, value in zip(names, found, strict=True)}, norm
+
+
+def _draw_from(seed: int, device: torch.device) -> None:
+    """Begin what is drawn anew; ``torch.manual_seed`` looks for devices of every kind, which takes a millisecond."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _record_step(
