@@ -35,6 +35,7 @@ class Seen:
     width: int
     text: str
     figures: list[tuple[float, float]]
+    smallest: float  # height of the smallest letters in a figure, in pixels
     errors: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
@@ -44,6 +45,8 @@ _LOOK = """JSON.stringify({
   width: document.documentElement.scrollWidth,
   text: document.body.innerText,
   figures: [...document.querySelectorAll("figure svg")].map(e => [e.clientWidth, e.clientHeight]),
+  smallest: Math.min(...[...document.querySelectorAll("figure svg text")].filter(e => e.getClientRects().length)
+    .map(e => parseFloat(getComputedStyle(e).fontSize) * e.getScreenCTM().d)),
 })"""
 
 

@@ -264,3 +264,32 @@ def test_piped_lines_give_bare_answers(
     monkeypatch.setattr("sys.stdin", io.StringIO("count 3\n/exit\nnever read\n"))
     assert main(["chat", str(adapter), "--device", "cpu", "--max-new-tokens", "12"]) == 0
     assert capsys.readouterr().out == greedy(tuned, Message("user", "count 3")) + "\n"
+
+
+def test_messages_and_answers_as_lines_of_json(
+    adapter: Path, tuned: TunedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        '{"message": "count 3", "base": true}',
+        "count 4",
+        '{"message": 4}',
+        '{"reset": true, "message": "count\\n5"}',
+    ]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    assert main(["chat", str(adapter), "--device", "cpu", "--max-new-tokens", "12", "--json"]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert told[0] == {"ready": True}
+    assert sum("done" in line for line in told) == len(lines)
+    first = told[: told.index({"done": True})]
+    answers = {
+        who: "".join(line.get("piece", "") for line in first if line.get("from") == who) for who in ("tuned", "base")
+    }
+    assert answers["tuned"] == greedy(tuned, Message("user", "count 3"))
+    with adapter_off(tuned.model):
+        assert answers["base"] == greedy(tuned, Message("user", "count 3"))
+    assert [line["from"] for line in first if "end" in line] == ["tuned", "base"]
+    assert [line["error"] for line in told if "error" in line] == [
+        'got a line that is no message; expected {"message": TEXT}'
+    ] * 2
+    last = told[len(told) - told[-2::-1].index({"done": True}) - 1 :]
+    assert "".join(line.get("piece", "") for line in last) == greedy(tuned, Message("user", "count\n5"))

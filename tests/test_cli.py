@@ -404,6 +404,12 @@ def test_data_preview_marks_what_is_trained(
     assert "⟦[a0]<|im_end|>⟧" in out
     assert "[q1]" not in out
     assert "3 of 5 rows, form alpaca, template chat" in out
+    assert main(["data", "preview", *arguments, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    ((whole,),) = told["examples"]
+    assert whole["pieces"][-1] == [True, "[a0]<|im_end|>"]
+    assert [trained for trained, _ in whole["pieces"]] == [False, True]
+    assert told["form"] == "alpaca"
     long = [{"instruction": "long " * 400, "output": "[a]"}]
     (tmp_path / "rows.json").write_text(json.dumps(long), encoding="utf-8")
     assert main(["data", "preview", *arguments[:4]]) == 0

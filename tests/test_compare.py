@@ -7,8 +7,10 @@ import math
 import os
 import shutil
 import statistics as reference
+import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ from rich.console import Console
 
 from qaroma.cli import main
 from qaroma.compare.collect import MethodFigures, RunFigures, collect, reference_of
+from qaroma.compare.machine import one_card_each
 from qaroma.compare.processes import Folder, carry_out
-from qaroma.compare.specs import parse_spec, plan_runs, shared_settings
+from qaroma.compare.specs import PlannedRun, parse_spec, plan_runs, shared_settings
 from qaroma.compare.statistics import deviation, difference, mean
 from qaroma.compare.table import markdown
 from qaroma.compare.verdict import verdict
@@ -260,46 +263,124 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return use
 
 
+def carried_out(
+    folder: Path, cards: Sequence[str | None] = (None,), *, seeds: str = "0", stop: StopRequest | None = None
+) -> dict[str, str | None]:
+    """What became of each run that ended, and whether all were stopped."""
+    ended: dict[str, str | None] = {}
+
+    def note(planned: PlannedRun, reason: str | None) -> None:
+        ended[planned.name] = reason
+
+    runs = plan_runs(from_sets, "lora:8", seeds, str(folder))
+    try:
+        carry_out(runs, Folder(folder), QUIET, stop or StopRequest(), note, cards)
+    except KeyboardInterrupt:
+        ended["stopped"] = None
+    return ended
+
+
 def test_a_run_that_fails_costs_only_itself(tmp_path: Path, stand_in: Any) -> None:
     stand_in('echo "$@"; echo error: no such model; exit 2')
-    planned = plan_runs(from_sets, "lora:8", "0", str(tmp_path))[0]
-    folder = Folder(tmp_path)
-    assert carry_out(planned, folder, QUIET, StopRequest()) == "error: no such model"
+    assert carried_out(tmp_path) == {"lora-8-s0": "error: no such model"}
+    planned, folder = plan_runs(from_sets, "lora:8", "0", str(tmp_path))[0], Folder(tmp_path)
     printed = folder.log(planned).read_text(encoding="utf-8")
     assert "-m qaroma.cli.attached finetune --config" in printed
     assert "--resume" not in printed
     assert read_settings(folder.asked(planned), {}, []) == planned.config
     RunDirectory(tmp_path / "lora-8-s0").create("method: lora\n")  # it began, this time
-    carry_out(planned, folder, QUIET, StopRequest())
+    carried_out(tmp_path)
     assert "--resume" in folder.log(planned).read_text(encoding="utf-8")
+
+
+def test_runs_side_by_side_have_a_card_each(tmp_path: Path, stand_in: Any) -> None:
+    # Each of the first two waits for the other; the third takes the card that is free.
+    both_began = "for i in $(seq 200); do [ $(ls began-* | wc -l) -ge 2 ] && break; sleep 0.05; done"
+    stand_in(f"cd {tmp_path}; touch began-$$; {both_began}; echo card $CUDA_VISIBLE_DEVICES; exit 2")
+    ended = carried_out(tmp_path, ["2", "GPU-7"], seeds="0,1,2")
+    assert {ended["lora-8-s0"], ended["lora-8-s1"]} == {"card 2", "card GPU-7"}
+    assert ended["lora-8-s2"] in {"card 2", "card GPU-7"}
+    assert len(list(tmp_path.glob("began-*"))) == 3
+    assert set(json.loads((tmp_path / "hardware.json").read_text(encoding="utf-8"))) == set(ended)
+
+
+def test_the_cards_of_the_children_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(QaromaError, match=r"got --gpus 1, but torch sees no GPU here\. Leave it out"):
+        one_card_each(1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert one_card_each(2) == ["0", "1"]
+    with pytest.raises(QaromaError, match=r"got --gpus 3, but torch sees 2 GPUs here\. Type: --gpus 2"):
+        one_card_each(3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-7,-1,0")  # CUDA takes nothing behind what it does not know
+    assert one_card_each(2) == ["3", "GPU-7"]
+    assert one_card_each(1) == ["3"]
+
+
+def test_gpus_are_refused_where_they_are_of_no_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rest = ["compare", "--data", str(tmp_path), "--output", str(tmp_path / "out"), "--gpus", "2"]
+    assert main([*rest, "--suite", "growth"]) == 2
+    assert "a suite runs on the CPU. Type: --jobs 2" in capsys.readouterr().err
+    assert main([*rest, "--model", "smollm2-135m", "--methods", "aroma", "--device", "cpu"]) == 2
+    assert "got --gpus 2 with device cpu" in capsys.readouterr().err
 
 
 def test_a_request_to_stop_is_passed_on_and_waited_for(tmp_path: Path, stand_in: Any) -> None:
     # Python, not a shell: a shell that was started in the background can't trap the signal.
     script = (
-        "import pathlib, signal, sys, time\n"
+        "import os, pathlib, signal, sys, time\n"
         "def stop(*_):\n"
-        f"    pathlib.Path({str(tmp_path / 'saved')!r}).write_text('saved')\n"
+        f"    (pathlib.Path({str(tmp_path)!r}) / ('saved-' + os.environ['CUDA_VISIBLE_DEVICES'])).touch()\n"
         "    sys.exit(130)\n"
         "signal.signal(signal.SIGINT, stop)\n"
         "print('ready', flush=True)\n"
         "time.sleep(60)"
     )
     stand_in(script, sys.executable)
-    planned = plan_runs(from_sets, "lora:8", "0", str(tmp_path))[0]
 
     class Later(StopRequest):
         @property
         def requested(self) -> bool:
-            log = Folder(tmp_path).log(planned)
-            return log.is_file() and "ready" in log.read_text(encoding="utf-8")
+            return sum("ready" in log.read_text(encoding="utf-8") for log in tmp_path.glob("logs/*.log")) == 2
 
         @requested.setter
         def requested(self, value: bool) -> None: ...
 
-    with pytest.raises(KeyboardInterrupt):
-        carry_out(planned, Folder(tmp_path), QUIET, Later())
-    assert (tmp_path / "saved").is_file()
+    assert carried_out(tmp_path, ["0", "1"], seeds="0,1,2", stop=Later()) == {"stopped": None}
+    assert {file.name for file in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}
+
+
+def test_no_run_outlives_a_comparison_that_is_killed(tmp_path: Path) -> None:
+    """Each waits for the end of its input, which comes with the end of the process that began it."""
+    if os.name == "nt":
+        pytest.skip("the stand-in is a shell script")
+    run = tmp_path / "stand-in"
+    run.write_text(f"#!/bin/sh\ncd {tmp_path}\ntouch began-$$\ncat\ntouch gone-$$\n", encoding="utf-8")
+    run.chmod(0o755)
+    script = (
+        "import sys\n"
+        "from rich.console import Console\n"
+        "from qaroma.compare.processes import Folder, carry_out\n"
+        "from qaroma.compare.specs import plan_runs\n"
+        "from qaroma.config.load import read_settings\n"
+        "from qaroma.runs.stop import StopRequest\n"
+        f"folder, sys.executable = {str(tmp_path)!r}, {str(run)!r}\n"
+        "config = lambda sets: read_settings(None, {}, ['training.device=cpu', *sets])\n"
+        "runs = plan_runs(config, 'lora', '0,1', folder)\n"
+        "carry_out(runs, Folder(folder), Console(quiet=True), StopRequest(), print, ['0', '1'])\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script]) as comparison:
+        wait_until(lambda: len(list(tmp_path.glob("began-*"))) == 2)
+        comparison.kill()
+    wait_until(lambda: len(list(tmp_path.glob("gone-*"))) == 2)
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,15 @@ CARD = Card("RTX 4060", 7 * GIB, 8 * GIB)
         (checks.gpu(CARD), "ok", "RTX 4060, 7.0 GiB of 8.0 GiB"),
         (checks.gpu(Card("RTX 4060", 2 * GIB, 8 * GIB)), "note", "6.0 GiB are held by other programs; nvidia-smi"),
         (checks.gpu(None), "note", "fine for SmolLM2 (135M), not for an 8B model"),
+        (checks.gpus([CARD, CARD], None), "ok", "2 x RTX 4060 with 8.0 GiB"),
+        (checks.gpus([CARD, Card("T4", 15 * GIB, 15 * GIB)], None), "note", "they differ: a run on all waits"),
+        (checks.gpus([CARD, Card("RTX 4060", 2 * GIB, 8 * GIB)], 2), "note", "GPU 1: 6.0 GiB are held"),
+        (checks.gpus([CARD, CARD], 4), "problem", "2 x RTX 4060 with 8.0 GiB; expected 4 type --gpus 2"),
+        (checks.gpus([], 2), "problem", "none; expected 2 leave --gpus out"),
+        (checks.nccl("2.27.5"), "ok", "2.27.5"),
+        (checks.nccl(None), "note", "finetune --gpus needs it"),
+        (checks.peers([]), "ok", "between all"),
+        (checks.peers([(0, 1), (0, 2)]), "note", "none between GPUs 0 and 1, 0 and 2"),
         (checks.bf16(True, True), "ok", "hardware"),
         (checks.bf16(True, False), "note", "--set model.compute_dtype=fp32"),
         (checks.bf16(False, False), "note", "slow"),
@@ -49,10 +58,18 @@ CARD = Card("RTX 4060", 7 * GIB, 8 * GIB)
         (checks.nf4("cuda:0", 1.0, 1.0), "problem", "reinstall"),  # zeros
         (checks.nf4("cuda:0", 0.09, 0.5), "problem", "wrong"),
         (checks.nf4("cuda:0", float("nan"), float("nan")), "problem", "wrong"),
-        (checks.attention("cuda:0", ["flash", "efficient", "math"], True), "ok", "flash and efficient"),
-        (checks.attention("cuda:0", ["efficient", "math"], False), "ok", "they are repeated"),
-        (checks.attention("cuda:0", ["math"], False), "note", "square of the context"),
-        (checks.attention("cuda:0", [], False), "problem", "model.attention=eager"),
+        (
+            checks.attention("cuda:0", ["flash", "efficient", "math"], True, True),
+            "ok",
+            "packed sequences in one kernel",
+        ),
+        (
+            checks.attention("cuda:0", ["efficient", "math"], False, False),
+            "ok",
+            "a kernel each; none takes grouped key heads: they are repeated",
+        ),
+        (checks.attention("cuda:0", ["math"], False, False), "note", "square of the context"),
+        (checks.attention("cuda:0", [], False, False), "problem", "model.attention=eager"),
         (checks.host_memory(8 * GIB, 16 * GIB), "ok", "8.0 GiB of 16.0 GiB"),
         (checks.host_memory(1 * GIB, 16 * GIB), "problem", "close other programs"),
         (checks.disk("runs", "/home", 50 * GIB, True), "ok", "50.0 GiB free in /home"),
@@ -126,6 +143,24 @@ def test_this_machine_has_no_problem_that_stops_the_tests() -> None:
     assert "offline mode" in next(finding.found for finding in findings if finding.name == "hub")
 
 
+def test_several_gpus_are_looked_at_where_there_are_several_or_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine._several_gpus(None) == []
+    assert [finding.found for finding in machine._several_gpus(2)] == ["none; expected 2"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"card {index > 0}")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (8 * GIB, 8 * GIB))
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: (one, other) != (2, 1))
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
+    for there, version in ((True, "2.27.5"), (False, "torch has none")):
+        monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda there=there: there)
+        assert [finding.found for finding in machine._several_gpus(None)] == [
+            "1 x card False with 8.0 GiB, 2 x card True with 8.0 GiB",
+            version,
+            "none between GPUs 1 and 2",
+        ]
+
+
 def test_a_torch_that_cannot_be_imported_is_one_line_and_the_others_are_still_there(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,7 +190,7 @@ def test_a_check_that_fails_is_a_problem_of_its_own(monkeypatch: pytest.MonkeyPa
 def test_the_exit_code_says_whether_there_is_a_problem(
     level: checks.Level, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(machine, "examine", lambda: [Finding("disk", level, "full", "make room")])
+    monkeypatch.setattr(machine, "examine", lambda gpus: [Finding("disk", level, "full", "make room")])
     assert main(["doctor", "--json"]) == code
     figures = json.loads(capsys.readouterr().out)
     assert figures["ok"] == (code == 0)

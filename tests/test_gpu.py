@@ -101,3 +101,36 @@ def test_a_product_without_a_gradient_is_as_exact_as_that_with_the_dense_weight(
         truth = F.linear(x.double(), dense_weight(base, torch.float64))
         naive = F.linear(x, dense_weight(base, torch.bfloat16))
         assert (fused_product(x, base) - truth).norm() <= (naive - truth).norm() * 1.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_packed_rows_are_as_exact_as_under_a_mask(dtype: torch.dtype) -> None:
+    from types import SimpleNamespace
+
+    import torch.nn.functional as F
+
+    from qaroma.model.documents import Documents, attend, one_kernel_for_all
+
+    lengths = (40, 24, 1, 63)
+    numbers = torch.tensor([n for n, length in enumerate(lengths) for _ in range(length)], device=CUDA).view(2, 1, 64)
+    mask = (numbers[..., None] == numbers[..., None, :]).tril()
+    starts = torch.tensor([0, 40, 64, 65, 128], device=CUDA, dtype=torch.int32)
+    states = [torch.randn(2, heads, 64, 32, device=CUDA, dtype=torch.float64) for heads in (4, 2, 2)]
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    together = one_kernel_for_all(CUDA, dtype, 32)
+    assert together == (dtype != torch.float32)
+
+    def outcome(kind: torch.dtype, given: object) -> list[torch.Tensor]:
+        query, key, value = (state.detach().to(kind).requires_grad_() for state in states)
+        if isinstance(given, Documents):
+            found = attend(module, query, key, value, given)[0].transpose(1, 2)
+        else:
+            wide = (t.repeat_interleave(2, 1) for t in (key, value))
+            found = F.scaled_dot_product_attention(query, *wide, attn_mask=mask)
+        found.square().sum().backward()
+        return [found.detach(), query.grad, key.grad, value.grad]
+
+    truth, naive = outcome(torch.float64, None), outcome(dtype, None)
+    ours = outcome(dtype, Documents(lengths, (None,) * 4, starts if together else None))
+    for one, other, true in zip(ours, naive, truth, strict=True):
+        assert (one - true).norm() <= 1.5 * (other - true).norm() + 1e-6 * true.norm()

@@ -21,7 +21,8 @@ from qaroma.cli import main
 # Where the work of a command is; all before that is done in earnest: arguments, files, runs, settings.
 WORK = ("training.finetune", "training.forecast", "training.launch", "inference.open", "inference.chat",
         "export.exporter", "export.push", "report.write", "plan.report", "plan.configure", "bench.bench", "bench.sheet",
-        "benchmarks.harness", "compare.compare", "compare.suite.suite", "doctor.machine", "data.encode")  # fmt: skip
+        "benchmarks.harness", "compare.compare", "compare.suite.suite", "doctor.machine", "data.encode",
+        "page.server")  # fmt: skip
 # What readers have of their own.
 FILES = {
     "mine.jsonl": '{"text": "a"}\n',

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "qaroma"
 ORDER = (
     {"__init__", "__main__"},
     {"cli"},
-    {"training", "compare", "bench", "benchmarks", "doctor"},
+    {"training", "compare", "bench", "benchmarks", "doctor", "page"},
     {"export", "report", "inference", "plan"},
     {"tasks", "engine"},
     {"model", "data", "runs", "config"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from qaroma.runs import checkpoint as checkpoint_module
 from qaroma.runs import files as files_module
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.files import disk_full
+from qaroma.runs.stop import StopRequest
 from qaroma.training import fit as fit_module
 from qaroma.training import setup as session_setup
 from qaroma.training.interruptions import explain_interruption, interruptions_told
@@ -182,6 +184,15 @@ def test_other_ways_of_saying_it(error: Exception, says: str, tmp_path: Path) ->
     with pytest.raises(QaromaError, match=says) as told, interruptions_told(RunDirectory(tmp_path)):
         raise error
     assert told.value.__cause__ is error
+
+
+def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not() -> None:
+    with StopRequest() as stop:
+        for _ in range(2):  # Slurm and torchrun send one each
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_what_comes_from_inside_is_seen_whole(tmp_path: Path) -> None:

@@ -70,6 +70,21 @@ def test_a_run_without_validation_or_without_gain_is_no_success() -> None:
     assert "no validation was better than the base's loss of 1" in worse.text
 
 
+@pytest.mark.parametrize(
+    ("losses", "why", "verdict"),
+    [
+        ((2.0, 1.0, 0.999), "budget", "It was at its best when it ended"),
+        ((3.0, 2.0, 1.5), "budget", "It was still improving when it ended"),
+        ((1.4, 1.2, 1.5), "budget", "It was best at step 10 and got no better"),
+        ((2.0, 1.0, 1.1, 1.2), "patience", "It was best at step 10, and stopped by itself"),
+        ((1.0, 1.2, 1.1), "budget", "It never was better than the base"),
+        ((), "budget", "It was not validated"),
+    ],
+)
+def test_the_verdict_is_one_line(losses: tuple[float, ...], why: str, verdict: str) -> None:
+    assert outcome(ended(*losses, why=why, steps=None if losses else 5)).verdict == verdict
+
+
 def test_patience_follows_the_number_of_validations() -> None:
     facts = DataFacts(1000, [100], 512, validation_rows=100)
 

@@ -10,6 +10,7 @@ from qaroma.config.presets import (
     BLOCK,
     LARGE_BUDGET,
     SMALL_BUDGET,
+    TRIM,
     DataFacts,
     ModelFacts,
     resolve,
@@ -26,8 +27,8 @@ TOKENS_A_ROW = 20
 
 
 def decided(rows: int, *, model: ModelFacts | None = SMOLLM2, validation: int = 100, tokens: int = TOKENS_A_ROW,
-            **settings) -> tuple[ResolvedConfig, dict[str, str]]:  # fmt: skip
-    config = Config.model_validate({"model": {"name": "m"}, **settings})
+            adapter: str | None = None, **settings) -> tuple[ResolvedConfig, dict[str, str]]:  # fmt: skip
+    config = Config.model_validate({"model": {"name": "m", "adapter": adapter}, **settings})
     bits = BITS_A_TOKEN * rows * tokens
     facts = DataFacts(rows, [100], 4096, validation_rows=validation, trained_bits=bits, model=model)
     resolved, decisions = resolve(config, facts)
@@ -109,6 +110,7 @@ def test_where_nobody_counted_a_run_begins_with_a_block() -> None:
             {"eps_out": 0.1, "measured_rate": False},
             r"growth\.measured_rate .* because of growth\.eps_out; leave one of",
         ),
+        ({"schedule": "lockstep", "trim": 0.1}, r"growth\.trim is a setting of growth within a budget"),
         ({"start_rank": 9, "max_rank": 4}, r"max_rank 4 is less than the 9 that every .*growth\.start_rank=4 or less"),
     ],
 )
@@ -163,3 +165,12 @@ def test_tasks_with_labels_neither_measure_their_rate_nor_end_by_patience() -> N
     assert (config.growth.measured_rate, config.training.patience) == (False, 0)
     config, _ = resolve(Config.model_validate({"model": {"name": "m"}}), facts)
     assert (config.growth.measured_rate, config.training.patience) == (True, 2)
+
+
+def test_an_adapter_that_a_run_goes_on_from_is_not_trimmed() -> None:
+    assert decided(1000)[0].growth.trim == TRIM
+    config, reasons = decided(1000, adapter="runs/a/adapter")
+    assert config.growth.trim == 0
+    assert "stays as it is" in reasons["growth.trim"]
+    with pytest.raises(QaromaError, match=r"growth\.trim 0\.1 would change the directions of runs/a/adapter"):
+        decided(1000, adapter="runs/a/adapter", growth={"trim": 0.1})

@@ -41,7 +41,7 @@ from qaroma.training import fit as fit_module
 from qaroma.training import memory as memory_module
 from qaroma.training import ranks as ranks_module
 from qaroma.training.finetune import finetune
-from qaroma.training.ranks import Ranks, joined, require_shares
+from qaroma.training.ranks import Ranks, joined
 
 QUIET = Console(quiet=True)
 TIMES = ("seconds", "tokens_per_second", "memory_bytes")
@@ -304,13 +304,6 @@ def test_shares_are_neighbours_and_all_there_is() -> None:
             shares = [rank.share(items) for rank in ranks]
             assert list(chain(*shares)) == items
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-@pytest.mark.parametrize(("micro_batches", "count", "nearest"), [(5, 2, 4), (3, 4, 4), (10, 4, 8), (11, 4, 12)])
-def test_micro_batches_that_cannot_be_shared_are_refused(micro_batches: int, count: int, nearest: int) -> None:
-    with pytest.raises(QaromaError, match=rf"which {count} processes cannot share evenly; type --grad-accum {nearest}"):
-        require_shares(micro_batches, count)
-    require_shares(nearest, count)
 
 
 # What takes longer: every method, four processes, kills at any moment, and the commands as they are typed.

@@ -239,6 +239,7 @@ def test_what_a_run_lacks_is_left_out(tmp_path: Path) -> None:
     assert {file.name for file in report.files if file.suffix != ".svg"} == {
         "growth.png",
         "training.png",
+        "report.png",
         "report.html",
     }
     assert report.missing == ["ranks of run: it has no adapter yet"]
@@ -340,7 +341,7 @@ def test_the_command_writes_every_format_and_says_the_ratio(tmp_path: Path, caps
     out = capsys.readouterr().out
     assert "run: effective rank 1.50 of rank 1.83 (81.8 %)" in out
     figures = [f"{name}.{fmt}" for name in ("growth", "training", "ranks", "cosines") for fmt in ("png", "svg")]
-    assert {file.name for file in (run / "report").iterdir()} == {*figures, "report.html"}
+    assert {file.name for file in (run / "report").iterdir()} == {*figures, "report.html", "report.png"}
     assert all((run / "report" / name).as_posix() in out for name in figures)
     assert (run / "report" / "growth.png").read_bytes().startswith(b"\x89PNG")
 

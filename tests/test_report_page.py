@@ -14,13 +14,17 @@ import pytest
 from headless import NAMES, Browser, Seen, find_browser
 from test_report import MODULES, STEPS, make_run, ranks_events, step_line
 
-from qaroma.report.page import REFRESH_SECONDS, answers_side_by_side, samples_over_time, write_page
+from qaroma.report.answers import Answer, Answered, answered_test, answered_while_training
+from qaroma.report.page import CARD, REFRESH_SECONDS, write_page
 from qaroma.report.write import write_report
 from qaroma.runs.reading import read_run
 
 EVIL = "<script>document.title = 'taken'</script><img src=x onerror=alert(1)> & 'quoted'"
-HEADINGS = ["Key figures", "Learning", "Growth", "Ranks", "Similarity of the components", "Samples over time",
-            "Answers before and after", "Validations", "Settings"]  # fmt: skip
+HEADLINE = "13.5\u00a0% to 44.9\u00a0% sure of the next token in 65 seconds"
+CARDS = [HEADLINE, "✓It was at its best when it ended", "Details"]
+DETAILS = ["Key figures", "Training", "Growth", "Effective ranks", "Answers before and after", "Samples over time",
+           "Validations", "Settings"]  # fmt: skip
+_HEADINGS = ("h1", "h2", "h3")
 
 
 class Page(HTMLParser):
@@ -37,15 +41,17 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, {name: value or "" for name, value in attrs}))
-        self._heading = tag in ("h1", "h2")
+        if tag in _HEADINGS:
+            self._heading = True
+            self.headings.append("")
 
     def handle_endtag(self, tag: str) -> None:
-        self._heading = False
+        self._heading = self._heading and tag not in _HEADINGS
 
     def handle_data(self, data: str) -> None:
         self.text += data
         if self._heading:
-            self.headings.append(data)
+            self.headings[-1] += data
 
     def values(self, name: str) -> list[str]:
         return [attributes[name] for _, attributes in self.elements if name in attributes]
@@ -70,11 +76,18 @@ def page_of(run: Path) -> Page:
 
 def test_the_page_of_a_finished_run_shows_everything(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "my run", lines=lines()))
-    assert page.headings == ["my run", *HEADINGS]
+    assert page.headings == [*CARDS, *DETAILS]
     assert "Finished after 12 steps: every module has the rank it needs" in page.text
     assert "950 at first, 675 on average, 400 at the end" in page.text
-    assert sum(tag == "svg" for tag, _ in page.elements) >= 8
-    assert all(value for tag, a in page.elements if tag == "svg" for value in [a.get("aria-label")])
+    pictures = [a["aria-label"] for _, a in page.elements if a.get("role") == "img"]
+    assert (
+        "Loss over 12 steps: validation goes from 2 to 0.8, training goes from 3 to 0.25; the adapter is of step 12."
+        in pictures
+    )
+    assert "Rank 0 to 3, 1.83 on average; most in v_proj (2.5), least in up_proj (1)." in pictures
+    assert pictures.count("right") == pictures.count("not right") == 4  # two answers twice: first, and under Details
+    assert sum(tag == "details" for tag, _ in page.elements) == len(DETAILS)
+    assert len(page.values("id")) > 50
     assert "reset: prune" in page.text  # the configuration stands at the end, whole
 
 
@@ -126,31 +139,37 @@ def test_an_unfinished_run_is_followed_and_a_finished_one_is_not(tmp_path: Path)
 
 def test_a_run_without_a_step_has_a_page(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "run", lines=[], finished=False, adapter=False))
-    assert page.headings == ["run", "Key figures", "Settings"]
-    assert "No step has been logged yet." in page.text
+    assert page.headings == ["Nothing is learned yet", "!It stopped before its end", "Details", "Settings"]
+    assert "No step has been logged." in page.text
 
 
 def test_the_page_without_matplotlib_has_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     page = page_of(make_run(tmp_path / "run", lines=lines()))
-    assert page.headings == ["run", "Key figures", "Ranks", *HEADINGS[5:]]
+    assert page.headings == [*CARDS, "Key figures", *DETAILS[3:]]
     assert "pip install 'qaroma[report]'" in page.text
-    assert re.search(r"layer\s*q_proj\s*v_proj\s*up_proj\s*0\s*2\s*3\s*2\s*1\s*2\s*2\s*0\s", page.text)
+    assert re.search(r"layer\s*q\s*v\s*up\s*0\s*2\s*3\s*2\s*1\s*2\s*2\s*0\s", page.text)
+    assert not (tmp_path / "run" / CARD).exists()
 
 
 def test_samples_are_the_log_evenly_chosen(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "run", lines=lines(40)))
-    (sample,) = samples_over_time(run)
-    steps = [step for step, _ in sample["answers"]]
-    assert sample["prompt"] == "Say it."
-    assert (steps[0], steps[-1], len(steps)) == (0, 39, 10)
-    assert dict(sample["answers"])[39] == f"39 {EVIL}"
+    (sample,) = answered_while_training(run)
+    assert (sample.prompt, sample.expected, sample.missed, len(sample.answers)) == ("Say it.", None, None, 10)
+    assert (sample.answers[0].label, sample.answers[-1]) == ("step 0", Answer("step 39", f"39 {EVIL}"))
 
 
 def test_answers_stand_before_beside_after(tmp_path: Path) -> None:
-    rows = answers_side_by_side(read_run(make_run(tmp_path / "run", lines=lines())))
-    assert rows[0] == {"prompt": "Dim it.", "expected": "{}", "before": "No.", "after": "{}", "right": True}
-    assert len(rows) == 2
+    rows = answered_test(read_run(make_run(tmp_path / "run", lines=lines())))
+    assert rows[0] == Answered("Dim it.", (Answer("before", "No.", False), Answer("after", "{}", True)), "{}")
+    assert [row.missed for row in rows] == [None, None]
+
+
+def test_answers_of_another_form_are_left_out(tmp_path: Path) -> None:
+    odd = [{"event": "answers", "when": "after", "step": 1, "prompts": p, "expected": e, "answers": a} for p, e, a in (
+        ([{}], ["x"], ["x"]), (["x"], [1], ["x"]), (["x"], ["x"], [None]), (["x"], None, ["x"]))]  # fmt: skip
+    page = page_of(make_run(tmp_path / "run", lines=[*odd, step_line(1)]))
+    assert "Answers before and after" not in page.headings
 
 
 def test_a_large_run_is_written_fast(tmp_path: Path) -> None:
@@ -165,7 +184,7 @@ def test_a_large_run_is_written_fast(tmp_path: Path) -> None:
     start = time.process_time()
     page = write_page(run)
     assert time.process_time() - start < 2.0
-    assert page.stat().st_size < 1_500_000
+    assert page.stat().st_size < 250_000
 
 
 @pytest.fixture(scope="module")
@@ -181,12 +200,14 @@ def browser(tmp_path_factory: pytest.TempPathFactory):
 def test_a_browser_shows_the_page(tmp_path: Path, browser: Browser, width: int, dark: bool) -> None:
     page = write_page(make_run(tmp_path / "run", lines=lines()))
     seen: Seen = browser.look(page, width=width, dark=dark)
-    assert seen.headings == ["run", *HEADINGS]
+    assert seen.headings == CARDS
     assert seen.errors == []
     assert [url for url in seen.requests if not url.startswith("data:,")] == [page.resolve().as_uri()]
     assert seen.width <= width  # nothing sticks out: no sideways scrolling, on a phone either
-    assert len(seen.figures) >= 8
-    assert all(shown[0] > 150 and shown[1] > 60 for shown in seen.figures)
+    (wide, _), (narrow, _), *others = seen.figures
+    assert (wide > 600, narrow > 300) == (width == 1200, width == 390)  # the curve for a screen, or for a phone
+    assert all(shown[0] > 300 and shown[1] > 200 for shown in others)
+    assert seen.smallest >= 11
     assert EVIL in seen.text
     assert f"{MODULES[0]}" not in seen.text
 
@@ -195,7 +216,7 @@ def test_a_browser_shows_several_runs(tmp_path: Path, browser: Browser) -> None:
     runs = [make_run(tmp_path / name, lines=lines()) for name in ("with-reset", "without-reset")]
     (page,) = write_report(runs, output=tmp_path / "both", formats=["html"]).files
     seen = browser.look(page, width=390, dark=False)
-    assert seen.headings[:2] == ["2 runs compared", "Key figures"]
-    assert "Ranks of without-reset" in seen.headings
+    assert seen.headings == ["2 runs compared", "Details"]
+    assert "Ranks of without-reset" in seen.text
     assert seen.errors == []
     assert seen.width <= 390

@@ -22,7 +22,7 @@ RUN = RunSummary(
     run="runs/x",
     adapter="runs/x/adapter",
     steps=90,
-    ended=Outcome("the training rows are learnt", True),
+    ended=Outcome("It was at its best when it ended", "the training rows are learnt", True),
     ranks=LLAMA,
     figures=Figures(
         rank_min=0,
@@ -172,7 +172,7 @@ def test_narrow_names_of_modules_are_not_broken() -> None:
 
 def test_a_run_that_still_improves_goes_on_first() -> None:
     longer = "qaroma finetune --resume --output runs/x --epochs 5"
-    run = dataclasses.replace(RUN, ended=Outcome("still improving", False, longer))
+    run = dataclasses.replace(RUN, ended=Outcome("", "still improving", False, longer))
     assert next_commands(run)[0] == longer
 
 

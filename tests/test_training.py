@@ -15,7 +15,9 @@ from rich.console import Console
 from qaroma.config.presets import DataFacts, resolve
 from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
+from qaroma.model.documents import APART
 from qaroma.model.found import find_model
+from qaroma.runs.adapter import read_adapter
 from qaroma.runs.directory import RunDirectory
 from qaroma.training import fit as fit_module
 from qaroma.training.finetune import finetune
@@ -88,6 +90,14 @@ def test_a_run_stops_by_itself_when_every_module_is_done(tiny_folder: Path, data
     done = {g["module"] for g in records(run, "growth") if g["decision"] == "done"}
     assert len(done) == 14
     assert figures["trainable_parameters_mean"] < figures["trainable_parameters_start"]
+
+
+def test_packed_rows_train_without_a_mask(tiny_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_folder, data_file, tmp_path / "run", data__packing=True, training__max_steps=6)
+    assert session_of(config, tmp_path).model.config._attn_implementation == APART
+    finetune(config, console=QUIET)
+    losses = [step["loss"] for step in records(tmp_path / "run")]
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("method", ["aroma", "lora"])
@@ -390,7 +400,15 @@ def test_the_default_growth_runs_reports_and_goes_on(tiny_folder: Path, data_fil
     assert all(event["inner"] is event["outer"] is None for event in grown)
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "Rank at first, at most" in page
+    [trimmed] = records(tmp_path / "run", "trim")
+    adapter, last = (read_adapter(tmp_path / "run" / name) for name in ("adapter", "adapter_last"))
+    assert sum(last.info.ranks().values()) == trimmed["before"] > trimmed["after"]
+    assert sum(adapter.info.ranks().values()) == trimmed["after"]
+    assert trimmed["value"] == pytest.approx(figures["metric_best"], rel=1e-3)
+    before = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
     assert finetune(Config.model_validate({"output": config.output}), resume=True, console=QUIET)["steps"] == 36
+    assert records(tmp_path / "run", "trim") == [trimmed]
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 
 def test_files_named_for_validation_are_validated_on(tiny_folder: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from qaroma.method.aroma import GrowthController
 from qaroma.method.attach import attach
 from qaroma.method.growth import GrowthSettings
 from qaroma.model.bnb import bnb
+from qaroma.model.norms import use_torchs_norms
 from qaroma.plan.weightless_model import weightless_model
 from qaroma.tasks.causal_lm import CausalLM
 
@@ -100,6 +101,8 @@ def step_of(model: Any, method: GrowthController, rows: list[Example]) -> Step:
 
 def qaroma_step(model: Any, rows: list[Example], *, level: int, frozen: int = 0) -> tuple[Step, GrowthController]:
     """qaroma's step at a memory level, and the method; see :func:`growing` and :func:`step_of`."""
+    if compute_device(model).type == "cuda":  # as load_base does
+        use_torchs_norms(model)
     method = growing(model, frozen=frozen)
     apply_level(model, level)
     return step_of(model, method, rows), method

@@ -26,7 +26,7 @@ from qaroma.config.levels import LEVELS
 from qaroma.engine.levels import apply_level
 from qaroma.engine.no_memory import card_is_full
 from qaroma.method.aroma import GrowthController
-from qaroma.model.base import resolve_device
+from qaroma.model.base import device_name, resolve_device
 from qaroma.model.precision import resolve_dtype
 from qaroma.plan.card import CONTEXT, FRAGMENTS, RESERVE
 from qaroma.plan.search import Planner
@@ -114,7 +114,7 @@ def fill_sheet(
     for cell in missing:
         assert bench is not None
         start = time.perf_counter()
-        figures = {**asdict(cell), "device": _device_name(target), **bench.measured(cell)}
+        figures = {**asdict(cell), "device": device_name(target), **bench.measured(cell)}
         figures["seconds"] = time.perf_counter() - start
         write_atomically(folder / f"{cell.name}.json", json.dumps(figures, indent=1))
         tell(f"{cell.name}: {figures['outcome']}, {figures['seconds']:.0f} s")
@@ -252,10 +252,6 @@ def _gpu_tests() -> str:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(GPU_TESTS)]
     done = subprocess.run(command, cwd=GPU_TESTS.parents[1], capture_output=True, text=True, check=False)
     return (done.stdout.strip() or done.stderr.strip()).splitlines()[-1]
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def _clean(device: torch.device) -> None:

@@ -29,6 +29,7 @@ COMMANDS = {
     "runs": "List runs: state, scores, ranks; remove old ones.",
     "compare": "Train several methods on one task and put them in one table.",
     "compare-runs": "Put runs side by side: settings, figures, answers.",
+    "page": "Do all of this in a browser, on this machine alone.",
     "export": "Write a fine-tuned model as other engines load it.",
     "push": "Send an adapter to the Hugging Face hub.",
     "data": "Look at data as training sees it.",

@@ -6,16 +6,18 @@ import contextlib
 import re
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qaroma.cli.options import config_option, count
+from qaroma.cli.output import figures_only
 from qaroma.cli.run_arguments import BASE_OPTION, TRUST_OPTION
 from qaroma.config.schema import LARGEST_SEED
 from qaroma.errors import QaromaError
 from qaroma.model.builtin import require_model
 from qaroma.runs.directory import adapter_folder
+from qaroma.text.json_text import parse_json
 
 if TYPE_CHECKING:
     from qaroma.inference.chat import Chat, Reply
@@ -50,6 +52,7 @@ _HELP = """\
     "--seed", type=click.IntRange(0, LARGEST_SEED), metavar="INTEGER", help="Draw the same answers each time."
 )
 @config_option("training.device", text="Where to compute.")
+@click.option("--json", "json_lines", is_flag=True, help="Read messages and write answers as JSON, one object a line.")
 def command(
     run: str | None,
     base: str | None,
@@ -60,11 +63,16 @@ def command(
     top_p: float,
     seed: int | None,
     training__device: str | None,
+    json_lines: bool,
 ) -> None:
     """Talk to the fine-tuned model of RUN, a run directory or an adapter folder.
 
     Without RUN, --base names a model to talk to as it is. Lines that are piped in are answered one
     by one; /help lists what else can be typed.
+
+    With --json a line is {"message": TEXT}, with "base": true to have the base's answer after it, or
+    "reset": true to forget what was said. A piece of an answer is {"from": "tuned", "piece": TEXT}, its end
+    {"from": "tuned", "end": true, ...}; {"ready": true} comes first, {"done": true} after each line.
     """
     if run is None and base is None:
         raise QaromaError("got no run; expected qaroma chat RUN, or qaroma chat --base MODEL to talk to a base")
@@ -75,6 +83,11 @@ def command(
 
     from qaroma.inference.chat import Chat, Sampling, open_chat
 
+    if json_lines:
+        with figures_only(True) as write:
+            tuned = open_chat(run, base=base, device=training__device or "auto", trust_remote_code=trust_remote_code)
+            converse_in_json(Chat(tuned, Sampling(max_new_tokens, temperature, top_p, seed), system), write)
+        return
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         click.echo("loading the model", err=True)
@@ -111,6 +124,44 @@ def converse(chat: Chat, read: Callable[[str], str], *, alone: bool = False) -> 
                 _tell(chat, chat.ask(line, _write))
         except QaromaError as error:
             click.echo(f"error: {error}", err=True)
+
+
+def converse_in_json(chat: Chat, write: Callable[[Any], None]) -> None:
+    """Answer the lines of stdin until it ends, as the help of ``--json`` says.
+
+    Args:
+        chat: the conversation.
+        write: writes a value as a line of JSON.
+    """
+    write({"ready": True})
+    for line in sys.stdin:
+        try:
+            _answer_in_json(chat, line, write)
+        except QaromaError as error:
+            write({"error": str(error)})
+        write({"done": True})
+
+
+def _answer_in_json(chat: Chat, line: str, write: Callable[[Any], None]) -> None:
+    try:
+        asked = parse_json(line)
+    except ValueError:
+        asked = None
+    if not isinstance(asked, dict) or not isinstance(asked.get("message", ""), str):
+        raise QaromaError('got a line that is no message; expected {"message": TEXT}')
+    if asked.get("reset"):
+        chat.reset()
+    if not asked.get("message", "").strip():
+        return
+    for who in ("tuned", "base") if asked.get("base") else ("tuned",):
+
+        def write_piece(piece: str, who: str = who) -> None:
+            write({"from": who, "piece": piece})
+
+        reply = chat.ask(asked["message"], write_piece) if who == "tuned" else chat.ask_base(write_piece)
+        if reply is not None:
+            counts = {"tokens": reply.tokens, "stopped": reply.stopped, "full": reply.full}
+            write({"from": who, "end": True, **counts, "forgotten": reply.forgotten})
 
 
 def _obey(chat: Chat, word: str, rest: str, alone: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from qaroma.cli.options import CONFIG_OPTION, SET_OPTION, config_options, read_config
+from qaroma.cli.options import CONFIG_OPTION, SET_OPTION, config_options, count, read_config
 from qaroma.cli.output import JSON_OPTION, figures_only
 from qaroma.compare.specs import parse_seeds, plan_runs
 from qaroma.config.load import require_model_and_data
@@ -22,6 +22,7 @@ Examples:
   qaroma compare --config mrpc.yaml --methods aroma,lora:8,adalora:8 --seeds 0,1,2 --output runs/mrpc
   qaroma compare --config mrpc.yaml --methods "aroma,aroma+reset=none,lora:8+training.learning_rate=1e-3" \\
       --seeds 0,1,2 --output runs/reset
+  qaroma compare --config mrpc.yaml --methods aroma,lora:8 --output runs/both --gpus 2
   qaroma compare --suite growth --data DATA --output runs/suite --beds text,minilm --tables oracle
 """
 
@@ -49,6 +50,8 @@ Examples:
     "training.device",
     "model.quantization",
 )
+@click.option("--gpus", type=count(1), metavar="INTEGER",
+              help="Runs side by side, each on a GPU of its own. Default: one at a time.")  # fmt: skip
 @click.option("--table-only", is_flag=True, help="Run nothing; make the table from the runs that are finished.")
 @click.option(
     "--suite",
@@ -73,6 +76,7 @@ def command(
     methods: str | None,
     seeds: str,
     output: str,
+    gpus: int | None,
     table_only: bool,
     suite: str | None,
     ours: str,
@@ -92,6 +96,8 @@ def command(
     """
     context = click.get_current_context()
     if suite is not None:
+        if gpus is not None:
+            raise QaromaError(f"got --gpus {gpus} with --suite; a suite runs on the CPU. Type: --jobs {gpus}")
         from qaroma.compare.suite.suite import run_suite
 
         typed = context.get_parameter_source("seeds") == click.core.ParameterSource.COMMANDLINE
@@ -119,6 +125,8 @@ def command(
         return read_config(config, parameters, [*sets, *more])
 
     asked = read_config(config, parameters, sets)
+    if gpus is not None and asked.training.device == "cpu":
+        raise QaromaError(f"got --gpus {gpus} with device cpu; leave one of the two out")
     name = require_model_and_data(asked)
     if not table_only:
         require_model(name)
@@ -134,6 +142,7 @@ def command(
             seeds=seeds,
             folder=output,
             command=_typed(context),
+            gpus=gpus,
             table_only=table_only,
         )
         if json_output:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qaroma.cli.options import count
 from qaroma.cli.output import JSON_OPTION, figures_only
 
 if TYPE_CHECKING:
@@ -16,15 +17,18 @@ if TYPE_CHECKING:
 _EPILOG = """\b
 Examples:
   qaroma doctor
+  qaroma doctor --gpus 2
   qaroma doctor --json
 """
 _COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 
 
 @click.command(epilog=_EPILOG)
+@click.option("--gpus", type=count(1), metavar="INTEGER",
+              help="Look for as many GPUs, and at what joins them. Default: those that are there.")  # fmt: skip
 @JSON_OPTION
 @click.pass_context
-def command(context: click.Context, json_output: bool) -> None:
+def command(context: click.Context, gpus: int | None, json_output: bool) -> None:
     """Look at this machine: what a run needs of it, and what to do where that is missing.
 
     bitsandbytes really quantises and multiplies, attention really runs. The exit code is 1 where
@@ -34,7 +38,7 @@ def command(context: click.Context, json_output: bool) -> None:
 
     start = time.perf_counter()
     with figures_only(json_output) as write:
-        findings = examine()
+        findings = examine(gpus)
         healthy = all(finding.level != "problem" for finding in findings)
         seconds = time.perf_counter() - start
         if json_output:

@@ -6,6 +6,7 @@ import click
 
 from qaroma.cli.options import config_option, count
 from qaroma.cli.output import JSON_OPTION, figures_only
+from qaroma.config.gpus import micro_batches_each
 from qaroma.config.load import read_settings
 from qaroma.config.tasks import WRITING
 from qaroma.errors import QaromaError
@@ -17,6 +18,7 @@ Examples:
   qaroma plan --model llama3-8b --vram 8GiB
   qaroma plan --model qwen3-4b --card rtx3060 --rows 5000
   qaroma plan --model mistralai/Mistral-7B-v0.3 --seq-len 8192 --memory 2
+  qaroma plan --model llama3-8b --card rtx3060 --gpus 2 --rank-frozen 0 --rank-trained 16
 """
 
 
@@ -34,6 +36,11 @@ Examples:
 @config_option("training.memory")
 @click.option("--rank-frozen", type=count(0), default=16, show_default=True, metavar="INTEGER",
               help="Rank of the frozen components of every layer.")  # fmt: skip
+@click.option("--rank-trained", type=count(1), default=1, show_default=True, metavar="INTEGER",
+              help="Rank that trains in every layer.")  # fmt: skip
+@click.option("--gpus", type=count(1), default=1, show_default=True, metavar="INTEGER",
+              help="Such cards that share a step: what they send each other, and how long it takes.")  # fmt: skip
+@config_option("training.grad_accum", text="Forward passes in one optimiser step, which --gpus share.")
 @click.option("--time", "all_cards", is_flag=True, help="Tell the time on every known card, where none is named.")
 @click.option("--rows", type=count(1), default=1000, show_default=True, metavar="INTEGER",
               help="Examples of the run whose time is told.")  # fmt: skip
@@ -55,6 +62,9 @@ def command(
     task: str | None,
     training__memory: str | None,
     rank_frozen: int,
+    rank_trained: int,
+    gpus: int,
+    training__grad_accum: int | None,
     all_cards: bool,
     rows: int,
     dtype: str,
@@ -66,9 +76,10 @@ def command(
     The step is run on tensors that have a shape and no contents, and every byte that is alive is
     counted: nothing is estimated from a formula.
     """
-    asked = read_settings(None, {"task": task}, [])
+    asked = read_settings(None, {"task": task, "training.grad_accum": training__grad_accum}, [])
     if not asked.writes_text:
         raise QaromaError(f"got --task {task}; expected {' or '.join(WRITING)}: a step of another kind is not counted")
+    micro_batches_each(asked.training.grad_accum, gpus)
     require_shape(model)
     size, cards = _cards(card, vram, everyone=all_cards)
 
@@ -87,6 +98,7 @@ def command(
                     seq_len,
                     micro_batch,
                     asked.sequences,
+                    inner_rank=rank_trained,
                     frozen_rank=rank_frozen,
                     dtype=DTYPES[dtype],
                     repeated_keys=dtype != "bf16",
@@ -95,6 +107,8 @@ def command(
                 vram=size,
                 cards=cards,
                 rows=rows,
+                gpus=gpus,
+                grad_accum=asked.training.grad_accum,
                 trust_remote_code=bool(model__trust_remote_code),
                 tell=lambda doing: status.update(doing),
             )

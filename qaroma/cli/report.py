@@ -25,7 +25,8 @@ def _read_formats(_: click.Context, __: click.Parameter, text: str) -> tuple[str
 @click.argument("runs", metavar="RUN [RUN ...]", nargs=-1, required=True)
 @click.option("--output", metavar="FOLDER", help="Where to write; default: RUN/report of one run, ./report of several.")
 @click.option("--format", "formats", default="png,svg,html", show_default=True, callback=_read_formats,
-              metavar="LIST", help="Of png, svg (the figures) and html (one page that needs no network).")  # fmt: skip
+              metavar="LIST", help="Of png, svg (the figures; png also an image to share, report.png) and html (one "
+              "page that needs no network).")  # fmt: skip
 @click.option("--module", "modules", multiple=True, metavar="NAME",
               help="Module, or ending of its name, whose rank and components are shown; default: chosen. "
               "Repeatable.")  # fmt: skip

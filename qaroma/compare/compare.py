@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from qaroma.compare.collect import MethodFigures, collect, reference_of
-from qaroma.compare.machine import hardware
+from qaroma.compare.machine import one_card_each
 from qaroma.compare.plot import draw
 from qaroma.compare.processes import Folder, carry_out
 from qaroma.compare.specs import MakeConfig, PlannedRun, plan_runs, report, shared_settings
@@ -38,6 +38,7 @@ def compare(
     seeds: str,
     folder: str,
     command: str,
+    gpus: int | None = None,
     table_only: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -48,6 +49,7 @@ def compare(
         methods, seeds: as typed; see :func:`qaroma.compare.specs.plan_runs`.
         folder: where runs and results go.
         command: what was typed, for the table.
+        gpus: runs side by side, each on one of as many; None is one at a time, on what it chooses.
         table_only: run nothing; the table is of what is finished.
         console: where progress goes; None is stderr.
 
@@ -56,9 +58,10 @@ def compare(
 
     Raises:
         QaromaError: anything wrong with what was asked, before the first run; runs that failed, at the end.
-        KeyboardInterrupt: stopped by the user, with the state of the run at hand saved.
+        KeyboardInterrupt: stopped by the user, with the state of the runs at work saved.
     """
     console = console or Console(file=sys.stderr)
+    cards = [None] if gpus is None or table_only else one_card_each(gpus)
     place = Folder(folder)
     runs = plan_runs(make_config, methods, seeds, Path(folder).as_posix())
     base = make_config([])
@@ -74,7 +77,7 @@ def compare(
         failed = {planned.name: "not finished" for planned in todo}
     elif todo:
         _prepare(make_config, todo, runs, console)
-        failed = _carry_out(todo, place, command, console)
+        failed = _carry_out(todo, place, command, cards, console)
     results = _write(runs, failed, place, command)
     if not any(method["n"] for method in results["methods"]):
         raise QaromaError(f"no run of {folder} is finished: {_first(failed)}")
@@ -122,22 +125,23 @@ def _prepare(make_config: MakeConfig, todo: Sequence[PlannedRun], runs: Sequence
         )
 
 
-def _carry_out(todo: Sequence[PlannedRun], place: Folder, command: str, console: Console) -> dict[str, str]:
-    """Run one after the other; what failed, by name, with the reason."""
+def _carry_out(
+    todo: Sequence[PlannedRun], place: Folder, command: str, cards: Sequence[str | None], console: Console
+) -> dict[str, str]:
+    """Run one on each card at a time; what failed, by name, with the reason."""
     failed = {}
+
+    def ended(planned: PlannedRun, reason: str | None) -> None:
+        name = f"{planned.name}: " if len(cards) > 1 else ""
+        if reason is not None:
+            failed[planned.name] = reason
+            console.print(f"  {name}failed: {reason}", style="red", highlight=False, markup=False)
+            return
+        console.print(f"  {name}{_outcome(read_run(place.run(planned).path))}", highlight=False, markup=False)
+
     try:
         with StopRequest() as stop:
-            for number, planned in enumerate(todo, start=1):
-                console.print(f"{number}/{len(todo)}  {planned.name}", highlight=False, markup=False)
-                _remember_hardware(place, planned)
-                reason = carry_out(planned, place, console, stop)
-                if reason is not None:
-                    failed[planned.name] = reason
-                    console.print(f"  failed: {reason}", style="red", highlight=False, markup=False)
-                    continue
-                console.print(f"  {_outcome(read_run(place.run(planned).path))}", highlight=False, markup=False)
-                if stop.requested:
-                    raise KeyboardInterrupt
+            carry_out(todo, place, console, stop, ended, cards)
     except KeyboardInterrupt:
         console.print(f"stopped; go on with the same command: {command}", soft_wrap=True, markup=False)
         raise
@@ -148,13 +152,6 @@ def _outcome(run: Run) -> str:
     judged = figures_of(run).of(run.metric)
     value = f"{judged.name} {metric_facts(judged.name).text(judged.last)}" if judged else "no validation data"
     return f"{run.step} steps, {run.ended}, {value}"
-
-
-def _remember_hardware(place: Folder, planned: PlannedRun) -> None:
-    place.path.mkdir(parents=True, exist_ok=True)
-    known = read_json(place.hardware)
-    known[planned.name] = hardware(planned.config.training.device)
-    write_atomically(place.hardware, json.dumps(known, indent=2))
 
 
 def _collected(

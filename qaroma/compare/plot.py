@@ -25,7 +25,7 @@ def draw(logs: Mapping[str, Sequence[Run]], metric: str, folder: Path) -> list[P
     panels = [Panel("trainable", "Trainable parameters of the adapter", _lines(logs, None, last), last, from_zero=True)]
     curves = _lines(logs, metric, last)
     if curves:
-        panels.insert(0, Panel("metric", f"Validation {metric}", curves, last, marked=True))
+        panels.insert(0, Panel("metric", f"Validation {metric}", curves, last))
     figure = panels_figure(panels)
     files = [folder / "plot.png", folder / "plot.svg"]
     for file in files:
@@ -43,7 +43,8 @@ def _lines(logs: Mapping[str, Sequence[Run]], metric: str | None, last: int) -> 
         colour, style = place % len(PALETTE), place // len(PALETTE) % len(DASHES)
         if len(found) > 1:
             pale += [Line("", series, colour, pale=True) for series in found]
-        strong.append(Line(label, _mean_series([series.until(last) for series in found]), colour, style))
+        course = _mean_series([series.until(last) for series in found])
+        strong.append(Line(label, course, colour, style, marked=metric is not None))
     return [*pale, *strong]
 
 

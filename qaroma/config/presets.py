@@ -41,6 +41,7 @@ MAX_LENGTH = 2048
 STEPS_FOR_A_BIT = 1500.0
 BITS_A_NUMBER = 2.0
 BITS_A_TOKEN = 3.0
+TRIM = 0.03  # of the update's norm: a thousandth of its squares
 BITS_A_PAIR = 1.0  # which of two answers is the better one
 BLOCK = 8  # the rank to begin with
 SMALL_BUDGET, LARGE_BUDGET = 16, 32  # of rank: for data that a block takes in, and for more
@@ -50,7 +51,7 @@ FEW_VALIDATION_ROWS = 8  # of so many and fewer the loss says little
 # Settings of the inner loops: whoever gives one of them wants these.
 OF_LOOPS = ("t_in", "check_every", "eps_in", "eps_out", "inner_criterion", "outer_criterion", "init", "on_converged",
             "reset", "check_first", "restart_warmup")  # fmt: skip
-OF_BUDGET = ("start_rank", "measured_rate")
+OF_BUDGET = ("start_rank", "measured_rate", "trim")
 
 # METHOD, "Published hyper-parameters", LLaMA3-8B Commonsense170K: by inner rank.
 PAPER = {
@@ -293,6 +294,7 @@ def _decide_budget(config: Config, steps: int, facts: DataFacts, decide: Decide)
         decide("growth.measured_rate", True, "the rate below is where the measuring begins")
     else:  # MiniLM on SST-2: one run of three went to chance with a measured rate
         decide("growth.measured_rate", False, "gradients of a new head are too noisy to measure by")
+    _decide_trim(config, decide)
     decide("growth.warmup", max(1, min(100, steps // 40)), "a fortieth of the run, at most 100: of every component")
     rate, why = 1e-3, "the base was not looked at"
     if facts.model is not None:
@@ -304,6 +306,16 @@ def _decide_budget(config: Config, steps: int, facts: DataFacts, decide: Decide)
         decide("training.head_learning_rate", min(rate, 1e-3), "the adapter's, at most 1e-3: the head is a full matrix")
     decide("growth.dropout", 0.0, "none")
     decide("growth.min_lr_ratio", 0.1, "the cosine ends at a tenth")
+
+
+def _decide_trim(config: Config, decide: Decide) -> None:
+    if config.model.adapter is None:
+        decide("growth.trim", TRIM, "the smallest directions, a thousandth of the update's squares, are left out")
+    elif decide("growth.trim", 0.0, "the adapter that it goes on from stays as it is"):
+        raise QaromaError(
+            f"growth.trim {config.growth.trim:g} would change the directions of {config.model.adapter}, which the run "
+            "goes on from; leave it out"
+        )
 
 
 def _needed_rank(config: Config, steps: int, facts: DataFacts) -> tuple[float, str]:

@@ -196,6 +196,12 @@ class GrowthSection(Section):
         description="Set the learning rate right while the run begins, by whether the next gradient still points "
         "along the last update (schedule budget).",
     )
+    trim: Share | None = Field(
+        None,
+        lt=1.0,
+        description="Leave out of the adapter, at the end, directions that together make so small a share of the whole "
+        "update's norm (schedule budget); 0 leaves out none.",
+    )
     on_converged: Literal["discard", "keep"] | None = Field(
         None, description="What becomes of the last, small component of a module that is done."
     )
@@ -364,6 +370,7 @@ class BudgetGrowthSection(ResolvedGrowthSection):
     start_rank: PositiveInt
     max_rank: PositiveInt
     measured_rate: bool
+    trim: Share = Field(lt=1.0)
 
 
 class GrowingSection(ResolvedGrowthSection):

@@ -20,6 +20,20 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
+def rough_time(seconds: float) -> str:
+    """Seconds as one says them: ``40 seconds``, ``3 minutes``, ``2.5 hours``."""
+    for size, name in ((1, "second"), (60, "minute")):
+        count = round(seconds / size)
+        if count < 100:
+            return f"{count} {name}" + ("" if count == 1 else "s")
+    return f"{seconds / 3600:.2g} hours" if seconds < 360_000 else f"{seconds / 3600:,.0f} hours"
+
+
+def percent(share: float) -> str:
+    """A share from 0 to 1 in per cent, to a tenth; what is not whole is never called 100 %."""
+    return f"{min(round(100 * share, 1), 100 if share == 1 else 99.9):g}\u00a0%"
+
+
 def shortened(text: str, most: int) -> str:
     """A text without the space around it, cut to at most so many characters."""
     text = text.strip()

@@ -31,8 +31,7 @@ def preview(example: Example, tokenizer: PreTrainedTokenizerBase, name: str = ""
     weighted = f", loss times {min(factors):g} to {max(factors):g}" if factors else ""
     called = f"{name}: " if name else ""
     shown = Text(f"{called}{example.tokens} tokens, {example.trained} trained{weighted}{origin}\n", style="dim")
-    for trained, whole in trained_pieces(example, tokenizer):
-        piece = whole if most is None else _cut(whole, most)
+    for trained, piece in trained_pieces(example, tokenizer, most=most):
         if trained:
             shown.append(f"{MARKS[0]}{piece}{MARKS[1]}", style=TRAINED_STYLE)
         else:
@@ -48,15 +47,18 @@ def _cut(text: str, most: int) -> str:
     return f"{text[: most // 2]} [... {left_out:,} characters, --full shows them ...] {text[-(most - most // 2) :]}"
 
 
-def trained_pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[bool, str]]:
+def trained_pieces(
+    example: Example, tokenizer: PreTrainedTokenizerBase, *, most: int | None = None
+) -> list[tuple[bool, str]]:
     """The decoded text in pieces that are all trained or all not.
 
     Args:
         example: The example.
         tokenizer: The base's tokenizer.
+        most: As :func:`preview` takes it.
 
     Returns:
-        Pairs of (trained, text); the texts joined are the whole text.
+        Pairs of (trained, text); the texts joined are the whole text, where none is cut.
     """
     pieces: list[tuple[bool, str]] = []
     end, before = 0, ""
@@ -66,6 +68,7 @@ def trained_pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> list
         text = str(
             tokenizer.decode(example.input_ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         )
-        pieces.append((trained, text[len(before) :]))
+        piece = text[len(before) :]
+        pieces.append((trained, piece if most is None else _cut(piece, most)))
         before = text
     return pieces

@@ -7,6 +7,7 @@ what one should know.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -150,10 +151,60 @@ def gpu(card: Card | None) -> Finding:
         found = "none: training runs on the CPU: fine for SmolLM2 (135M), not for an 8B model"
         return Finding("GPU", "note", found, "to see what a card would hold: qaroma plan --model llama3-8b --vram 8GiB")
     found = f"{card.name}, {memory_size(card.free, 1)} of {memory_size(card.total, 1)} free"
-    if card.total - card.free > CROWDED * card.total:
-        held = f"{memory_size(card.total - card.free, 1)} are held by other programs"
+    held = _held(card)
+    if held:
         return Finding("GPU", "note", found, f"{held}; nvidia-smi names them: close them before a large run")
     return Finding("GPU", "ok", found)
+
+
+def _held(card: Card) -> str:
+    """What other programs hold of a card; empty where it is little."""
+    held = card.total - card.free
+    return f"{memory_size(held, 1)} are held by other programs" if held > CROWDED * card.total else ""
+
+
+def gpus(cards: Sequence[Card], asked: int | None) -> Finding:
+    """Whether several GPUs can share a run, or have one each.
+
+    Args:
+        cards: all that torch sees, in its order.
+        asked: how many are wanted; None is those that are there.
+    """
+    kinds = Counter((card.name, memory_size(card.total, 1)) for card in cards)
+    found = ", ".join(f"{count} x {name} with {size}" for (name, size), count in kinds.items()) or "none"
+    if asked is not None and len(cards) < asked:
+        advice = f"type --gpus {len(cards)}" if cards else "leave --gpus out: a run then trains on the CPU"
+        return Finding("GPUs", "problem", f"{found}; expected {asked}", advice)
+    advices = [f"GPU {index}: {held}" for index, card in enumerate(cards) if (held := _held(card))]
+    if len(kinds) > 1:
+        advices.append(
+            "they differ: a run on all waits for the slowest and fits the smallest; CUDA_VISIBLE_DEVICES=0,1 chooses"
+        )
+    return Finding("GPUs", "note" if advices else "ok", found, "; ".join(advices))
+
+
+def nccl(version: str | None) -> Finding:
+    """What GPUs sum their gradients with.
+
+    Args:
+        version: of the one in torch; None where there is none.
+    """
+    if version is None:
+        advice = "finetune --gpus needs it, which torch has on Linux; compare --gpus does not"
+        return Finding("NCCL", "note", "torch has none", advice)
+    return Finding("NCCL", "ok", version)
+
+
+def peers(apart: Sequence[tuple[int, int]]) -> Finding:
+    """Whether GPUs read each other's memory.
+
+    Args:
+        apart: pairs that cannot.
+    """
+    if not apart:
+        return Finding("peer access", "ok", "between all GPUs")
+    found = f"none between GPUs {', '.join(f'{one} and {other}' for one, other in apart)}"
+    return Finding("peer access", "note", found, "they meet in host memory; what that costs: qaroma plan --gpus 2")
 
 
 def bf16(on_gpu: bool, native: bool) -> Finding:
@@ -188,18 +239,20 @@ def nf4(device: str, error: float, packed_error: float) -> Finding:
     return Finding("bitsandbytes", "problem", found, advice)
 
 
-def attention(device: str, kernels: Sequence[str], grouped: bool) -> Finding:
+def attention(device: str, kernels: Sequence[str], grouped: bool, together: bool) -> Finding:
     """Which of SDPA's kernels ran forward and backward.
 
     Args:
         device: where.
         kernels: of ``flash``, ``efficient``, ``math``, those that ran.
         grouped: a fused one ran with fewer key heads than query heads.
+        together: one ran for sequences of many lengths, as packed rows have.
     """
     fused = [name for name in kernels if name != "math"]
     if fused:
         repeated = "" if grouped else "; none takes grouped key heads: they are repeated, which costs memory"
-        return Finding("attention", "ok", f"SDPA with {' and '.join(fused)} kernels on {device}{repeated}")
+        packed = f"; packed sequences in {'one kernel' if together else 'a kernel each'}"
+        return Finding("attention", "ok", f"SDPA with {' and '.join(fused)} kernels on {device}{packed}{repeated}")
     if kernels:
         found = f"SDPA on {device} has no fused kernel: memory grows with the square of the context"
         return Finding("attention", "note", found, "keep --max-length small, or install a newer torch")

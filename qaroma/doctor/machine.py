@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import re
@@ -27,10 +28,13 @@ _FOR_CONTRIBUTORS = "dev"
 _AGAIN = "type: pip install --force-reinstall --no-deps"
 
 
-def examine() -> list[Finding]:
+def examine(gpus: int | None = None) -> list[Finding]:
     """Everything that a run needs, one line each; a check that cannot be made is a problem of its own.
 
     Takes seconds, most of them for importing torch; reads nothing but what it reports and writes nothing.
+
+    Args:
+        gpus: as many are wanted; None asks about several where there are several.
     """
     findings: list[Finding] = []
 
@@ -48,6 +52,7 @@ def examine() -> list[Finding]:
     if findings[-1].level != "problem":
         look("CUDA", _cuda, "update the GPU's driver and restart")
         look("GPU", _gpu, "see what holds it with nvidia-smi; if nothing does, restart")
+        look("GPUs", lambda: _several_gpus(gpus), "see with nvidia-smi which of them answers")
         look("bf16", _bf16, "update the GPU's driver")
         look("bitsandbytes", _bitsandbytes, f"{_AGAIN} bitsandbytes; for an old driver, update it")
         look("attention", _attention, "type: --set model.attention=eager")
@@ -143,6 +148,36 @@ def _gpu() -> Finding:
     return checks.gpu(Card(torch.cuda.get_device_name(device), free, total))
 
 
+def _several_gpus(asked: int | None) -> list[Finding]:
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count < 2 and asked is None:
+        return []
+    cards = [Card(torch.cuda.get_device_name(index), *torch.cuda.mem_get_info(index)) for index in range(count)]
+    findings = [checks.gpus(cards, asked)]
+    if count > 1:
+        pairs = itertools.combinations(range(count), 2)
+        apart = [pair for pair in pairs if not _reach_each_other(*pair)]
+        findings += [checks.nccl(_nccl()), checks.peers(apart)]
+    return findings
+
+
+def _reach_each_other(one: int, other: int) -> bool:
+    import torch
+
+    reach = torch.cuda.can_device_access_peer
+    return reach(one, other) and reach(other, one)
+
+
+def _nccl() -> str | None:
+    import torch
+
+    if not torch.distributed.is_available() or not torch.distributed.is_nccl_available():
+        return None
+    return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+
+
 def _bf16() -> Finding:
     import torch
 
@@ -188,10 +223,12 @@ def nf4_errors(device: torch.device) -> tuple[float, float]:
 
 def _attention() -> Finding:
     from qaroma.model.attention import fused_for_groups
+    from qaroma.model.documents import one_kernel_for_all
 
     device = _device()
-    grouped = device.type != "cuda" or fused_for_groups(device, _attention_dtype(device))
-    return checks.attention(str(device), attention_kernels(device), grouped)
+    dtype = _attention_dtype(device)
+    grouped = device.type != "cuda" or fused_for_groups(device, dtype)
+    return checks.attention(str(device), attention_kernels(device), grouped, one_kernel_for_all(device, dtype))
 
 
 def _attention_dtype(device: torch.device) -> torch.dtype:

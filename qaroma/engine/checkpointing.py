@@ -22,13 +22,6 @@ class ToHost(Protocol):
     def __call__(self, tensor: Tensor, stream: Any = None, *, pinned: bool = True) -> Tensor: ...
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on a device, for which the host does not wait: it goes by way of pinned memory."""
-    if device.type == "cuda" and not tensor.is_cuda:
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
 def to_host(tensor: Tensor, stream: Any = None, *, pinned: bool = True) -> Tensor:
     """A copy in host memory.
 

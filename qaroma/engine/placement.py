@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qaroma.engine.checkpointing import ToHost, to_device, to_host
+from qaroma.engine.checkpointing import ToHost, to_host
+from qaroma.model.devices import to_device
 
 
 class HostEmbedding(nn.Module):

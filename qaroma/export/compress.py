@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from qaroma.method.factors import Factors, Update
-from qaroma.method.spectrum import product_svd
+from qaroma.method.spectrum import product_svd, truncated
 
 _ROUNDING = 1e-7  # singular values below this share of the largest are fp32 rounding of the factors
 
@@ -42,7 +42,7 @@ def compress_factors(factors: Factors, error: float) -> tuple[Factors, float]:
     """The update of smallest rank within a relative error, ||B^T A - B'^T A'||_F <= error ||B^T A||_F.
 
     Equivalent to truncating ``torch.linalg.svd(B.T @ A)``; by Eckart and Young no update of that rank
-    is nearer. Each kept singular value is shared by both factors, as its square root.
+    is nearer.
 
     Args:
         factors: a (R, N) and B (R, M).
@@ -53,8 +53,8 @@ def compress_factors(factors: Factors, error: float) -> tuple[Factors, float]:
     """
     if factors.rank == 0:
         return factors, 0.0
-    left_MR, values_R, right_RN = product_svd(*factors)
-    squares = values_R.square()
+    svd = product_svd(*factors)
+    squares = svd[1].square()
     total = squares.sum()
     if total == 0:
         return Factors.zero(factors.shape), 0.0
@@ -62,10 +62,7 @@ def compress_factors(factors: Factors, error: float) -> tuple[Factors, float]:
     dropped = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
     allowed = max(error, _ROUNDING) ** 2 * total
     rank = int((dropped > allowed).sum())
-    root_K = values_R[:rank].sqrt()
-    A_KN = root_K[:, None] * right_RN[:rank]
-    B_KM = root_K[:, None] * left_MR[:, :rank].T
-    return Factors(A_KN.float().contiguous(), B_KM.float().contiguous()), float((dropped[rank] / total).sqrt())
+    return truncated(svd, rank), float((dropped[rank] / total).sqrt())
 
 
 def compress(update: Update, error: float) -> tuple[dict[str, Factors], Compression]:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qaroma.method.factors import Factors
+
 
 def product_svd(A_RN: Tensor, B_RM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Singular value decomposition of ``B^T A``, by QR of both factors and an SVD of at most R x R.
@@ -28,6 +30,23 @@ def product_svd(A_RN: Tensor, B_RM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Q_NK, right = torch.linalg.qr(A_RN.double().T)
     U, values_K, V = torch.linalg.svd(left @ right.T, full_matrices=False)
     return Q_MK @ U, values_K, V @ Q_NK.T
+
+
+def truncated(svd: tuple[Tensor, Tensor, Tensor], rank: int) -> Factors:
+    """The leading directions as fp32 factors; each singular value is shared by both, as its square root.
+
+    Args:
+        svd: of an update, as :func:`product_svd` gives it.
+        rank: K', how many directions to keep.
+
+    Returns:
+        A (K', N) and B (K', M).
+    """
+    left_MK, values_K, right_KN = svd
+    root_K = values_K[:rank].sqrt()
+    A = root_K[:, None] * right_KN[:rank]
+    B = root_K[:, None] * left_MK[:, :rank].T
+    return Factors(A.float().contiguous(), B.float().contiguous())
 
 
 def effective_rank(A_RN: Tensor, B_RM: Tensor) -> float:

@@ -13,17 +13,14 @@ import torch
 from torch import Tensor
 
 from qaroma.errors import QaromaError
+from qaroma.model.documents import REPEATED, attend, head_size
 
-REPEATED = "sdpa_repeated"  # transformers' name of it
 
-
-def fused_for_groups(device: torch.device, dtype: torch.dtype, head_size: int = 64) -> bool:
+def fused_for_groups(device: torch.device, dtype: torch.dtype, width: int = 64) -> bool:
     """Whether a fused kernel of SDPA runs there with fewer key heads than query heads, forward and backward."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    query, key = (
-        torch.ones(1, heads, 16, head_size, device=device, dtype=dtype, requires_grad=True) for heads in (4, 2)
-    )
+    query, key = (torch.ones(1, heads, 16, width, device=device, dtype=dtype, requires_grad=True) for heads in (4, 2))
     fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
     try:
         with sdpa_kernel(fused):
@@ -46,7 +43,7 @@ def wants_repeated_keys(config: Any, device: torch.device, dtype: torch.dtype) -
     groups = heads is not None and (getattr(text, "num_key_value_heads", None) or heads) < heads
     if device.type != "cuda" or not groups:
         return False
-    return not fused_for_groups(device, dtype, getattr(text, "head_dim", None) or text.hidden_size // heads)
+    return not fused_for_groups(device, dtype, head_size(config))
 
 
 def repeat_keys(model: Any) -> None:
@@ -70,22 +67,11 @@ def repeat_keys(model: Any) -> None:
 
 
 def _repeated(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
-    """transformers' SDPA, as it would compute if every query head had a key head of its own.
-
-    Args:
-        module: the layer's attention.
-        query: (B, H, L, D).
-        key, value: (B, G, S, D) with H a multiple of G.
-        attention_mask: (B, 1, L, S), or None.
-        options: as transformers passes them.
-    """
-    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+    """:func:`~qaroma.model.documents.attend`, as if every query head had a key head of its own."""
+    from transformers.integrations.sdpa_attention import repeat_kv
 
     count = query.shape[1] // key.shape[1]
-    alone: Any = SimpleNamespace(num_key_value_groups=1, is_causal=getattr(module, "is_causal", True))
-    found: tuple[Tensor, None] = sdpa_attention_forward(
-        alone, query, repeat_kv(key, count), repeat_kv(value, count), attention_mask, **options
-    )
-    return found
+    alone = SimpleNamespace(num_key_value_groups=1, is_causal=getattr(module, "is_causal", True))
+    return attend(alone, query, repeat_kv(key, count), repeat_kv(value, count), attention_mask, **options)

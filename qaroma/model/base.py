@@ -30,6 +30,7 @@ from qaroma.model.failures import explained, readable
 from qaroma.model.found import FoundModel, find_model, loader_keywords, stored_quantization
 from qaroma.model.gguf import load_gguf, load_gguf_tokenizer
 from qaroma.model.hostmemory import FreedMemoryGoesBack
+from qaroma.model.norms import use_torchs_norms
 from qaroma.model.precision import resolve_dtype
 from qaroma.model.skeleton import skeleton
 from qaroma.model.tokenizer_file import require_bounded
@@ -65,6 +66,11 @@ def resolve_device(name: str | torch.device | None) -> torch.device:
             raise QaromaError("got device cuda, but torch sees no CUDA device. Type: --device cpu")
         return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called: the GPU's own name, or ``cpu``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def load_model_config(
@@ -218,6 +224,8 @@ def load_base(
     _settle(network, dtype)
     if attention == "sdpa" and wants_repeated_keys(config, target, dtype):
         repeat_keys(network)
+    if target.type == "cuda":
+        use_torchs_norms(network)
     return network
 
 

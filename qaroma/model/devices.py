@@ -7,11 +7,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qaroma.model.layers import decoder_layers, layer_matrices, with_data
 from qaroma.model.replaced import replaced
 from qaroma.model.skeleton import skeleton
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on a device, for which the host does not wait: it goes by way of pinned memory."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def device_map(config: Any, device: torch.device, *, host_embeddings: bool, trust_remote_code: bool) -> dict[str, Any]:

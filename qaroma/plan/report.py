@@ -14,17 +14,18 @@ from rich.console import Console
 from rich.table import Table
 
 from qaroma.config.levels import LEVELS
-from qaroma.config.words import duration, memory_size
+from qaroma.config.words import duration, file_size, memory_size
 from qaroma.errors import QaromaError
 from qaroma.model.failures import explained
 from qaroma.model.precision import dtype_name, overflows
 from qaroma.plan.card import RESERVE, Card
 from qaroma.plan.counter import WORKSPACE
+from qaroma.plan.gpus import PCIE3_X8, SharedStep, shared_table
 from qaroma.plan.search import LONGEST, Estimate, Planner
 from qaroma.plan.shapes import HUB_IDS, model_config
 from qaroma.plan.trace import StepSettings
 from qaroma.plan.weightless_model import adapter_parameters, weightless_model
-from qaroma.plan.work import BANDWIDTH, LAUNCH, PRODUCTS, step_seconds
+from qaroma.plan.work import BANDWIDTH, COPIES, LAUNCH, PRODUCTS, step_seconds
 from qaroma.plan.workspaces import workspaces_measured
 
 CHECKPOINTS = 3  # on disk at a time: two are kept while a third is written
@@ -52,6 +53,7 @@ class Plan:
         chosen: the level to use; None where none fits.
         longest: the step with the longest context that fits; None without a card, or where nothing does.
         disk: bytes of the base's download and of a run.
+        shared: the step on as many GPUs as were asked for.
         cards: whose times are told.
         rows: examples of the run whose time is told.
         overflows: whether its family is known to overflow in fp16.
@@ -67,6 +69,7 @@ class Plan:
     chosen: Estimate | None
     longest: Estimate | None
     disk: int
+    shared: SharedStep
     cards: tuple[Card, ...] = ()
     rows: int = 1000
     overflows: bool = False
@@ -75,6 +78,17 @@ class Plan:
     def shown(self) -> Estimate:
         """The step whose bytes are laid out: the chosen one, or the smallest there is."""
         return self.chosen or self.levels[-1]
+
+    def fits(self, found: Estimate, card: Card) -> bool:
+        """Whether a step fits a card, or the memory that was named in its place."""
+        return found.peak <= (self.vram or card.gib * 2**30) - RESERVE
+
+    def fastest(self) -> list[tuple[Card, Estimate]]:
+        """Each card that holds some level, with the step that is fastest there."""
+        fitting = {card: [found for found in self.levels if self.fits(found, card)] for card in self.cards}
+        return [
+            (card, min(found, key=lambda one: step_seconds(one.work, card))) for card, found in fitting.items() if found
+        ]
 
     def run_seconds(self, found: Estimate, card: Card) -> float:
         """Of :data:`EPOCHS` passes over the run's rows, by arithmetic."""
@@ -100,6 +114,7 @@ class Plan:
             "max_context_level": None if self.longest is None else self.longest.settings.level,
             "max_context_host_bytes": None if self.longest is None else self.longest.host,
             "breakdown": shown.breakdown,
+            "gpus": self.shared.to_json(shown, self.fastest()) if self.shared.gpus > 1 else None,
             "levels": [
                 {"memory_level": e.settings.level, "peak_bytes": e.peak, "resident_bytes": e.resident,
                  "host_bytes": e.host, "full_depth": e.exact,
@@ -111,8 +126,8 @@ class Plan:
 
 def make_plan(
     model: str, settings: StepSettings, *, memory: str = "auto", vram: int | None = None,
-    cards: tuple[Card, ...] = (), rows: int = 1000, trust_remote_code: bool = False,
-    tell: Callable[[str], None] = lambda _: None,
+    cards: tuple[Card, ...] = (), rows: int = 1000, gpus: int = 1, grad_accum: int = 1,
+    trust_remote_code: bool = False, tell: Callable[[str], None] = lambda _: None,
 ) -> Plan:  # fmt: skip
     """Find out what a step takes and what a card holds.
 
@@ -123,6 +138,8 @@ def make_plan(
         vram: bytes of the card, if one is meant.
         cards: whose times are to be told.
         rows: examples of the run whose time is.
+        gpus: that share a step, each of them such a card.
+        grad_accum: micro-batches that they share.
         trust_remote_code: run Python code that comes with the model.
         tell: called with what is being looked at.
 
@@ -168,6 +185,7 @@ def make_plan(
         chosen,
         longest,
         disk,
+        SharedStep(gpus, grad_accum, 4 * trained),
         cards,
         rows,
         overflows(config),
@@ -200,12 +218,42 @@ def print_plan(plan: Plan, console: Console) -> None:
             f"{LAUNCH * 1e6:g} us a kernel, copies beside."
         )
         console.print(_time_table(plan))
+    if plan.shared.gpus > 1:
+        _print_shared(plan, console)
     if plan.chosen is not None:
         memory, length = plan.chosen.settings.level, settings.seq_len
         say(
             f"\nNext: qaroma finetune --model {shlex.quote(HUB_IDS.get(plan.model.lower(), plan.model))} --data FILE "
-            f"--max-length {length} --memory {memory}"
+            f"--max-length {length} --memory {memory}{_gpu_options(plan.shared)}"
         )
+
+
+def _print_shared(plan: Plan, console: Console) -> None:
+    """What several GPUs change."""
+    say = partial(console.print, highlight=False, soft_wrap=True)
+    shared, host = plan.shared, plan.shown.host
+    together = f" Host memory of all on one machine: {memory_size(shared.gpus * host)}." if host else ""
+    say(
+        f"\n{shared.gpus} GPUs, each of which takes {shared.grad_accum // shared.gpus} of a step's {shared.grad_accum} "
+        f"micro-batches and holds base, adapter and optimiser whole: {memory_size(shared.peak(plan.shown))} on each, "
+        f"NCCL's own buffers not counted.{together}"
+    )
+    say(
+        f"Once a step they sum {file_size(shared.gradients)} of gradients in fp32, a copy that is there when the "
+        f"activations are gone: in a ring each sends {file_size(shared.traffic)} and is sent as much, "
+        f"{1e3 * shared.reducing(PCIE3_X8):.3g} ms on PCIe 3 x8 ({PCIE3_X8:g} GB/s) without NVLink."
+    )
+    fastest = plan.fastest()
+    if fastest:
+        say(
+            f"A step of {shared.grad_accum} micro-batches by the same arithmetic, and the all-reduce's part of it, "
+            f"there and on the card's own bus at {100 * COPIES:g} % of its rate:"
+        )
+        console.print(shared_table(shared, fastest))
+
+
+def _gpu_options(shared: SharedStep) -> str:
+    return f" --gpus {shared.gpus} --grad-accum {shared.grad_accum}" if shared.gpus > 1 else ""
 
 
 def _levels_table(plan: Plan) -> Table:
@@ -275,7 +323,7 @@ def _time_table(plan: Plan) -> Table:
         table.add_column(f"level {found.settings.level}", justify="right")
     table.add_column("the run", justify="right")
     for card in plan.cards:
-        fit = [found.peak <= (plan.vram or card.gib * 2**30) - RESERVE for found in plan.levels]
+        fit = [plan.fits(found, card) for found in plan.levels]
         seconds = [step_seconds(found.work, card) for found in plan.levels]
         cells = [f"{time:.3g} s" if holds else "-" for time, holds in zip(seconds, fit, strict=True)]
         runs = [plan.run_seconds(found, card) for found, holds in zip(plan.levels, fit, strict=True) if holds]

@@ -6,9 +6,11 @@ shallow traces give it for any depth.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from qaroma.config.levels import LEVELS
@@ -102,7 +104,7 @@ class Planner:
         return self.exact(settings) if seconds < PATIENCE_S else estimate
 
     def fastest_level(self, settings: StepSettings, device_bytes: int, host_bytes: int | None) -> int | None:
-        """The first level whose step fits.
+        """The first level whose step fits: each costs time beside the one before, on every card that is known.
 
         Args:
             settings: of the step; its own level does not matter.
@@ -170,10 +172,11 @@ def _peak_line(few: Peak, more: Peak, line: Callable[[int, int], int]) -> Peak:
 def _longest(phases: Callable[[int], dict[str, int]], limit: int) -> int:
     """The largest multiple of ``GRAIN`` up to ``LONGEST`` where every phase stays within the limit, or 0.
 
-    The bytes of a phase grow with the tokens, along straight lines that only ever become steeper. So
-    the line through two lengths that fit leads to a guess that is not too small, and the line from
-    one that fits to one that does not to a guess that is not too large. The search ends when the
-    first is within a hundredth of what fitted.
+    The bytes of a phase grow with the tokens, along straight lines that only ever become steeper, or with their
+    square, where masks are made. So the line through the last two lengths that fit leads to a guess that is not too
+    small; the line from one that fits to one that does not, or the parabola through the last three that fit, to one
+    that is not too large. Between them the guess is, at first, the parabola's through the last three lengths of all.
+    The search ends when the first is within a hundredth of what fitted, or the second within a two-hundredth.
     """
     fits: list[tuple[int, dict[str, int]]] = []  # ascending
     over: tuple[int, dict[str, int]] = (LONGEST + GRAIN, {})
@@ -187,22 +190,29 @@ def _longest(phases: Callable[[int], dict[str, int]], limit: int) -> int:
         longest = fits[-1][0] if fits else 0
         if over[0] - longest <= max(GRAIN, longest // 100):
             return longest
-        if len(fits) < 2:
+        if len(fits) < 2 or (len(fits) == 2 and not over[1]):
             guess = min(4 * guess, (longest + over[0]) // 2) if fits else guess // 2
         else:
-            guess = _crossing(fits[-2], fits[-1], limit, over[0])
-            if guess - longest < max(GRAIN, longest // 100):
+            most = _crossing(fits[-2:], limit, over[0])
+            least = _crossing([fits[-1], over] if over[1] else fits[-3:], limit, over[0])
+            if most - longest < max(GRAIN, longest // 100) or least - longest < max(GRAIN, longest // 200):
                 return longest
-            if over[1]:
-                guess = (guess + _crossing(fits[-1], over, limit, over[0])) // 2
+            bent = _crossing([*fits, over][-3:] if over[1] else fits[-3:], limit, over[0])
+            guess = bent if least < bent < most and len(fits) < 4 else (least + most) // 2
         guess = min(max(guess // GRAIN * GRAIN, longest + GRAIN), over[0] - GRAIN)
 
 
-def _crossing(a: tuple[int, dict[str, int]], b: tuple[int, dict[str, int]], limit: int, most: int) -> int:
-    """The first length where the line of a phase through two points reaches the limit, at most ``most``."""
+def _crossing(points: list[tuple[int, dict[str, int]]], limit: int, most: int) -> int:
+    """The first length where the line or the parabola of a phase through two or three points reaches the limit, at most
+    ``most``."""
     found = float(most)
-    for phase, at_b in b[1].items():
-        at_a = a[1][phase]
-        if at_b > at_a:
-            found = min(found, a[0] + (limit - at_a) * (b[0] - a[0]) / (at_b - at_a))
+    lengths = [length for length, _ in points]
+    for phase, last in points[-1][1].items():
+        sizes = [phases[phase] for _, phases in points]
+        slopes = [(b - a) / (y - x) for (x, a), (y, b) in pairwise(zip(lengths, sizes, strict=True))]
+        bend = max(0.0, (slopes[-1] - slopes[0]) / (lengths[-1] - lengths[0]))
+        slope = slopes[-1] + bend * (lengths[-1] - lengths[-2])
+        if slope > 0:
+            left = limit - last
+            found = min(found, lengths[-1] + 2 * left / (slope + math.sqrt(max(0.0, slope**2 + 4 * bend * left))))
     return int(found)

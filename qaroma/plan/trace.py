@@ -18,6 +18,8 @@ from qaroma.method.attach import attach
 from qaroma.method.growth import GrowthSettings
 from qaroma.method.head import backbone
 from qaroma.model.attention import repeat_keys
+from qaroma.model.documents import keep_documents_apart
+from qaroma.model.norms import use_torchs_norms
 from qaroma.plan.counter import LiveStorages, Peak
 from qaroma.plan.weightless import KnownShapes, weightless
 from qaroma.plan.weightless_model import materialise, tensors_of, weightless_model
@@ -38,6 +40,9 @@ class StepSettings:
         quantized, double_quantization: whether linear layers lie in 4 bits, and their constants in 8.
         dtype: compute dtype.
         repeated_keys: whether key heads are repeated for attention (:mod:`qaroma.model.attention`).
+        one_by_one: whether rows are packed, and attention reads one sequence of them after the other
+            (:mod:`qaroma.model.documents`); in one kernel they take what a row of one sequence does.
+        fused_norms: whether norms are torch's (:mod:`qaroma.model.norms`), as on a card.
     """
 
     level: int
@@ -51,6 +56,8 @@ class StepSettings:
     double_quantization: bool = True
     dtype: torch.dtype = torch.bfloat16
     repeated_keys: bool = False
+    one_by_one: bool = False
+    fused_norms: bool = True
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,10 @@ def trace_step(config: Any, settings: StepSettings) -> Trace:
     model = weightless_model(config, dtype=s.dtype, packed=s.quantized, double=s.double_quantization, packed_head=head)
     if s.repeated_keys:
         repeat_keys(model)
+    if s.fused_norms:
+        use_torchs_norms(model)
+    if s.one_by_one:
+        keep_documents_apart(model)
     shapes = KnownShapes()
     with weightless(), LiveStorages(shapes) as counter:
         counter.phase("load", "base")
@@ -161,8 +172,9 @@ def _step(model: Any, method: GrowthController, settings: StepSettings, counter:
     counter.phase("forward", "checkpoints")
     shape = (settings.micro_batch * settings.sequences, settings.seq_len)
     tokens = torch.zeros(shape, dtype=torch.int64)
-    positions = torch.arange(settings.seq_len).expand(shape)
-    batch = TokenBatch(tokens, tokens, positions, ((shape[1],),) * shape[0], torch.arange(1, tokens.numel()))
+    positions = torch.arange(settings.seq_len).expand(shape)  # no bytes depend on where a sequence begins
+    lengths = (shape[1] // 2, shape[1] - shape[1] // 2) if settings.one_by_one else (shape[1],)
+    batch = TokenBatch(tokens, tokens, positions, (lengths,) * shape[0], torch.arange(1, tokens.numel()))
     loss, count = CausalLM().loss(model, batch)
     counter.phase("backward", "layer")
     (loss / count).backward()  # type: ignore[no-untyped-call]

@@ -26,9 +26,9 @@ _empty_strided = torch.ops.aten.empty_strided.default
 def weightless() -> Iterator[None]:
     """Inside, tensors are made on ``meta``, and code that was written for a real device runs on them.
 
-    Backward passes have to end inside, too. For as long, attention on ``meta`` is fused in every thread.
+    Backward passes have to end inside, too. For as long, attention and norms on ``meta`` are fused in every thread.
     """
-    with _fused_attention(), torch.device("meta"), _AsOnADevice():
+    with _fused_kernels(), torch.device("meta"), _AsOnADevice():
         yield
 
 
@@ -126,15 +126,17 @@ def _is_cpu(value: Any) -> bool:
 
 
 @contextmanager
-def _fused_attention() -> Iterator[None]:
-    """Let SDPA on ``meta`` be the operation that it is on a CPU, not a matrix of scores that no GPU makes.
+def _fused_kernels() -> Iterator[None]:
+    """Let SDPA on ``meta`` be the operation that it is on a CPU, not a matrix of scores that no GPU makes, and torch's
+    RMSNorm one kernel a pass, as on a GPU.
 
-    The tensors of that operation are FlashAttention's: it keeps its output and the logarithm of each
+    The tensors of that attention are FlashAttention's: it keeps its output and the logarithm of each
     row's normaliser, and takes fewer key heads than query heads as they are. Done in the dispatcher,
     since a backward pass that recomputes a layer does so outside of any mode; undone at the end.
     """
     library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     library.impl("scaled_dot_product_attention", _attention, "AutogradMeta")  # type: ignore[no-untyped-call]
+    library.impl("_fused_rms_norm", _norm, "AutogradMeta")  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
@@ -149,3 +151,23 @@ def _attention(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )
     return output  # type: ignore[no-any-return]
+
+
+def _norm(x: Tensor, shape: Any, weight: Tensor, eps: float | None = None) -> tuple[Tensor, Tensor]:
+    return OneKernelNorm.apply(x, weight)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class OneKernelNorm(torch.autograd.Function):
+    """What torch's kernels read, write and keep: a number a row beside the input; the weight is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        per_row = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+        ctx.save_for_backward(x, weight, per_row)
+        ctx.mark_non_differentiable(per_row)
+        return torch.mul(x, weight), per_row
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.addcmul(grad, x, weight), None

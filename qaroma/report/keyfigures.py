@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
 from qaroma.config.metrics import METRICS, metric_facts, metrics_of
 from qaroma.config.tasks import PREFERENCE
 from qaroma.config.words import duration, memory_size
+from qaroma.report.answers import evenly
 from qaroma.report.outcome import outcome
 from qaroma.report.spectra import Spectra
 from qaroma.runs.figures import Figures, figures_of, validation_of
@@ -42,8 +42,7 @@ def state(run: Run) -> str:
     """Where a run stands, as one sentence."""
     if not run.finished:
         return f"Not finished: step {run.step:,}" + (f" of {run.budget:,}" if run.budget else "")
-    found = outcome(run)
-    return f"Finished after {run.step:,} steps: {found.text}" + (f": {found.command}" if found.command else "")
+    return f"Finished after {run.step:,} steps: {outcome(run).text}"
 
 
 def description(run: Run) -> str:
@@ -99,6 +98,8 @@ def _cost(run: Run, figures: Figures) -> dict[str, str]:
         found["Trainable parameters"] = course if changed else f"{mean} throughout"
     if figures.seconds:
         found["Time"] = duration(figures.seconds)
+    if run.device is not None:
+        found["Device"] = "CPU" if run.device == "cpu" else run.device
     speed = run.series("tokens_per_second").values
     if speed:
         found["Speed"] = f"{median(speed):,.0f} tokens a second"
@@ -133,13 +134,6 @@ def validation_table(run: Run, most: int = 25) -> tuple[list[str], list[list[str
         for step in chosen
     ]
     return ["step", *metrics], rows
-
-
-def evenly(items: Sequence[int], most: int) -> list[int]:
-    """At most ``most`` of the items, evenly spread, with the first and the last."""
-    if len(items) <= most:
-        return list(items)
-    return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
 
 
 def _shown(value: object) -> str:

@@ -48,6 +48,14 @@ def short_labels(modules: Sequence[str]) -> list[str]:
     return labels
 
 
+def without_shared_ending(labels: Sequence[str]) -> list[str]:
+    """Labels without what all of them end with: ``q``, ``down`` instead of ``q_proj``, ``down_proj``."""
+    ends = {label[label.rfind("_") :] for label in labels}
+    if len(ends) != 1 or not all("_" in label[1:] for label in labels):
+        return list(labels)
+    return [label.removesuffix(*ends) for label in labels]
+
+
 def layer_grid(values: Mapping[str, float]) -> Grid:
     """Arrange one value a module, by full name in the model's order, as layers x kinds."""
     cells: dict[tuple[str, str], dict[str, list[float]]] = {}

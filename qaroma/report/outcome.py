@@ -26,11 +26,13 @@ class Outcome:
     """What is said of a run that has ended.
 
     Attributes:
+        verdict: the same in a few words.
         text: clauses, separated by semicolons.
         success: whether it ended because it was done, with nothing wasted and nothing left to gain.
         command: what goes on with a run that still improves; None for others.
     """
 
+    verdict: str
     text: str
     success: bool
     command: str | None = None
@@ -48,7 +50,7 @@ def outcome(run: Run) -> Outcome:
     after = [point for point in points if point[0] > 0]
     if not after:
         clauses.append("nothing was validated, so nothing says whether it learnt more than its rows")
-        return Outcome("; ".join(clauses), by_itself)
+        return Outcome("It was not validated", "; ".join(clauses), by_itself)
     step, best = facts.best(after)
     clauses.append(f"the adapter is of step {step:,}, the best by validation")
     helped = points[0][0] > 0 or facts.better(best, points[0][1])
@@ -62,7 +64,15 @@ def outcome(run: Run) -> Outcome:
     if improving:
         clauses.append("still improving: more epochs would help")
     success = helped and (by_itself or not (wasted or improving))
-    return Outcome("; ".join(clauses), success, _longer(run) if improving else None)
+    if not helped:
+        verdict = "It never was better than the base"
+    elif wasted:
+        verdict = f"It was best at step {step:,}" + (", and stopped by itself" if by_itself else " and got no better")
+    elif len(points) == 1:
+        verdict = "It was validated only once"
+    else:
+        verdict = "It was still improving when it ended" if improving else "It was at its best when it ended"
+    return Outcome(verdict, "; ".join(clauses), success, _longer(run) if improving else None)
 
 
 def _still_improves(facts: Metric, values: Sequence[float]) -> bool:

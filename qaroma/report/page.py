@@ -6,7 +6,7 @@ text of models and data is escaped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +14,30 @@ import jinja2
 from markupsafe import Markup
 
 from qaroma import __version__
-from qaroma.config.words import shortened
 from qaroma.report import drawings
-from qaroma.report.keyfigures import description, evenly, key_figures, settings, state, validation_table
-from qaroma.report.names import layer_grid
+from qaroma.report.answers import answered_test, answered_while_training, first_answers
+from qaroma.report.card_image import card_figure
+from qaroma.report.finding import finding
+from qaroma.report.keyfigures import description, key_figures, settings, state, validation_table
 from qaroma.report.outcome import outcome
-from qaroma.report.panels import Panel, choose_modules, growth_panels, training_panels
-from qaroma.report.spectra import Spectra, component_similarity, read_spectra, similar_modules
-from qaroma.report.style import has_matplotlib, inline_svg
+from qaroma.report.panels import Panel, choose_modules, growth_panels, learning_panel, training_panels
+from qaroma.report.rank_map import RankMap, map_of_ranks, rank_map
+from qaroma.report.spectra import Spectra, read_spectra
+from qaroma.report.style import has_matplotlib, inline_svg, save
 from qaroma.runs.files import write_atomically
 from qaroma.runs.finding import open_run
 from qaroma.runs.reading import Run
 
 PAGE = "report.html"
+CARD = "report.png"
 REFRESH_SECONDS = 20
-_MOST_SAMPLES = 10  # steps shown of one prompt
 _MOST_ANSWERS = 12
-_LONGEST_SHOWN = 1500
+_VERDICTS = {"running": "It is still training", "stopped": "It stopped before its end"}
+_WIDE, _NARROW = (11.2, 3.1), (3.4, 2.7)  # inches of a figure; a phone shows the narrow one as large as it is
 
 
 def write_page(run: Path) -> Path:
-    """Write ``report.html`` of one run, finished or not, into its directory.
+    """Write ``report.html`` of one run, finished or not, into its directory; of a finished one ``report.png`` too.
 
     Made to be called at every validation: of a run that goes on, the page follows the run in an open
     browser and leaves out what takes a decomposition of the adapter; of a finished run it is whole.
@@ -55,6 +58,8 @@ def write_page(run: Path) -> Path:
     spectra = read_spectra(read) if read.finished else None
     page = Path(run) / PAGE
     write_atomically(page, build_page([read], [spectra], follow=not read.finished))
+    if read.finished and has_matplotlib():
+        save(card_figure(read), Path(run) / CARD)
     return page
 
 
@@ -76,14 +81,15 @@ def build_page(
         follow: whether an open browser reloads the page.
     """
     drawable = has_matplotlib()
-    columns = [_run_context(run, found, drawable) for run, found in zip(runs, spectra, strict=True)]
-    sections = _sections(runs, spectra, modules, metric or runs[0].metric) if drawable else []
-    names = list(dict.fromkeys(name for column in columns for name in column["figures"]))
+    columns = [_run_context(run, found) for run, found in zip(runs, spectra, strict=True)]
+    one = len(runs) == 1
+    figures = _figures(runs, choose_modules(runs[0]) if modules is None else modules, metric) if drawable else {}
     return _template().render(
-        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
+        title=f"{runs[0].name}: {columns[0]['finding'].headline}" if one else f"{len(runs)} runs compared",
         runs=columns,
-        key_names=names,
-        sections=sections,
+        key_names=list(dict.fromkeys(name for column in columns for name in column["figures"])),
+        curve=_curve(runs[0]) if one and drawable else None,
+        figures=figures,
         drawable=drawable,
         refresh=REFRESH_SECONDS if follow else None,
         version=__version__,
@@ -101,123 +107,64 @@ def _template() -> jinja2.Template:
     return environment.get_template("page.html")
 
 
-def _run_context(run: Run, spectra: Spectra | None, drawable: bool) -> dict[str, Any]:
+def _run_context(run: Run, spectra: Spectra | None) -> dict[str, Any]:
     """What the template shows of one run."""
     header, rows = validation_table(run)
     config = run.path / "config.yaml"
+    ended = outcome(run) if run.finished else None
+    tested = answered_test(run)
     return {
         "name": run.name,
         "description": description(run),
+        "finding": finding(run),
         "state": state(run),
+        "command": ended.command if ended else run.resume,
         "finished": run.finished,
-        "success": run.finished and outcome(run).success,
+        "running": run.state == "running",
+        "verdict": ended.verdict if ended else _VERDICTS.get(run.state, "It is broken"),
+        "success": ended is not None and ended.success,
         "step": run.step,
         "budget": run.budget,
+        "first_answers": first_answers(run),
+        "rank_map": map_of_ranks(run),
+        "effective_map": _effective_map(spectra),
         "figures": key_figures(run, spectra),
         "settings": settings(run),
         "config": config.read_text(encoding="utf-8") if config.is_file() else "",
         "validation_header": header,
         "validation_rows": rows,
-        "samples": samples_over_time(run),
-        "answers": answers_side_by_side(run),
-        "rank_table": None if drawable else _rank_table(run),
+        "samples": answered_while_training(run),
+        "answers": tested[:_MOST_ANSWERS],
+        "answers_in_all": len(tested),
     }
 
 
-def _sections(
-    runs: Sequence[Run], spectra: Sequence[Spectra | None], modules: Sequence[str] | None, metric: str
-) -> list[dict[str, Any]]:
-    """Headings, each with its figures as ``<svg>``."""
-    chosen = choose_modules(runs[0]) if modules is None else modules
-    growth = growth_panels(runs, chosen, metric)
-    sections = [
-        _section("Learning", _panels([p for p in growth if p.key == "metric"] + training_panels(runs))),
-        _section("Growth", _panels([p for p in growth if p.key != "metric"])),
-    ]
-    for place, (run, found) in enumerate(zip(runs, spectra, strict=True)):
-        maps = _rank_maps(run, found)
-        drawn = [
-            inline_svg(drawings.maps_figure({title: values}), f"map-{place}-{i}", f"{title} by layer and module")
-            for i, (title, values) in enumerate(maps.items())
-        ]
-        sections.append(_section("Ranks" + _of(run, runs), drawn))
-    sections.append(_section("Similarity of the components", _cosines(runs, spectra), _COSINE_NOTE, len(runs) > 1))
-    return [section for section in sections if section["svgs"]]
-
-
-_COSINE_NOTE = (
-    "Cosine of every pair of components of a module: 0 where each one adds a direction of its own, "
-    "1 or -1 where one repeats another."
-)
-
-
-def _section(title: str, svgs: Sequence[str], note: str = "", wide: bool = False) -> dict[str, Any]:
-    return {"title": title, "svgs": [Markup(svg) for svg in svgs], "note": note, "wide": wide}
-
-
-def _panels(panels: Sequence[Panel]) -> list[str]:
-    return [inline_svg(drawings.panel_figure(p), f"panel-{p.key}", f"{p.title} against the step") for p in panels]
-
-
-def _rank_maps(run: Run, spectra: Spectra | None) -> dict[str, Mapping[str, float]]:
-    if spectra is not None and spectra.ratio is not None:
-        return {"Rank": spectra.ranks, f"Effective rank ({100 * spectra.ratio:.1f} %)": spectra.effective}
-    ranks = run.last_ranks()
-    return {f"Rank at step {run.step:,}": ranks} if ranks else {}
-
-
-def _cosines(runs: Sequence[Run], spectra: Sequence[Spectra | None]) -> list[str]:
-    """One figure a module; with several runs, side by side in it."""
-    found = [(run, s) for run, s in zip(runs, spectra, strict=True) if s is not None]
-    svgs = []
-    for place, module in enumerate(similar_modules([s for _, s in found])):
-        similarity = {similarity_title(run): component_similarity(s, [module]) for run, s in found}
-        figure = drawings.cosine_figure(similarity, found[0][0].modules() or list(found[0][1].ranks))
-        svgs.append(inline_svg(figure, f"cosines-{place}", f"cosine similarity of the components of {module}"))
-    return svgs
-
-
-def similarity_title(run: Run) -> str:
-    """A run's name with its reset, which is what the paper's Figure 4 compares."""
-    reset = run.setting("growth.reset") if run.grows else None
-    if reset is None:
-        return run.name
-    return f"{run.name}, {'without reset' if reset == 'none' else f'reset: {reset}'}"
-
-
-def samples_over_time(run: Run) -> list[dict[str, Any]]:
-    """Each prompt with its answers while training: ``{"prompt": ..., "answers": [(step, text), ...]}``."""
-    by_prompt: dict[str, dict[int, str]] = {}
-    for line in run.samples:
-        for prompt, answer in zip(line["prompts"], line["answers"], strict=False):
-            by_prompt.setdefault(prompt, {})[int(line["step"])] = shortened(answer, _LONGEST_SHOWN)
-    return [
-        {"prompt": prompt, "answers": [(step, answers[step]) for step in evenly(list(answers), _MOST_SAMPLES)]}
-        for prompt, answers in by_prompt.items()
-    ]
-
-
-def answers_side_by_side(run: Run) -> list[dict[str, Any]]:
-    """The generation test: prompt, expected answer, and the answers before and after training."""
-    found: dict[str, dict[str, Any]] = {}
-    for line in run.answers:
-        for prompt, expected, answer in zip(line["prompts"], line["expected"], line["answers"], strict=False):
-            row = found.setdefault(prompt, {"prompt": prompt, "expected": expected, "before": None, "after": None})
-            row[line["when"]] = shortened(answer, _LONGEST_SHOWN)
-    for row in found.values():
-        row["right"] = row["after"] is not None and row["after"].strip() == row["expected"].strip()
-    return list(found.values())[:_MOST_ANSWERS]
-
-
-def _rank_table(run: Run) -> dict[str, Any] | None:
-    """The ranks as an HTML table, for a page without figures."""
-    ranks = run.last_ranks()
-    if not ranks:
+def _effective_map(spectra: Spectra | None) -> RankMap | None:
+    if spectra is None or spectra.ratio is None:
         return None
-    grid = layer_grid(ranks)
-    cells = [["-".join(f"{v:g}" for v in dict.fromkeys((min(c), max(c)))) if c else "" for c in r] for r in grid.cells]
-    return {"columns": grid.columns, "rows": list(zip(grid.rows, cells, strict=True))}
+    return rank_map(spectra.effective, "Effective rank", max(spectra.ranks.values()))
 
 
-def _of(run: Run, runs: Sequence[Run]) -> str:
-    return f" of {run.name}" if len(runs) > 1 else ""
+def _curve(run: Run) -> dict[str, Any] | None:
+    """How the run learned, drawn for a screen and for a phone: the same figure could not be read on both."""
+    panel = learning_panel(run)
+    if not panel.lines:
+        return None
+    drawn = {name: Markup(_drawn(panel, size, f"{name}-")) for name, size in (("wide", _WIDE), ("narrow", _NARROW))}
+    return {"title": panel.title, **drawn}
+
+
+def _figures(runs: Sequence[Run], modules: Sequence[str], metric: str | None) -> dict[str, list[dict[str, Any]]]:
+    """Headings, each with its titled figures; what never changes is a key figure, and none of these."""
+    growth, one = growth_panels(runs, modules, metric or runs[0].metric), len(runs) == 1
+    judged = [panel for panel in growth if panel.key == "metric" and not (one and metric in (None, runs[0].metric))]
+    groups = {"Training": [*judged, *training_panels(runs)], "Growth": [p for p in growth if p.key != "metric"]}
+    drawn = {
+        name: [{"title": p.title, "svg": Markup(_drawn(p, _NARROW))} for p in panels if not p.flat]
+        for name, panels in groups.items()
+    }
+    return {name: found for name, found in drawn.items() if found}
+
+
+def _drawn(panel: Panel, size: tuple[float, float], prefix: str = "") -> str:
+    return inline_svg(drawings.panel_figure(panel, size), f"{prefix}{panel.key}", panel.finding)

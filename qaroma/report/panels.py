@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 from qaroma.report.names import module_labels
+from qaroma.runs.figures import validation_of
 from qaroma.runs.reading import Run, Series
 
-MOST_POINTS = 800  # a line of more is thinned: a screen has no more columns
+MOST_POINTS = 400  # a line of more is thinned: a page holds ten of them
 MOST_MODULES = 5
 _LOG_FROM = 30.0  # largest by smallest value from which a loss is drawn logarithmically
 _SMOOTH_FROM = 40
@@ -28,6 +30,7 @@ class Line:
         colour: place in the palette.
         style: 0 solid, 1 dashed, 2 dotted, 3 dash-dotted.
         pale: drawn behind the others.
+        marked: each point has a mark (validations).
     """
 
     label: str
@@ -35,6 +38,7 @@ class Line:
     colour: int = 0
     style: int = 0
     pale: bool = False
+    marked: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,10 @@ class Panel:
         lines: in drawing order.
         last: the last step of all runs.
         steps: values hold until the next one (ranks), instead of being joined.
-        marked: each point has a mark (validations).
         logarithmic: the values' axis is.
         from_zero: the values' axis begins at zero.
+        seconds: of training until each step, for times beside the steps; empty where several runs have several.
+        kept: step and value of the adapter that was kept, which are marked.
     """
 
     key: str
@@ -57,9 +62,53 @@ class Panel:
     lines: Sequence[Line]
     last: int
     steps: bool = False
-    marked: bool = False
     logarithmic: bool = False
     from_zero: bool = False
+    seconds: Series = field(default_factory=Series)
+    kept: tuple[int, float] | None = None
+
+    @property
+    def names(self) -> int:
+        """How many of its lines have one."""
+        return sum(bool(line.label) for line in self.lines)
+
+    @property
+    def flat(self) -> bool:
+        """Whether nothing in it ever changes."""
+        return len({value for line in self.lines for value in line.series.values}) < 2
+
+    @property
+    def finding(self) -> str:
+        """What it shows, as a sentence: where its lines begin and end."""
+        told = [
+            f"{line.label or 'it'} goes from {line.series.values[0]:.4g} to {line.series.values[-1]:.4g}"
+            for line in self.lines
+            if len(line.series) and not line.pale
+        ]
+        kept = f"; the adapter is of step {self.kept[0]:,}" if self.kept else ""
+        return f"{self.title} over {self.last:,} steps: {', '.join(told[:MOST_MODULES])}{kept}."
+
+
+def learning_panel(run: Run) -> Panel:
+    """How one run learned: the validations that choose its adapter, and the training loss where they are losses too."""
+    metric, points = run.metric, run.validation(run.metric)
+    lines = [Line("validation", points, 0, marked=True)]
+    if metric == "loss" or not len(points):
+        lines.append(Line("training", thinned(running_mean(run.series("loss"))), 6))
+    lines = [line for line in lines if len(line.series)]
+    title = metric.replace("_", " ").capitalize() if len(points) else "Training loss"
+    best = validation_of(run, metric)
+    kept = (best.best_step, best.best) if best and best.best_step else None
+    return Panel(
+        "learning", title, lines, run.step, logarithmic=metric == "loss" and _wide(lines),
+        seconds=training_time(run), kept=kept,
+    )  # fmt: skip
+
+
+def training_time(run: Run) -> Series:
+    """Seconds of training until each step; empty where not every step noted its own."""
+    each = run.series("seconds")
+    return Series(each.steps, list(accumulate(each.values))) if len(each) == len(run.steps) else Series()
 
 
 def growth_panels(runs: Sequence[Run], modules: Sequence[str], metric: str) -> list[Panel]:
@@ -75,7 +124,7 @@ def growth_panels(runs: Sequence[Run], modules: Sequence[str], metric: str) -> l
     """
     metric_title = "Validation loss" if metric == "loss" else f"Validation {metric}"
     last = max(run.step for run in runs)
-    by_metric = _of_runs(runs, [run.validation(metric) for run in runs])
+    by_metric = _of_runs(runs, [run.validation(metric) for run in runs], marked=True)
     panels = [
         Panel(
             "trainable",
@@ -94,9 +143,9 @@ def growth_panels(runs: Sequence[Run], modules: Sequence[str], metric: str) -> l
             from_zero=True,
         ),
         Panel("modules", "Rank of single modules", _module_lines(runs, modules), last, steps=True, from_zero=True),
-        Panel("metric", metric_title, by_metric, last, marked=True, logarithmic=metric == "loss" and _wide(by_metric)),
+        Panel("metric", metric_title, by_metric, last, logarithmic=metric == "loss" and _wide(by_metric)),
     ]
-    return [panel for panel in panels if any(len(line.series) for line in panel.lines)]
+    return _drawable(panels, runs)
 
 
 def training_panels(runs: Sequence[Run]) -> list[Panel]:
@@ -118,7 +167,13 @@ def training_panels(runs: Sequence[Run]) -> list[Panel]:
         *(Panel(name, told, _smooth(runs, name), last) for name, told in _OF_PAIRS.items()),
         Panel("learning-rate", "Learning rate", rates, last, from_zero=True),
     ]
-    return [panel for panel in panels if any(len(line.series) for line in panel.lines)]
+    return _drawable(panels, runs)
+
+
+def _drawable(panels: Sequence[Panel], runs: Sequence[Run]) -> list[Panel]:
+    """Those that have something to show, of one run with its time."""
+    seconds = training_time(runs[0]) if len(runs) == 1 else Series()
+    return [replace(panel, seconds=seconds) for panel in panels if any(len(line.series) for line in panel.lines)]
 
 
 def _smooth(runs: Sequence[Run], name: str) -> list[Line]:
@@ -176,10 +231,10 @@ def _run_labels(runs: Sequence[Run]) -> list[str]:
     return [run.name for run in runs] if len(runs) > 1 else [""]
 
 
-def _of_runs(runs: Sequence[Run], all_series: Sequence[Series]) -> list[Line]:
+def _of_runs(runs: Sequence[Run], all_series: Sequence[Series], *, marked: bool = False) -> list[Line]:
     labels = _run_labels(runs)
     return [
-        Line(label, series, place, place % 4)
+        Line(label, series, place, place % 4, marked=marked)
         for place, (label, series) in enumerate(zip(labels, all_series, strict=True))
         if len(series)
     ]

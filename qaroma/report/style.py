@@ -7,6 +7,7 @@ touched and no window system is asked for.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO, StringIO
@@ -24,6 +25,12 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6
 INK, MUTED, RULE, PAPER = "#22262b", "#5b6470", "#e1e4e8", "#fefefe"
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 
+_DPI = 160
+_OTHER_SCRIPTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Hiragino Sans", "Microsoft YaHei", "Yu Gothic",
+    "Malgun Gothic", "Nirmala UI", "Noto Sans Devanagari", "Arial Unicode MS",
+)  # fmt: skip
+
 _VARIABLES = {
     **{colour: f"var(--series-{place}, {colour})" for place, colour in enumerate(PALETTE)},
     INK: f"var(--ink, {INK})",
@@ -35,12 +42,12 @@ _SETTINGS: dict[str, Any] = {
     "font.size": 9,
     "font.family": "sans-serif",
     "text.color": INK,
-    "axes.titlesize": 10,
+    "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.titlecolor": INK,
     "axes.titlepad": 8,
-    "axes.labelsize": 8.5,
+    "axes.labelsize": 9,
     "axes.labelcolor": MUTED,
     "axes.edgecolor": RULE,
     "axes.linewidth": 0.8,
@@ -53,13 +60,13 @@ _SETTINGS: dict[str, Any] = {
     "grid.linewidth": 0.6,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "xtick.minor.size": 0,
     "ytick.minor.size": 0,
-    "legend.fontsize": 8,
+    "legend.fontsize": 9,
     "legend.facecolor": PAPER,
     "legend.edgecolor": "none",
     "legend.framealpha": 0.6,
@@ -92,9 +99,18 @@ def styled() -> Iterator[None]:
     import matplotlib
 
     plain = {key: value for key, value in matplotlib.rcParamsDefault.items() if "backend" not in key}
-    chosen: Any = {**plain, **_SETTINGS}
-    with matplotlib.rc_context(chosen):
+    chosen: Any = {**plain, **_SETTINGS, "font.sans-serif": _fonts()}
+    with matplotlib.rc_context(chosen), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it is drawn as a box
         yield
+
+
+def _fonts() -> list[str]:
+    """Matplotlib's own, and those of this machine for what it has no letters for."""
+    from matplotlib.font_manager import fontManager
+
+    there = set(fontManager.get_font_names())
+    return ["DejaVu Sans", *(name for name in _OTHER_SCRIPTS if name in there)]
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -105,9 +121,21 @@ def save(figure: Figure, path: Path) -> None:
         if path.suffix == ".svg":
             path.write_text(_svg(figure), encoding="utf-8")
             return
-        data = BytesIO()
-        figure.savefig(data, format="png", dpi=160, metadata={"Software": None})
-        path.write_bytes(data.getvalue())
+        path.write_bytes(_png(figure))
+
+
+def _png(figure: Figure) -> bytes:
+    """The pixels in the 256 colours that a drawing has at most, which takes less than half of the bytes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    figure.set_dpi(_DPI)
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
+    data = BytesIO()
+    image.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(data, format="png")
+    return data.getvalue()
 
 
 def inline_svg(figure: Figure, name: str, label: str) -> str:
@@ -125,6 +153,7 @@ def inline_svg(figure: Figure, name: str, label: str) -> str:
         text = _svg(figure)
     text = text[text.index("<svg") :]
     text = re.sub(r'(\bid="|\bhref="#|url\(#)', rf"\1{name}-", text)
+    text = re.sub(r'(?<= d=")[^"]*', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)  # hundredths are seen
     text = re.sub(r"#[0-9a-f]{6}\b", lambda match: _VARIABLES.get(match[0], match[0]), text)
     head, rest = text.split(">", 1)
     head = re.sub(r' (width|height)="[^"]*"', "", head)

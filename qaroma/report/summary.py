@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from qaroma.config.metrics import metric_facts
 from qaroma.config.words import duration, shortened
-from qaroma.report.names import layer_grid
+from qaroma.report.names import layer_grid, without_shared_ending
 from qaroma.report.outcome import Outcome
 from qaroma.runs.directory import quoted
 from qaroma.runs.figures import Figures
@@ -159,10 +159,7 @@ def rank_map(ranks: Mapping[str, int], width: int | None = None) -> RenderableTy
 def _fitting(names: Sequence[str], width: int | None) -> list[str]:
     """The names, without the ending that they share where they have no room with it."""
     room = sum(max(len(name), 4) + 2 for name in ("layer", *names, "mean"))
-    ends = {name[name.rfind("_") :] for name in names if "_" in name}
-    if width is None or room <= width or len(ends) != 1 or not all("_" in name for name in names):
-        return list(names)
-    return [name.removesuffix(*ends) for name in names]
+    return list(names) if width is None or room <= width else without_shared_ending(names)
 
 
 def _cell(ranks: Sequence[float], largest: int) -> Text:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from qaroma.errors import QaromaError
 from qaroma.report import drawings
-from qaroma.report.page import PAGE, build_page, similarity_title
+from qaroma.report.card_image import card_figure
+from qaroma.report.page import CARD, PAGE, build_page
 from qaroma.report.panels import choose_modules, growth_panels, training_panels
 from qaroma.report.spectra import Spectra, component_similarity, read_spectra, similar_modules
 from qaroma.report.style import need_matplotlib, save
@@ -76,6 +77,9 @@ def write_report(
                 for fmt in drawn:
                     report.files.append(folder / f"{name}.{fmt}")
                     save(figure, report.files[-1])
+            if len(runs) == 1 and runs[0].steps and "png" in drawn:
+                report.files.append(folder / CARD)
+                save(card_figure(runs[0]), report.files[-1])
         if "html" in formats:
             report.files.append(folder / PAGE)
             page = build_page(runs, spectra, modules=chosen, metric=metric)
@@ -100,7 +104,7 @@ def _figures(
             found[name] = drawings.panels_figure(panels)
         else:
             missing.append(f"{name}: no step has been logged yet")
-    measured = [(run, s) for run, s in zip(runs, spectra, strict=True) if s is not None]
+    measured = [(run, s) for run, s in zip(runs, spectra, strict=True) if s is not None and s.ranks]
     for run, s in measured:
         name = "ranks" if len(runs) == 1 else f"ranks-{re.sub(r'[^A-Za-z0-9._-]+', '-', run.name)}"
         found[name] = drawings.rank_figure(s)
@@ -108,12 +112,20 @@ def _figures(
         f"ranks of {run.name}: it has no adapter yet" for run, s in zip(runs, spectra, strict=True) if s is None
     ]
     compared = list(modules) if only_these else similar_modules([s for _, s in measured])
-    similarity = {similarity_title(run): component_similarity(s, compared) for run, s in measured}
+    similarity = {_similarity_title(run): component_similarity(s, compared) for run, s in measured}
     if any(similarity.values()):
         found["cosines"] = drawings.cosine_figure(similarity, list(measured[0][1].ranks))
     elif measured:
         missing.append("cosines: no module has two components")
     return found
+
+
+def _similarity_title(run: Run) -> str:
+    """A run's name with its reset, which is what the paper's Figure 4 compares."""
+    reset = run.setting("growth.reset") if run.grows else None
+    if reset is None:
+        return run.name
+    return f"{run.name}, {'without reset' if reset == 'none' else f'reset: {reset}'}"
 
 
 def _ratios(runs: Sequence[Run], spectra: Sequence[Spectra | None]) -> dict[str, tuple[float, float, float]]:

@@ -107,6 +107,12 @@ class Run:
         return ended if isinstance(ended, str) else None
 
     @property
+    def device(self) -> str | None:
+        """What a finished run computed on: ``cpu`` or the GPU's name; None where it does not say."""
+        device = self.summary.get("device") if self.finished else None
+        return device if isinstance(device, str) else None
+
+    @property
     def resume(self) -> str | None:
         """The command that goes on with a stopped run."""
         return RunDirectory(self.path).resume_command if self.state == "stopped" else None
@@ -317,9 +323,13 @@ def _events(lines: Iterable[Record], name: str) -> list[Record]:
 
 
 def _answers(lines: Iterable[Record], name: str) -> list[Record]:
-    """Events with answers to prompts, whole ones only."""
+    """Events with answers to prompts, whole ones only: lists of texts."""
     found = _events(lines, name)
-    return [line for line in found if all(isinstance(line.get(key), list) for key in ("prompts", "answers"))]
+    return [line for line in found if all(_texts(line.get(key, [])) for key in ("prompts", "answers", "expected"))]
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
 def _series(lines: Iterable[Record], key: str) -> Series:

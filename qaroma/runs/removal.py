@@ -14,7 +14,8 @@ from qaroma.runs.reading import Run
 
 # What stands in a run: its own files, its pages, and what other commands and trackers write there by default.
 _WRITTEN = {"config.yaml", "metrics.jsonl", "summary.json", "reference.json", "checkpoints", "adapter", "adapter_last",
-            LOCK, "report.html", "report", "export", "benchmarks", "tensorboard", "qaroma", "wandb"}  # fmt: skip
+            LOCK, "report.html", "report.png", "report", "export", "benchmarks", "tensorboard", "qaroma",
+            "wandb"}  # fmt: skip
 
 
 def removable(paths: Sequence[str | Path]) -> list[Run]:

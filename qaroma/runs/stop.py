@@ -1,4 +1,7 @@
-"""Ctrl-C as a request: the first one asks to stop at the next good moment, the second one ends at once."""
+"""Ctrl-C as a request: the first one asks to stop at the next good moment, the second one ends at once.
+
+SIGTERM asks, however often it comes: Slurm sends it to all processes of a job, and torchrun among them passes it on.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,6 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True

@@ -14,18 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from qaroma.data.encode import IGNORED, Example
-from qaroma.engine.checkpointing import to_device
 from qaroma.engine.loss import LMHead, linear_cross_entropy
 from qaroma.engine.packed import packing_told
 from qaroma.engine.placement import ids_at_hand
 from qaroma.errors import QaromaError
 from qaroma.method.head import backbone
+from qaroma.model.devices import to_device
+from qaroma.model.documents import keep_documents_apart
 from qaroma.tasks.evaluation import evaluate_loss
 
 # The head is asked where its largest logit is this: a soft cap bends nothing that lies far below it.
 LARGEST_LOGIT = 100.0
 # Of the logits' norm: ten times what bf16 rounds away, a tenth of what a scale, a cap or a bias changes.
 HEAD_TOLERANCE = 0.02
+# Of a sequence's hidden states: what sees another sequence changes by a tenth, what does not by the rounding of experts
+# that meet other tokens.
+APART_TOLERANCE = 0.02
+APART_TOKENS = 8  # of each sequence
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,11 @@ class TokenBatch:
         return sum(sum(row) for row in self.lengths)
 
     @property
-    def packed(self) -> bool:
-        """Whether a row holds several sequences."""
-        return any(len(row) > 1 for row in self.lengths)
+    def documents(self) -> tuple[int, ...]:
+        """Lengths of the sequences of all rows, padding included; empty where each is alone in its row."""
+        if all(len(row) == 1 for row in self.lengths):
+            return ()
+        return tuple(length for row in self.lengths for length in _padded(row, self.input_ids.shape[1]))
 
 
 class CausalLM:
@@ -140,8 +147,12 @@ def _positions(lengths: Sequence[int], total: int) -> Tensor:
 
     transformers takes a restart for the border of a packed sequence, and keeps attention within it.
     """
-    padded = [*lengths[:-1], lengths[-1] + total - sum(lengths)]
-    return torch.cat([torch.arange(length) for length in padded])
+    return torch.cat([torch.arange(length) for length in _padded(lengths, total)])
+
+
+def _padded(lengths: Sequence[int], total: int) -> list[int]:
+    """The lengths in a row of ``total`` tokens."""
+    return [*lengths[:-1], lengths[-1] + total - sum(lengths)]
 
 
 def hidden_states(model: nn.Module, batch: TokenBatch) -> Tensor:
@@ -150,7 +161,7 @@ def hidden_states(model: nn.Module, batch: TokenBatch) -> Tensor:
     No attention mask is passed: rows are padded on the right, so causality keeps padding out, and
     the fast causal kernels apply.
     """
-    with packing_told(batch.packed), ids_at_hand(model, batch.ids_on_host):
+    with packing_told(model, batch.documents), ids_at_hand(model, batch.ids_on_host):
         output = backbone(model)(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
     return output.last_hidden_state  # type: ignore[no-any-return]
 
@@ -200,3 +211,35 @@ def require_known_head(model: Any) -> None:
         "differ from those of its output head); training would optimise another loss than the model's own. "
         "Name another base with --model"
     )
+
+
+@torch.no_grad()
+def require_apart(model: Any) -> None:
+    """Let a model keep the sequences of a packed row apart, and see that it does.
+
+    Two rows differ in their first sequence alone: what the model makes of their second one must be the same.
+
+    Args:
+        model: as :func:`require_known_head` takes it; changed in place.
+
+    Raises:
+        QaromaError: a model whose sequences see each other, as state-space layers and some positions let them.
+    """
+    keep_documents_apart(model)
+    vocabulary = LMHead(model).vocabulary
+    second = [vocabulary // 2] * APART_TOKENS
+    rows = [[vocabulary // part] * APART_TOKENS + second for part in (3, 4)]
+    lengths = (APART_TOKENS, APART_TOKENS)
+    batch = CausalLM().collate([Example(ids, [IGNORED] * len(ids), "", lengths=lengths) for ids in rows])
+    try:
+        states_2LD = hidden_states(model, batch.to(model.get_output_embeddings().weight.device))[:, APART_TOKENS:]
+    except (AttributeError, TypeError):  # its layers look into the mask
+        apart = False
+    else:
+        one, other = states_2LD.float()
+        apart = not (one - other).norm() > APART_TOLERANCE * one.norm()
+    if not apart:
+        raise QaromaError(
+            f"got data.packing for a model of family {model.config.model_type}, which cannot keep the sequences of one "
+            "row apart: each would learn from those before it. Leave data.packing out"
+        )

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from qaroma.config.metrics import metrics_of
 from qaroma.data.labelled import LabelledExample
-from qaroma.engine.checkpointing import to_device
 from qaroma.engine.placement import ids_at_hand
 from qaroma.errors import QaromaError
+from qaroma.model.devices import to_device
 from qaroma.tasks.evaluation import evaluating, standard_error
 from qaroma.tasks.metrics import accuracy, confusion, f1, matthews, pearson, spearman
 

@@ -11,12 +11,14 @@ from typing import Any, cast
 
 from rich.console import Console
 
+from qaroma.config.gpus import micro_batches_each
 from qaroma.config.load import dump_config
 from qaroma.config.metrics import metrics_of
 from qaroma.config.schema import Config
 from qaroma.config.tasks import PREFERENCE
 from qaroma.export.gguf_families import ARCHITECTURES
 from qaroma.inference.answer_test import Answers, AnswerTest, read_conversations
+from qaroma.model.base import device_name
 from qaroma.report.outcome import outcome
 from qaroma.report.page import PAGE
 from qaroma.report.summary import BeforeAfter, RunSummary, Score, print_summary
@@ -34,7 +36,7 @@ from qaroma.training.live_page import LivePage
 from qaroma.training.memory import with_relief
 from qaroma.training.prepare import PreparedData, prepare_data
 from qaroma.training.progress import ProgressView
-from qaroma.training.ranks import Ranks, joined, require_shares
+from qaroma.training.ranks import Ranks, joined
 from qaroma.training.reference import add_reference
 from qaroma.training.restore import restored
 from qaroma.training.resume import resumed_config
@@ -42,6 +44,7 @@ from qaroma.training.saving import FitState, save_state
 from qaroma.training.session import Session
 from qaroma.training.setup import build_session
 from qaroma.training.trackers import start_trackers
+from qaroma.training.trimming import trim_adapter
 
 
 def finetune(
@@ -85,7 +88,7 @@ def finetune(
 
 def _prepared(config: Config, ranks: Ranks) -> PreparedData:
     data = prepare_data(config)
-    require_shares(data.config.training.grad_accum, ranks.count)
+    micro_batches_each(data.config.training.grad_accum, ranks.count)  # refused where they are not whole
     return data
 
 
@@ -136,6 +139,7 @@ def _train(
     _write_adapters(session, state)
     if state.best is not None:
         session.take_best()
+    trim_adapter(session, state, console)
     after = _tested(test, session, "after", state.step, console)
     figures = _figures(session, state, ending, time.perf_counter() - start)
     write_atomically(run.summary, json.dumps(figures, indent=2))
@@ -242,6 +246,7 @@ def _figures(session: Session, state: FitState, ending: Ending, elapsed: float) 
         "trainable_parameters_start": state.trainable_start,
         "trainable_parameters_mean": figures.trainable_mean or 0.0,
         "trainable_parameters_end": figures.trainable_end or 0,
+        "device": device_name(session.accelerator.device),
         "memory_bytes": figures.memory_bytes or 0,
         "training_seconds": state.seconds,
         "seconds": max(elapsed, state.seconds),

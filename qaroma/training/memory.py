@@ -21,6 +21,7 @@ from qaroma.engine.no_memory import card_is_full
 from qaroma.engine.streaming import bytes_of_layers
 from qaroma.errors import QaromaError
 from qaroma.model.attention import wants_repeated_keys
+from qaroma.model.documents import head_size, one_kernel_for_all
 from qaroma.model.found import FoundModel
 from qaroma.model.precision import resolve_dtype
 from qaroma.plan.card import FRAGMENTS
@@ -235,6 +236,7 @@ def _step_settings(config: ResolvedConfig, base: FoundModel, device: torch.devic
     """The step that a run makes, at level 0."""
     targets = config.growth.target_modules
     dtype = resolve_dtype(config.model.compute_dtype, device, base.config)
+    fused = config.model.attention == "sdpa"
     return StepSettings(
         level=0,
         seq_len=config.data.max_length,
@@ -245,7 +247,9 @@ def _step_settings(config: ResolvedConfig, base: FoundModel, device: torch.devic
         quantized=config.model.quantization != "none",
         double_quantization=config.model.double_quantization,
         dtype=dtype,
-        repeated_keys=config.model.attention == "sdpa" and wants_repeated_keys(base.config, device, dtype),
+        repeated_keys=fused and wants_repeated_keys(base.config, device, dtype),
+        fused_norms=device.type == "cuda",
+        one_by_one=fused and config.data.packing and not one_kernel_for_all(device, dtype, head_size(base.config)),
     )
 
 

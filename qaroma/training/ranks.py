@@ -257,24 +257,6 @@ def joined(device: str, reduce: str = "auto", *, deterministic: bool = False) ->
             dist.destroy_process_group()
 
 
-def require_shares(micro_batches: int, count: int) -> None:
-    """See to it that the micro-batches of a step can be shared out evenly.
-
-    Args:
-        micro_batches: of a step, ``training.grad_accum``.
-        count: of the ranks.
-
-    Raises:
-        QaromaError: names the nearest number of micro-batches.
-    """
-    if micro_batches % count:
-        nearest = max(count, round(micro_batches / count) * count)
-        raise QaromaError(
-            f"got training.grad_accum {micro_batches}, which {count} processes cannot share evenly; type --grad-accum "
-            f"{nearest}, or with --micro-batch and --grad-accum another cut of the same batch"
-        )
-
-
 @contextmanager
 def _losses_told() -> Iterator[None]:
     try:

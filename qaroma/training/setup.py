@@ -27,7 +27,7 @@ from qaroma.runs.adapter import continue_from
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.log import MetricsLog
 from qaroma.runs.peft_limits import told_of_peft
-from qaroma.tasks.causal_lm import require_known_head
+from qaroma.tasks.causal_lm import require_apart, require_known_head
 from qaroma.training.arithmetic import settle_arithmetic
 from qaroma.training.batches import BatchPlan
 from qaroma.training.loss_scale import LossScale
@@ -75,6 +75,8 @@ def build_session(
     enter_level(model, level, config)  # before the adapter, which goes where the weights are
     method, head = build_method(config, model, names)
     require_known_head(model)
+    if config.data.packing:
+        require_apart(model)
     training = config.training
     plan = BatchPlan(
         [e.tokens for e in data.train],

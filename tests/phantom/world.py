@@ -25,6 +25,7 @@ from qaroma.method.base import MethodState
 from qaroma.method.factors import Factors
 from qaroma.method.growth import GrowthEvent, GrowthSettings
 from qaroma.model.bnb import bnb
+from qaroma.model.norms import use_torchs_norms
 from qaroma.plan.weightless_model import materialise, weightless_model
 from qaroma.runs import checkpoint, peft_lora
 from qaroma.tasks.causal_lm import CausalLM, TokenBatch
@@ -53,6 +54,7 @@ def base(level: int = 1, dtype: torch.dtype = torch.bfloat16, **sizes: Any) -> A
     model = build(tiny_config(**{**CONFIG, **sizes}), dtype=dtype, packed_head=LEVELS[level].packed_head)
     with CARD:
         materialise(model)
+    use_torchs_norms(model)
     return model
 
 

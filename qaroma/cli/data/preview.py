@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qaroma.cli.options import CONFIG_OPTION, SET_OPTION, config_options, count, read_config
+from qaroma.cli.output import JSON_OPTION, figures_only
 from qaroma.config.load import require_model_and_data
 from qaroma.config.tasks import PREFERENCE, WRITING
 from qaroma.errors import QaromaError
@@ -14,8 +15,12 @@ from qaroma.model.builtin import require_model
 from qaroma.training.checks import check_sources
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from collections.abc import Sequence
 
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
+
+    from qaroma.config.schema import Config
     from qaroma.data.encode import Encoded
 
 _EPILOG = """\b
@@ -49,7 +54,16 @@ _LONGEST_PIECE = 240  # characters of a text that is all trained or all not
 @click.option("--rows", type=count(1), default=1000, show_default=True, metavar="INTEGER",
               help="Only the first so many rows are looked at.")  # fmt: skip
 @SET_OPTION
-def command(config: str | None, examples: int, full: bool, rows: int, sets: tuple[str, ...], **parameters: Any) -> None:
+@JSON_OPTION
+def command(
+    config: str | None,
+    examples: int,
+    full: bool,
+    rows: int,
+    sets: tuple[str, ...],
+    json_output: bool,
+    **parameters: Any,
+) -> None:
     """Show examples as the model sees them: rendered with the template, decoded from their tokens,
     what is trained marked.
 
@@ -66,8 +80,20 @@ def command(config: str | None, examples: int, full: bool, rows: int, sets: tupl
 
     from rich.console import Console
 
+    with figures_only(json_output) as write:
+        encoded, tokenizer, found = _encoded(settings, name, rows)
+        shown, most = encoded.examples[:examples], None if full else _LONGEST_PIECE
+        if json_output:
+            write(_as_json(encoded, shown, tokenizer, most))
+            return
+    console = Console()
+    _print_examples(console, shown, tokenizer, most)
+    _print_counts(console, encoded, min(rows, found), found)
+
+
+def _encoded(settings: Config, name: str, rows: int) -> tuple[Encoded[Any], PreTrainedTokenizerBase, int]:
+    """The first rows as training encodes them, the base's tokenizer, and how many rows there are."""
     from qaroma.data.encode import encode_rows
-    from qaroma.data.preview import preview
     from qaroma.data.sources import read_rows
     from qaroma.data.templates import Template
     from qaroma.model.base import load_tokenizer
@@ -92,14 +118,39 @@ def command(config: str | None, examples: int, full: bool, rows: int, sets: tupl
         skip_bad=data.skip_bad_rows,
         vocabulary=base.vocabulary,
     )
-    console = Console()
-    for example in encoded.examples[:examples]:
+    return encoded, tokenizer, len(found.rows)
+
+
+def _print_examples(
+    console: Console, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, most: int | None
+) -> None:
+    from qaroma.data.preview import preview
+
+    for example in examples:
         # Soft wrapping: the line breaks shown are the example's own.
         for name, sequence in example.sequences.items():
-            shown = preview(sequence, tokenizer, name, most=None if full else _LONGEST_PIECE)
-            console.print(shown, soft_wrap=True)
+            console.print(preview(sequence, tokenizer, name, most=most), soft_wrap=True)
             console.print()
-    _print_counts(console, encoded, min(rows, len(found.rows)), len(found.rows))
+
+
+def _as_json(
+    encoded: Encoded[Any], examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, most: int | None
+) -> dict[str, Any]:
+    """The examples as pieces, each with whether it is trained; and the counts."""
+    from qaroma.data.preview import trained_pieces
+
+    return {
+        "form": encoded.form,
+        "template": encoded.template.kind,
+        "examples": [
+            [{"name": name, "pieces": trained_pieces(sequence, tokenizer, most=most)}
+             for name, sequence in example.sequences.items()]
+            for example in examples
+        ],
+        "tokens": sum(encoded.lengths),
+        "trained_tokens": encoded.trained_tokens,
+        "notes": encoded.notes,
+    }  # fmt: skip
 
 
 def _print_counts(console: Console, encoded: Encoded[Any], looked_at: int, rows: int) -> None:

@@ -94,10 +94,10 @@ def all_beds() -> list[Bed]:
     ]  # fmt: skip
     beds += [
         Bed("planted", "planted", "", 600, 32, "loss", 4e-3, False, "choose", in_oracle=False),
-        Bed("calendar", "language", "", 100, 8, "loss", 2e-3, True, "choose"),
-        Bed("commonsense", "language", "commonsense/social_i_qa/train_1k.json", 100, 8, "loss", 2e-3, True, "confirm",
+        Bed("calendar", "language", "", 80, 4, "loss", 2e-3, True, "choose"),
+        Bed("commonsense", "language", "commonsense/social_i_qa/train_1k.json", 80, 4, "loss", 2e-3, True, "confirm",
             needs=("commonsense/social_i_qa/train_1k.json",)),
-        Bed("alpaca", "language", "instruct/alpaca_en_demo.json", 100, 8, "loss", 2e-3, True, "confirm",
+        Bed("alpaca", "language", "instruct/alpaca_en_demo.json", 80, 4, "loss", 2e-3, True, "confirm",
             needs=("instruct/alpaca_en_demo.json",)),
         _labelled("sst2", "SST-2", "train_5k.jsonl", "accuracy", "choose"),
         _labelled("mrpc", "MRPC", "train.jsonl", "accuracy", "confirm"),

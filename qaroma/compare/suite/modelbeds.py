@@ -1,12 +1,10 @@
-"""Beds of real models, through the product's own data path: MiniLM on GLUE, SmolLM2 of six layers on answers."""
+"""Beds of real models, through the product's own data path: MiniLM on GLUE, SmolLM2 on short answers."""
 
 from __future__ import annotations
 
 import copy
 import json
 import math
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,14 +21,13 @@ from qaroma.data import demo
 from qaroma.data.encode import IGNORED
 from qaroma.method.head import head_names, is_inside
 from qaroma.method.targets import find_targets
-from qaroma.model.base import load_base, load_tokenizer
+from qaroma.model.base import load_base
 from qaroma.model.facts import facts_of_module
 from qaroma.runs.files import write_atomically
 from qaroma.tasks.base import Task
 from qaroma.training.batches import BatchPlan
 from qaroma.training.prepare import PreparedData, prepare_data
 
-LAYERS = 6  # of SmolLM2's thirty
 LONGEST = {"language": 96, "labelled": 128}  # tokens of a row; longer answers are left out, longer texts cut
 VALIDATED, SCORED = 64, 200  # rows; of a GLUE task the whole dev set scores
 
@@ -82,7 +79,7 @@ def set_up_model(bed: Bed, place: Place, seed: int) -> Bench:
 @lru_cache(maxsize=1)
 def _prepared(bed: Bed, place: Place) -> _Data:
     labelled = bed.kind == "labelled"
-    name = str(minilm()) if labelled else str(_cut_smollm2(place.cache))
+    name = str(minilm()) if labelled else "smollm2-135m"
     flags: dict[str, Any] = {
         "model.name": name,
         "model.quantization": "none",
@@ -144,23 +141,3 @@ def _calendar(cache: Path) -> Path:
         rows = demo.rows("train", demo.TRAIN_ROWS + SCORED, 0)
         write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
     return file
-
-
-def _cut_smollm2(cache: Path) -> Path:
-    """A folder with the first layers of the built-in model, written once."""
-    folder = cache / f"smollm2-{LAYERS}-layers"
-    if folder.is_dir():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    model: Any = load_base("smollm2-135m", quantization="none", compute_dtype=torch.bfloat16, device="cpu")
-    model.model.layers = model.model.layers[:LAYERS]
-    model.config.num_hidden_layers = LAYERS
-    model.config.layer_types = None
-    own = cache / f"{folder.name}-{os.getpid()}"  # two workers may come here at once
-    model.save_pretrained(own)
-    load_tokenizer("smollm2-135m").save_pretrained(own)
-    try:
-        os.replace(own, folder)
-    except OSError:
-        shutil.rmtree(own)
-    return folder

@@ -39,7 +39,7 @@ def run_suite(
     table_only: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Run what is not done, and write ``table.md``, ``results.json`` and ``ladder.png``.
+    """Run what is not done, and write ``table.md``, ``results.json``, ``ladder.png`` and ``planted.png``.
 
     Args:
         folder: where cells, models that are made once, and tables go.
@@ -116,8 +116,11 @@ def write_tables(view: View, tables: dict[str, Table], lacking: Sequence[str], c
     results = {"command": command, "ours": view.ours, "rule": growth_rule(), "tables": values, "table": "\n".join(text)}
     write_atomically(folder / "table.md", str(results["table"]))
     write_atomically(folder / "results.json", json.dumps(results, indent=1))
-    if len(values.get("ladder", [])) > 1 and has_matplotlib():
-        figure.draw(values["ladder"], folder / "ladder.png")
+    if has_matplotlib():
+        if len(values.get("ladder", [])) > 1:
+            figure.draw_ladder(values["ladder"], folder / "ladder.png")
+        if values.get("planted"):
+            figure.draw_planted(values["planted"], folder / "planted.png")
     return results
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from qaroma.compare.statistics import mean
 from qaroma.compare.suite import ladder, oracle
@@ -147,19 +147,26 @@ def _plan_planted(view: View) -> list[Cell]:
 
 
 def _rows_planted(view: View) -> Rows:
-    rows = [["seed", "rank correlation", "mean error", "correlation of given ranks", "given, mean", "planted, mean"]]
+    rows = [["seed", "learnt ranks: correlation", "mean error", "adapter's ranks: correlation", "mean error", "mean",
+             "planted, mean"]]  # fmt: skip
     values = []
     for bed in view.of_kind("planted"):
         for seed, found in view.done(ours_cells(view, bed)).items():
             if found["score"] is None:
                 continue
             planted, learnt, given = found["planted"], found["learnt"], found["given"]
-            error = mean([abs(a - b) for a, b in zip(planted, learnt, strict=True)])
-            figures = [spearman(planted, learnt), error, spearman(planted, given), mean(given), mean(planted)]
-            rows.append([str(seed), *(f"{figure:.2f}" for figure in figures)])
-            values.append({"seed": seed, "correlation": figures[0], "error": error, "given": given, "learnt": learnt,
-                           "planted": planted})  # fmt: skip
-    return rows, ["Rank correlation (Spearman) and error of the numerical rank of what was learnt."], values
+            figures = [
+                figure for ranks in (learnt, given) for figure in (spearman(planted, ranks), _error(planted, ranks))
+            ]
+            rows.append([str(seed), *(f"{figure:.2f}" for figure in [*figures, mean(given), mean(planted)])])
+            values.append({"seed": seed, "correlation": figures[0], "error": figures[1], "given": given,
+                           "learnt": learnt, "planted": planted})  # fmt: skip
+    said = "Rank correlation (Spearman) and error of the numerical rank of what was learnt, and of the adapter's rank."
+    return rows, [said], values
+
+
+def _error(planted: Sequence[int], ranks: Sequence[int]) -> float:
+    return mean([abs(a - b) for a, b in zip(planted, ranks, strict=True)])
 
 
 def _plan_cost(view: View) -> list[Cell]:

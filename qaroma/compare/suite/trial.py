@@ -25,6 +25,7 @@ from qaroma.method.head import TrainedHead
 from qaroma.method.spectrum import effective_rank
 from qaroma.training.patience import counts_as_lost
 from qaroma.training.setup import build_method
+from qaroma.training.trimming import trim_method
 
 _SET_UP = {
     "text": "bytebeds.set_up_text",
@@ -216,8 +217,9 @@ def carry_out(cell: Cell, bed: Bed, place: Place) -> Figures:
     """Train and score one cell.
 
     Returns:
-        ``score`` after the last step and ``score_best`` with what validation liked best (the same where nothing
-        was validated), None where the run diverged; ranks, parameters, CPU seconds, and how it ended.
+        ``score`` after the last step and ``score_best`` with what validation liked best and trimming left of it (the
+        same where nothing was validated), None where the run diverged; ranks and parameters of that, CPU seconds, and
+        how it ended.
     """
     trial = prepare(cell, bed, place)
     method, rate = trial.method, trial.config.training.learning_rate
@@ -225,11 +227,21 @@ def carry_out(cell: Cell, bed: Bed, place: Place) -> Figures:
     course = train(trial, validates=cell.grows)
     if course.ended == "diverged":
         return {"score": None, "score_best": None, "ended": "diverged", "steps": course.steps, "rate": rate}
-    figures = _figures(method, course, start) | trial.bench.learnt(method.factors())
     score = trial.bench.score()
-    if course.best is not None:
+    if course.best is None:
+        chosen = score
+    else:
         trial.go_back(course.best)
-    return {**figures, "rate": rate, "score": score, "score_best": trial.bench.score() if course.best else score}
+        trim_method(
+            method,
+            trial.config.growth,
+            lambda: trial.bench.validate()[0],
+            metric="loss",
+            best=min(loss for _, loss in course.validations),
+        )
+        chosen = trial.bench.score()
+    figures = _figures(method, course, start) | trial.bench.learnt(method.factors())
+    return {**figures, "rate": rate, "score": score, "score_best": chosen}
 
 
 def _figures(method: Method, course: Course, start: int) -> Figures:

@@ -1,0 +1,112 @@
+"""What a person chooses on the way to a run, and the commands that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from urllib.parse import urlencode
+
+from qaroma.data.files import Remarks, read_file
+from qaroma.data.forms import recognise
+from qaroma.data.sources import Row
+from qaroma.errors import QaromaError
+from qaroma.model.builtin import SMOLLM2_NAME
+from qaroma.page.places import DEMO, source
+
+TRIAL_STEPS = 10
+_LOOKED_AT = 200  # rows
+MEANINGS = {
+    "prompt": "The question",
+    "completion": "The answer",
+    "system": "Standing instructions, if any",
+    "text": "Or, without questions: the text",
+}
+FORMS = {
+    "alpaca": "instructions with their answers",
+    "completion": "questions with their answers",
+    "messages": "conversations",
+    "sharegpt": "conversations",
+    "preference": "questions with a better and a worse answer",
+    "text": "plain text",
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Data, what its columns mean, and a model.
+
+    Attributes:
+        source: as ``--data`` takes it.
+        form: of its rows, one of :data:`FORMS`; None where none was recognised.
+        problem: why none was.
+        names: of the columns that its rows have then.
+        columns: what is which of them: as chosen, or else the first two.
+        model: as ``--model`` takes it.
+    """
+
+    source: str
+    form: str | None
+    problem: str
+    names: tuple[str, ...]
+    columns: Mapping[str, str]
+    model: str
+
+    @classmethod
+    def read(cls, query: Mapping[str, str]) -> Choice:
+        """From an address or a form.
+
+        Raises:
+            QaromaError: no such data.
+        """
+        data = source(query.get("data", ""))
+        form, problem, names = _look(data)
+        columns = {meaning: query[meaning] for meaning in MEANINGS if query.get(meaning)}
+        if not columns and len(names) > 1:
+            columns = dict(zip(("prompt", "completion"), names, strict=False))
+        model = query.get("other", "").strip() or query.get("model", "").strip() or SMOLLM2_NAME
+        return cls(data, form, problem, names, columns, model)
+
+    @property
+    def data(self) -> str:
+        """The data's name on the page."""
+        return Path(self.source).name
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """What :meth:`read` takes."""
+        return {"data": self.data, **self.columns, "model": self.model}
+
+    @property
+    def query(self) -> str:
+        return urlencode(self.fields)
+
+    def preview(self) -> list[str]:
+        return ["data", "preview", *self._words(), "--examples", "3"]
+
+    def finetune(self, run: Path, *, trial: bool = False) -> list[str]:
+        length = ["--max-steps", str(TRIAL_STEPS)] if trial else []
+        return ["finetune", *self._words(), "--output", run.as_posix(), *length]
+
+    def _words(self) -> list[str]:
+        columns = ",".join(f"{meaning}={name}" for meaning, name in self.columns.items())
+        task = ["--task", "preference"] if self.form == "preference" else []
+        return ["--model", self.model, "--data", self.source, *(["--columns", columns] if columns else []), *task]
+
+
+def _look(file: str) -> tuple[str | None, str, tuple[str, ...]]:
+    """The form of the first rows; or why it is not known, and the names of their columns."""
+    if file == DEMO:
+        return "alpaca", "", ()
+    rows: list[Row] = []
+    remarks = Remarks([], [])
+    try:
+        for line, value in islice(read_file(Path(file), remarks), _LOOKED_AT):
+            rows.append(Row(value, file, line))
+        if not rows:
+            raise QaromaError("; ".join(remarks.bad[:3]) or f"{file} holds no rows")
+        return recognise(rows), "", ()
+    except QaromaError as error:
+        columns = dict.fromkeys(str(name) for row in rows if isinstance(row.value, dict) for name in row.value)
+        return None, str(error), tuple(columns)

@@ -1,0 +1,106 @@
+"""Command lines: as they are shown, and run. Those of a moment are waited for, those of a run outlive the page."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from qaroma.errors import QaromaError
+from qaroma.page.places import LOGS, inside
+from qaroma.runs.directory import quoted
+from qaroma.runs.files import make_directory, read_json
+from qaroma.runs.lock import LOCK, owner_is_gone
+
+_TAIL = 4000  # bytes of a log that are shown
+
+
+def shown(words: Sequence[str]) -> str:
+    """A command line to copy."""
+    return " ".join(["qaroma", *map(quoted, words)])
+
+
+def argv(words: Sequence[str]) -> list[str]:
+    """A command line to run, by this Python."""
+    return [sys.executable, "-m", "qaroma", *words]
+
+
+def figures_of(words: Sequence[str]) -> dict[str, Any]:
+    """What a command with ``--json`` says.
+
+    Raises:
+        QaromaError: it failed; the text is its own.
+    """
+    done = subprocess.run(argv([*words, "--json"]), stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    if done.returncode != 0:
+        raise QaromaError(own_words(done.stderr.decode("utf-8", "replace")))
+    figures: dict[str, Any] = json.loads(done.stdout)
+    return figures
+
+
+def own_words(said: str) -> str:
+    """A command's error, without what libraries wrote before it."""
+    _, found, error = f"\n{said}".rpartition("\nerror: ")
+    return (error if found else said).strip() or "the command ended without a word"
+
+
+class Jobs:
+    """Commands that outlive the page, each with a log."""
+
+    def __init__(self) -> None:
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._starting = threading.Lock()  # a button is clicked twice
+
+    def start(self, name: str, words: Sequence[str]) -> None:
+        """Run a command, unless the one of that name is at work."""
+        with self._starting:
+            if not self.working(name):
+                self._children[name] = self._started(name, words)
+
+    def _started(self, name: str, words: Sequence[str]) -> subprocess.Popen[bytes]:
+        make_directory(LOGS)
+        own_group: dict[str, Any] = {"start_new_session": True}
+        if os.name == "nt":
+            own_group = {"creationflags": 0x200}  # CREATE_NEW_PROCESS_GROUP
+        with _log(name).open("wb") as log:
+            log.write(f"{shown(words)}\n".encode())
+            log.flush()
+            return subprocess.Popen(argv(words), stdin=subprocess.DEVNULL, stdout=log, stderr=log, **own_group)
+
+    def working(self, name: str) -> bool:
+        """Whether this page began it, and it goes on; whether a run is at work is known to its folder."""
+        return name in self._children and self._children[name].poll() is None
+
+    def stop(self, run: Path) -> None:
+        """Ask a run to stop, whoever began it; it saves its state first."""
+        if self.working(run.name):
+            self._children[run.name].terminate()
+        elif owner_is_gone(run) is False:
+            with suppress(psutil.Error, KeyError):
+                process = psutil.Process(read_json(run / LOCK)["pid"])
+                if any("qaroma" in word for word in process.cmdline()):  # a number is given to others later
+                    process.terminate()
+
+    def said(self, name: str) -> str:
+        """The command, and the end of what it has said so far."""
+        log = _log(name)
+        return log.read_bytes()[-_TAIL:].decode("utf-8", "replace").strip() if log.is_file() else ""
+
+    def failure(self, name: str) -> str | None:
+        """The error that ended a command, in its own words; None where there is none."""
+        said = self.said(name)
+        failed = re.search(r"^(error: |Error: |Traceback )", said, re.MULTILINE) and not self.working(name)
+        return own_words(said) if failed else None
+
+
+def _log(name: str) -> Path:
+    return inside(LOGS, f"{name}.log")

@@ -1,0 +1,86 @@
+"""The folders of the page, all below the working folder, and what may be named in them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from qaroma.data.files import SUFFIXES, data_suffix
+from qaroma.errors import QaromaError
+from qaroma.runs.files import make_directory
+
+UPLOADS, LOGS, RUNS = Path("qaroma-page/data"), Path("qaroma-page/logs"), Path("runs")
+LARGEST_UPLOAD = 256 * 2**20  # bytes
+DEMO = "demo:calendar"
+
+
+def source(name: str) -> str:
+    """What ``--data`` takes for an uploaded file, or for the built-in example.
+
+    Raises:
+        QaromaError: no such file.
+    """
+    if name == DEMO:
+        return name
+    path = inside(UPLOADS, name)
+    if not path.is_file():
+        raise QaromaError(f"there is no file {name} in {UPLOADS.as_posix()}; choose it again")
+    return path.as_posix()
+
+
+async def receive(name: str, pieces: AsyncIterator[bytes]) -> str:
+    """Write a file that comes in pieces.
+
+    Args:
+        name: that it had, without folders.
+        pieces: its bytes.
+
+    Returns:
+        Its name in the folder of uploads, another one where that was taken.
+
+    Raises:
+        QaromaError: a name with folders, a kind of file that is not read, or more than :data:`LARGEST_UPLOAD`.
+    """
+    if not name or {"/", "\\", "\0"} & set(name) or name.startswith("."):
+        raise QaromaError(f"got the file name '{name[:80]}'; expected one without folders")
+    if not data_suffix(Path(name)):
+        raise QaromaError(f"got '{name[:80]}'; expected a file of the kind {', '.join(SUFFIXES)}, or such a .gz")
+    make_directory(UPLOADS)
+    stem, _, kind = re.sub(r"[^\w.-]+", "-", name).strip("-").partition(".")
+    path, number = inside(UPLOADS, f"{stem}.{kind}"), 1
+    while path.exists():
+        number += 1
+        path = UPLOADS / f"{stem}-{number}.{kind}"
+    size, aside = 0, path.with_name(f"{path.name}.part")
+    try:
+        with aside.open("xb") as file:
+            async for piece in pieces:
+                size += len(piece)
+                require_small(size)
+                file.write(piece)
+        aside.rename(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path.name
+
+
+def require_small(size: int) -> None:
+    """See to it that a file is not too large to be uploaded."""
+    if size > LARGEST_UPLOAD:
+        raise QaromaError(
+            f"the file has more than {LARGEST_UPLOAD // 2**20} MiB, the most that the page takes; train on it with the "
+            "command line: qaroma finetune --model MODEL --data FILE"
+        )
+
+
+def inside(folder: Path, name: str) -> Path:
+    """A file or folder right in a folder.
+
+    Raises:
+        QaromaError: a name that leads anywhere else, also through a link.
+    """
+    path = folder / name
+    if not re.fullmatch(r"\w[\w.-]*", name) or path.resolve() != folder.resolve() / name:
+        raise QaromaError(f"got the name '{name[:80]}'; expected one of something in {folder.as_posix()}")
+    return path

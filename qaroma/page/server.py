@@ -1,0 +1,84 @@
+"""The page's addresses, and the server on 127.0.0.1 that answers them."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from collections.abc import Callable
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from qaroma.errors import QaromaError
+from qaroma.page.guard import Guard
+from qaroma.page.models import Machine, this_machine
+from qaroma.page.screens import TEMPLATES, Screens, failed
+
+HOME = "127.0.0.1"
+
+
+def make_app(token: str, port: int, machine: Machine, closing: Callable[[], bool]) -> Guard:
+    """The page as an ASGI application.
+
+    Args:
+        token: what every address begins with.
+        port: that it is served at.
+        machine: where runs train.
+        closing: whether the server is about to end, so that what follows a run ends too.
+    """
+    screens = Screens(machine, closing)
+    routes = [
+        Route("/", screens.home),
+        Route("/upload", screens.upload, methods=["PUT"]),
+        Route("/data", screens.data),
+        Route("/preview", screens.preview),
+        Route("/model", screens.model),
+        Route("/plan", screens.plan),
+        Route("/forecast", screens.forecast),
+        Route("/start", screens.start, methods=["POST"]),
+        Route("/run/{name}", screens.run),
+        Route("/run/{name}/events", screens.events),
+        Route("/run/{name}/report", screens.report),
+        Route("/run/{name}/stop", screens.stop, methods=["POST"]),
+        Route("/run/{name}/resume", screens.resume, methods=["POST"]),
+        Route("/run/{name}/export", screens.export),
+        Route("/run/{name}/export", screens.start_export, methods=["POST"]),
+        Route("/run/{name}/chat", screens.chat),
+        Route("/run/{name}/talk", screens.talk, methods=["POST"]),
+        Mount("/static", StaticFiles(directory=TEMPLATES / "static")),
+    ]
+    app = Starlette(
+        routes=[Mount(f"/{token}", routes=routes)], exception_handlers={QaromaError: failed, OSError: failed}
+    )
+    return Guard(app, token, frozenset({f"{HOME}:{port}", f"localhost:{port}"}))
+
+
+def serve(port: int, tell: Callable[[str], None]) -> None:
+    """Answer until Ctrl-C.
+
+    Args:
+        port: 0 takes one that is free.
+        tell: called with the address, once it answers.
+
+    Raises:
+        QaromaError: the port is taken.
+    """
+    listening = socket.socket()
+    try:
+        listening.bind((HOME, port))
+    except OSError as error:
+        listening.close()
+        raise QaromaError(f"port {port} is taken ({error.strerror}); leave --port out to take a free one") from error
+    port = listening.getsockname()[1]
+    token, machine = secrets.token_urlsafe(24), this_machine()
+    listening.listen(128)  # what asks from now on is answered as soon as the server runs
+    tell(f"http://{HOME}:{port}/{token}/")
+    app = make_app(token, port, machine, lambda: server.should_exit)
+    # Addresses hold the token: none is logged.
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5
+    )
+    server = uvicorn.Server(config)
+    server.run(sockets=[listening])
