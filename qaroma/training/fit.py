@@ -47,12 +47,7 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
     training, method = session.config.training, session.method
     ranks = method.ranks()
     if state.step == 0:
-        state.trainable_start = method.trainable_parameters()
-        _log_ranks(session, state, {})
-        _validate(session, state, view)
-        _sample(session, state, view)
-        page.update()
-        _probe(session, state, view)
+        _look_at_the_start(session, state, view, page)
     ending: Ending = "budget"
     saved = False
     session.model.train()
@@ -94,6 +89,15 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
     _log_ranks(session, state, ranks)
     _forget_older(session)
     return ending
+
+
+def _look_at_the_start(session: Session, state: FitState, view: ProgressView, page: LivePage) -> None:
+    state.trainable_start = session.method.trainable_parameters()
+    _log_ranks(session, state, {})
+    _validate(session, state, view)
+    _sample(session, state, view)
+    page.update()
+    _probe(session, state, view)
 
 
 def _forget_older(session: Session) -> None:

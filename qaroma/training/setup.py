@@ -77,13 +77,6 @@ def build_session(
     require_known_head(model)
     if config.data.packing:
         require_apart(model)
-    training = config.training
-    plan = BatchPlan(
-        [e.tokens for e in data.train],
-        micro_batch=training.micro_batch,
-        grad_accum=training.grad_accum,
-        seed=training.seed,
-    )
     return Session(
         config=config,
         run=run,
@@ -97,7 +90,7 @@ def build_session(
         head=head,
         train=data.train,
         validation=data.validation,
-        plan=plan,
+        plan=_plan(data),
         accelerator=accelerator,
         sampler=_sampler(data),
         level=level,
@@ -105,6 +98,11 @@ def build_session(
         loss_scale=LossScale() if dtype == torch.float16 else None,
         ranks=ranks,
     )
+
+
+def _plan(data: PreparedData) -> BatchPlan:
+    training, lengths = data.config.training, [example.tokens for example in data.train]
+    return BatchPlan(lengths, micro_batch=training.micro_batch, grad_accum=training.grad_accum, seed=training.seed)
 
 
 def _start(method: Method) -> dict[str, int]:
