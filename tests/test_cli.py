@@ -19,7 +19,7 @@ import pytest
 
 from qaroma import __version__
 from qaroma.cli import COMMANDS as DECLARED
-from qaroma.cli import main, root
+from qaroma.cli import SECTIONS, main, root
 from qaroma.cli.output import write_figures
 from qaroma.config.load import config_fields
 from qaroma.config.schema import Config
@@ -153,6 +153,32 @@ def test_the_group_lists_each_command_with_its_line() -> None:
     assert DECLARED
     for name, line in DECLARED.items():
         assert re.search(rf"^  {name} +{re.escape(line)}$", text, re.MULTILINE)
+
+
+def test_a_newcomer_reads_first_what_to_type_first() -> None:
+    text = typed("--help").stdout
+    titles = re.findall(r"^(\w.*):$", text, re.MULTILINE)
+    assert titles == ["Options", *SECTIONS.values()]
+    first = text.partition("Begin here:\n")[2].partition("\n\n")[0]
+    assert re.findall(r"^  (\S+)", first, re.MULTILINE) == ["demo", "finetune", "chat", "export", "page"]
+
+
+def test_the_bars_of_libraries_look_as_ours_in_a_terminal_and_are_silent_in_a_log() -> None:
+    script = (
+        "import io, sys\nfrom qaroma.cli import main\nsys.stderr.isatty = lambda: sys.argv[1] == 'terminal'\n"
+        "main(['--version'])\nfrom tqdm.auto import tqdm\nshown = io.StringIO()\n"
+        "bar = tqdm(total=4, desc='Loading weights', file=shown, initial=2)\nprint(shown.getvalue())"
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("TQDM")}
+    shown = {}
+    for where in ("terminal", "log"):
+        command = [sys.executable, "-c", script, where]
+        done = subprocess.run(
+            command, cwd=ROOT, env=clean, capture_output=True, text=True, encoding="utf-8", check=True
+        )
+        shown[where] = done.stdout
+    assert re.search("Loading weights \\S*━{15} {15}\\S* 2/4 00:00", shown["terminal"])
+    assert "━" not in shown["log"]
 
 
 def test_option_texts_defaults_and_choices_come_from_the_configuration() -> None:
@@ -351,7 +377,7 @@ def test_a_fault_of_ours_keeps_its_traceback(called: dict[str, Any], monkeypatch
         (["finetune", "--learning-rate", "0"], "0.0 is not in the range 0<x<="),
         (["finetune", "--device", "gpu"], "'auto', 'cuda', 'cpu'"),
         (["finetunee"], "did you mean finetune?"),
-        (["zzz"], "expected one of init, finetune"),
+        (["zzz"], "expected one of demo, finetune"),
         (["data", "preveiw"], "did you mean preview?"),
         (["generate", "runs/x"], "PROMPT"),
         (["evaluate", "runs/x"], "--data"),

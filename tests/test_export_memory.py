@@ -34,7 +34,7 @@ config = load_model_config(folder)
 model = load_base(folder, compute_dtype=torch.bfloat16, device="cpu")
 update = random_update(linear_shapes(model))
 sources = {"dequantised": dequantised_tensors(model), "original": original_tensors(folder, config)}
-types = {"f16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
+types = {name: gguf.GGMLQuantizationType[name.upper()] for name in ("f16", "q8_0", "q4_k")}
 torch.addmm(torch.zeros(4, 4), torch.ones(4, 4), torch.ones(4, 4))
 for into, kind in (one.split(":") for one in wanted):
     peak, done = 0, threading.Event()
@@ -94,4 +94,5 @@ def test_a_gigabyte_is_merged_in_the_memory_of_two_tensors(tmp_path: Path) -> No
         num_key_value_heads=16, vocab_size=32000,
     )  # fmt: skip
     wanted = [f"{into}:{kind}" for into in ("original", "dequantised") for kind in ("merged", "f16", "q8_0")]
+    wanted.append("original:q4_k")
     check(tmp_path, 2 * 32000 * 2048, total, *wanted)

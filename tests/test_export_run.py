@@ -32,7 +32,7 @@ from qaroma.runs.lock import LOCK
 from qaroma.training.finetune import finetune
 
 EXACT = Options(dtype="fp32", outtype="f32")
-FORMATS = ("peft", "padded", "gguf-adapter", "merged", "gguf")
+FORMATS = ("peft", "padded", "gguf-adapter", "mlx", "merged", "gguf")
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,15 @@ def test_all_formats_pass_and_hold_what_they_should(run: Path, tmp_path: Path) -
             assert line in card, line
         ElementTree.fromstring((folder / "rank_map.svg").read_text(encoding="utf-8"))
     assert not list((tmp_path / "out").glob("*.part"))
-    assert "  start the engine with: --max-lora-rank 8" in said
+    used = [line.removeprefix("  use it with: ") for line in said if line.startswith("  use it with: ")]
+    assert used == [one.use for one in found.values()]
+    for name, words in {
+        "peft": "qaroma chat", "padded": "--max-lora-rank 8 --lora-modules", "gguf-adapter": "adapter.gguf",
+        "mlx": "mlx_lm.generate --model",
+        "merged": "vllm serve", "gguf": "ollama create counting -f",
+    }.items():  # fmt: skip
+        assert words in found[name].use
+        assert found[name].folder.as_posix() in found[name].use
     assert "vllm serve" in (tmp_path / "out" / "padded" / "README.md").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "out" / "merged" / "config.json").read_text()).get("quantization_config") is None
     assert (tmp_path / "out" / "gguf" / "Modelfile").is_file()
@@ -217,9 +225,12 @@ def test_a_wrong_scale_fails_and_the_files_are_marked(
     assert not (tmp_path / "out.part").exists()
 
 
-@pytest.mark.parametrize(("kind", "factor"), [("merged", 2.0), ("merged", 0.5), ("gguf", 2.0)])
+@pytest.mark.parametrize(
+    ("kind", "factor", "outtype"),
+    [("merged", 2.0, "f16"), ("merged", 0.5, "f16"), ("gguf", 2.0, "q8_0"), ("gguf", 2.0, "q4_k_m")],
+)
 def test_a_merge_of_a_wrong_scale_fails_even_in_few_bits(
-    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, factor: float
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, factor: float, outtype: str
 ) -> None:
     from qaroma.export import gguf_model, merged
     from qaroma.export.weights import merged_tensors
@@ -230,7 +241,7 @@ def test_a_merge_of_a_wrong_scale_fails_even_in_few_bits(
 
     monkeypatch.setattr(merged if kind == "merged" else gguf_model, "merged_tensors", wrong)
     with pytest.raises(QaromaError, match=r"self-test FAILED.* \d+\.\d % of the update") as error:
-        export(adapter, [kind], output=tmp_path / "out", options=Options(outtype="q8_0"))
+        export(adapter, [kind], output=tmp_path / "out", options=Options(outtype=outtype))
     told = float(re.search(r"([\d.]+) % of the update", str(error.value))[1])
     assert told == pytest.approx(100 * factor, abs=5)  # less what chance leaves of rounding
 
@@ -321,7 +332,7 @@ def test_a_base_that_gguf_has_no_names_for(tmp_path: Path, tokenizer) -> None:
     found = export(tmp_path / "adapter", ["all"], output=tmp_path / "out", options=EXACT, say=said.append)
     assert [one.format for one in found] == ["peft", "padded", "merged"]
     assert all(one.test.passed for one in found)
-    assert sum("left out, since" in line for line in said) == 2
+    assert sum("left out, since" in line for line in said) == 3
 
 
 def test_values_that_half_precision_cannot_hold(adapter: Path, tmp_path: Path) -> None:

@@ -109,7 +109,8 @@ def test_paths_that_no_system_takes(tmp_path: Path, capsys: pytest.CaptureFixtur
         ["finetune", "--config", ".."], ["finetune", "--config", "/"], ["runs", long], ["report", long],
         ["generate", long, "x"], ["export", long], ["compare-runs", long, long], ["chat", "--base", long],
         ["evaluate", long, "--data", "x"], ["plan", "--model", long], ["configs", "cp", "quickstart", long],
-        ["finetune", "--resume", "--output", long], ["data", "preview", "--model", "~nobodyhere", "--data", str(data)],
+        ["finetune", "--resume", "--output", long], ["demo", "--output", long],
+        ["data", "preview", "--model", "~nobodyhere", "--data", str(data)],
     ]  # fmt: skip
     for words in commands:
         assert main(words) == 2, words

@@ -1,4 +1,4 @@
-"""Every example in every help: typed in their order, each finds what it names, and comes as far as its work."""
+"""Every example in every help and in README: typed in their order, each finds what it names, and comes to its work."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import click
 import pytest
 from test_cli import COMMANDS
+from test_pages import README, typed_lines
 from test_run_table import write_run
 
 from qaroma.cli import main
@@ -86,16 +87,21 @@ def fresh_imports() -> Iterator[None]:
             vars(sys.modules[package]).pop(module, None)
 
 
-@pytest.mark.usefixtures("fresh_imports")
-def test_every_example_can_be_typed_and_finds_what_it_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def stage(fresh_imports: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with the readers' files, and commands that go as far as their work."""
     monkeypatch.chdir(tmp_path)
     for name, text in FILES.items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(text, encoding="utf-8")
     for name in WORK:
         monkeypatch.setitem(sys.modules, f"qaroma.{name}", stand_in(name))
+
+
+@pytest.mark.usefixtures("stage")
+def test_every_example_can_be_typed_and_finds_what_it_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = [(), ("finetune",), ("init",)]  # these make what the others name
     last = [("runs",), ("runs", "rm")]  # and these remove it
     rest = [path for path in COMMANDS if path not in (*first, *last)]
@@ -104,7 +110,7 @@ def test_every_example_can_be_typed_and_finds_what_it_names(
         for line in examples(COMMANDS[path]):
             if line in seen or line == "qaroma init":  # in two helps; asks, where there is somebody to ask
                 continue
-            for run in ("runs/quickstart", "runs/mine"):  # what one example has removed is there for the next
+            for run in ("runs/demo", "runs/mine"):  # what one example has removed is there for the next
                 if not Path(run).exists() and " rm " in line:
                     write_run(Path(run))
             seen.append(line)
@@ -117,4 +123,16 @@ def test_a_help_names_no_run_that_the_helps_do_not_make() -> None:
     lines = [line for command in COMMANDS.values() for line in examples(command)]
     made = {words[words.index("--output") + 1] for line in lines if "--output" in (words := shlex.split(line))}
     named = {word for line in lines for word in shlex.split(line) if word.startswith("runs/") and "*" not in word}
-    assert {"runs/quickstart", "runs/mine"} <= named <= made
+    assert {"runs/demo", "runs/mine"} <= named <= {*made, "runs/demo"}  # which qaroma demo makes
+
+
+@pytest.mark.usefixtures("stage")
+def test_the_commands_of_readme_can_be_typed_in_their_order(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [line.rpartition(" && ")[2] for line in typed_lines(README)]
+    assert lines[0] == "qaroma demo"
+    for line in lines[:-1]:
+        typed(line, monkeypatch)
+    assert lines[-1].startswith("pytest")
+    capsys.readouterr()

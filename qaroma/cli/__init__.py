@@ -20,24 +20,33 @@ from qaroma.runs.files import disk_full
 from qaroma.text.characters import is_unicode
 
 COMMANDS = {
-    "init": "Write a configuration for your data and your card.",
+    "demo": "See a whole run: a small model learns in minutes, on a CPU.",
     "finetune": "Fine-tune a model on your data.",
-    "generate": "Answer prompts with a fine-tuned model.",
     "chat": "Talk to a fine-tuned model.",
+    "export": "Write a fine-tuned model as other engines load it.",
+    "page": "Do all of this in a browser, on this machine alone.",
+    "doctor": "Look at this machine and say what to do about what is missing.",
+    "plan": "Tell what fits a card, without weights and without a GPU.",
+    "init": "Write a configuration for your data and your card.",
+    "data": "Look at data as training sees it.",
+    "configs": "List the configurations that come with qaroma, or copy one.",
+    "generate": "Answer prompts with a fine-tuned model.",
     "evaluate": "Score a model on a data set.",
     "benchmark": "Score a model on public benchmarks.",
-    "runs": "List runs: state, scores, ranks; remove old ones.",
-    "compare": "Train several methods on one task and put them in one table.",
-    "compare-runs": "Put runs side by side: settings, figures, answers.",
-    "page": "Do all of this in a browser, on this machine alone.",
-    "export": "Write a fine-tuned model as other engines load it.",
-    "push": "Send an adapter to the Hugging Face hub.",
-    "data": "Look at data as training sees it.",
-    "plan": "Tell what fits a card, without weights and without a GPU.",
     "report": "Draw how runs grew and learned, as figures and one HTML page.",
+    "runs": "List runs: state, scores, ranks; remove old ones.",
+    "compare-runs": "Put runs side by side: settings, figures, answers.",
+    "push": "Send an adapter to the Hugging Face hub.",
+    "compare": "Train several methods on one task and put them in one table.",
     "bench": "Time a training step and count its memory.",
-    "configs": "List the configurations that come with qaroma, or copy one.",
-    "doctor": "Look at this machine and say what to do about what is missing.",
+}
+
+# The help's sections, each by the command that it begins with.
+SECTIONS = {
+    "demo": "Begin here",
+    "doctor": "Before a run",
+    "generate": "After a run",
+    "compare": "For those who measure",
 }
 
 # What options are called in other tools.
@@ -65,11 +74,14 @@ USUAL_NAMES = {
 
 _EPILOG = """\b
 Examples:
-  qaroma finetune --config quickstart --output runs/quickstart
-  qaroma generate runs/quickstart "Dim the lights in the attic to 35 percent."
+  qaroma demo
+  qaroma chat runs/demo
 """
 
 _INTERRUPTED = 130
+
+# How tqdm is to draw: as rich's BarColumn, MofNCompleteColumn and TimeElapsedColumn do.
+_BARS = {"ASCII": " ━", "COLOUR": "red", "BAR_FORMAT": "{desc} {bar:30} {n_fmt}/{total_fmt} {elapsed}"}
 
 
 def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -82,6 +94,7 @@ def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> N
     cls=LazyGroup,
     package="qaroma.cli",
     commands_help=COMMANDS,
+    sections=SECTIONS,
     epilog=_EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
@@ -105,8 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _speak_utf8()
     if sys.platform.startswith("linux"):  # against fragments of the card's memory; torch has it nowhere else
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    if not sys.stderr.isatty():  # the libraries' progress bars would fill a log
-        os.environ.setdefault("TQDM_DISABLE", "1")
+    _dress_the_libraries_bars()
     try:
         typed = list(sys.argv[1:] if arguments is None else arguments)
         _refuse_blanks(typed)
@@ -139,6 +151,17 @@ def _speaker() -> str:
     """Who speaks, where it is one of several processes of a run and not the first."""
     rank = os.environ.get("RANK", "0")
     return "" if rank == "0" else f"rank {rank}: "
+
+
+def _dress_the_libraries_bars() -> None:
+    """The bars of transformers, datasets and the hub look as ours do; in a log, which they would fill, there are none.
+
+    tqdm reads its defaults from the environment when it is imported.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    for name, value in _BARS.items():
+        os.environ.setdefault(f"TQDM_{name}", value)
 
 
 def _with_our_name(error: click.NoSuchOption) -> click.NoSuchOption:

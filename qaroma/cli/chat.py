@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _EPILOG = """\b
 Examples:
-  qaroma chat runs/quickstart
+  qaroma chat runs/demo
   qaroma chat runs/mine --system "Answer in one sentence." --temperature 0.7
   printf 'hello\\n/base\\n' | qaroma chat runs/mine
 """

@@ -9,7 +9,7 @@ from qaroma.cli.output import JSON_OPTION, figures_only
 
 _EPILOG = """\b
 Examples:
-  qaroma compare-runs runs/quickstart runs/mine
+  qaroma compare-runs runs/demo runs/mine
   qaroma compare-runs runs/* --json
 """
 

@@ -16,7 +16,7 @@ from qaroma.runs.directory import adapter_folder
 
 _EPILOG = """\b
 Examples:
-  qaroma evaluate runs/quickstart --data demo:calendar-test
+  qaroma evaluate runs/demo --data demo:calendar-test
   qaroma evaluate runs/mine --data test.jsonl --rows 200 --json
 """
 

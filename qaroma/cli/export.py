@@ -11,7 +11,7 @@ import click
 from qaroma.cli.options import config_option
 from qaroma.cli.output import JSON_OPTION, figures_only
 from qaroma.cli.run_arguments import BASE_OPTION, RUN_ARGUMENT, TRUST_OPTION
-from qaroma.export.format_facts import FORMAT_FACTS
+from qaroma.export.format_facts import FORMAT_FACTS, OUTTYPES
 from qaroma.model.builtin import require_model
 from qaroma.runs.directory import require_adapter_or_checkpoint, run_around
 
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
     from qaroma.data.encode import Example
 
 _FORMATS = (*FORMAT_FACTS, "all")
-_OUTTYPES = ("f32", "f16", "bf16", "q8_0", "q4_k_m")
 _LIST = "\n".join(f"  {name:<14}{facts.audience}" for name, facts in FORMAT_FACTS.items())
 _EPILOG = f"""\b
 Formats:
 {_LIST}
 \b
 Examples:
-  qaroma export runs/quickstart
-  qaroma export runs/quickstart --format merged --merge-into original --dtype bf16
-  qaroma export runs/quickstart --format all --output exports --compress 0.01
+  qaroma export runs/demo
+  qaroma export runs/demo --ollama calendar
+  qaroma export runs/demo --format merged --merge-into original --dtype bf16
+  qaroma export runs/demo --format all --output exports --compress 0.01
 """
 
 
 @click.command(epilog=_EPILOG)
 @RUN_ARGUMENT
-@click.option("--format", "formats", type=click.Choice(_FORMATS), multiple=True, default=("padded",), show_default=True,
-              help="What to write. Repeatable.")  # fmt: skip
+@click.option("--format", "formats", type=click.Choice(_FORMATS), multiple=True,
+              help="What to write; default: padded, or gguf with --ollama. Repeatable.")  # fmt: skip
 @click.option("--output", metavar="DIR",
               help="Folder of the export, or of several; default: export/FORMAT in the run.")  # fmt: skip
 @click.option("--merge-into", type=click.Choice(("dequantised", "original")), default="dequantised", show_default=True,
@@ -43,8 +43,10 @@ Examples:
                    "published.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(("bf16", "fp16", "fp32")),
               help="Of the stored numbers; default: fp32 for adapters, bf16 for merged.")  # fmt: skip
-@click.option("--outtype", type=click.Choice(_OUTTYPES), default="f16", show_default=True,
-              help="Of the matrices of a GGUF model.")  # fmt: skip
+@click.option("--outtype", type=click.Choice(tuple(OUTTYPES)),
+              help="Of the matrices of a GGUF model; default: f16, or q4_k_m with --ollama.")  # fmt: skip
+@click.option("--ollama", metavar="NAME",
+              help="Make the GGUF model one of Ollama's, and ask both it and the run a question.")  # fmt: skip
 @click.option("--compress", type=click.FloatRange(0, 1, max_open=True), metavar="ERR",
               help="Drop redundant directions up to this relative error in a module.")  # fmt: skip
 @click.option("--self-test/--no-self-test", default=True, show_default=True,
@@ -59,7 +61,8 @@ def command(
     output: str | None,
     merge_into: str,
     dtype: str | None,
-    outtype: str,
+    outtype: str | None,
+    ollama: str | None,
     compress: float | None,
     self_test: bool,
     base: str | None,
@@ -79,15 +82,16 @@ def command(
 
     from qaroma.export.exporter import Options, export
 
+    kind = outtype or ("q4_k_m" if ollama else "f16")
     with figures_only(json_output) as write:
         exported = export(
             run,
-            formats,
+            formats or ("gguf" if ollama else "padded",),
             output=output,
             base=base,
             device=training__device or "auto",
             trust_remote_code=trust_remote_code,
-            options=Options(merge_into, dtype, outtype, compress, self_test),
+            options=Options(merge_into, dtype, kind, compress, self_test, ollama),
             validation=_validation(run, trust_remote_code),
             say=click.echo,
         )

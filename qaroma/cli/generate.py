@@ -16,8 +16,8 @@ from qaroma.runs.directory import adapter_folder
 
 _EPILOG = """\b
 Examples:
-  qaroma generate runs/quickstart "Play some Mozart in the attic."
-  qaroma generate runs/quickstart - < prompts.txt
+  qaroma generate runs/demo "Play some Mozart in the attic."
+  qaroma generate runs/demo - < prompts.txt
 """
 
 

@@ -17,12 +17,21 @@ class LazyGroup(click.Group):
         package: dotted name of the package that holds the modules.
         commands_help: each command's name (with ``-`` for ``_`` in the module's name) and the line
             that stands beside it in the group's help; that list is shown without importing them.
+        sections: the titles of the list, each by the command that it stands above; None is one title for all.
     """
 
-    def __init__(self, *args: Any, package: str, commands_help: Mapping[str, str], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        package: str,
+        commands_help: Mapping[str, str],
+        sections: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._package = package
         self._commands_help = commands_help
+        self._sections = sections or {next(iter(commands_help)): "Commands"}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The commands' names, in the order of their declaration."""
@@ -47,6 +56,12 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes the list of commands from their declared lines."""
-        with formatter.section("Commands"):
-            formatter.write_dl(list(self._commands_help.items()))
+        """Writes the list of commands from their declared lines, in sections of one width."""
+        width = max(map(len, self._commands_help))
+        listed: dict[str, list[tuple[str, str]]] = {}
+        for name, line in self._commands_help.items():
+            title = self._sections.get(name) or list(listed)[-1]
+            listed.setdefault(title, []).append((name.ljust(width), line))
+        for title, lines in listed.items():
+            with formatter.section(title):
+                formatter.write_dl(lines)

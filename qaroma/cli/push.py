@@ -11,8 +11,8 @@ from qaroma.runs.directory import adapter_folder
 
 _EPILOG = """\b
 Examples:
-  qaroma push runs/quickstart my-calendar --dry-run
-  qaroma push runs/quickstart my-calendar
+  qaroma push runs/demo my-calendar --dry-run
+  qaroma push runs/demo my-calendar
   qaroma push runs/mine my-org/mine --public --message "Second attempt"
 """
 

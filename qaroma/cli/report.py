@@ -7,8 +7,8 @@ import click
 _FORMATS = ("png", "svg", "html")
 _EPILOG = """\b
 Examples:
-  qaroma report runs/quickstart
-  qaroma report runs/quickstart runs/mine --output figures --format svg
+  qaroma report runs/demo
+  qaroma report runs/demo runs/mine --output figures --format svg
   qaroma report runs/mine --module 3.mlp.up_proj --module 7.mlp.up_proj
 """
 

@@ -13,12 +13,12 @@ from qaroma.errors import QaromaError
 _LIST_EPILOG = """\b
 Examples:
   qaroma runs
-  qaroma runs runs/quickstart --json
+  qaroma runs runs/demo --json
 """
 _REMOVE_EPILOG = """\b
 Examples:
-  qaroma runs rm runs/quickstart
-  qaroma runs rm runs/quickstart runs/mine --yes
+  qaroma runs rm runs/demo
+  qaroma runs rm runs/demo runs/mine --yes
 """
 _EPILOG = _LIST_EPILOG + _REMOVE_EPILOG.split("\n", 2)[2]
 

@@ -107,7 +107,7 @@ def require_model_and_data(config: Config) -> str:
     if config.model.name is None or missing:
         raise QaromaError(
             f"got {' and '.join(missing)}; expected {' and '.join(missing.values())}; "
-            "to see a whole run first, type qaroma finetune --config quickstart"
+            "to see a whole run first, type qaroma demo"
         )
     return config.model.name
 

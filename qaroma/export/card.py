@@ -133,15 +133,30 @@ def model_card(facts: CardFacts, kind: str, outcome: Outcome | None = None) -> s
     return "\n".join(head + lines)
 
 
+def use_line(facts: CardFacts, kind: str, written: Mapping[str, Any], place: str, name: str | None = None) -> str:
+    """The command that uses an export.
+
+    Args:
+        facts: of the adapter.
+        kind: the format.
+        written: what the format's writer returned.
+        place: where the files lie, as it is typed.
+        name: in Ollama; None is made of the adapter's.
+    """
+    name = name or re.sub(r"[^a-z0-9._-]+", "-", facts.name.lower()).strip("-._") or "tuned"
+    return FORMAT_FACTS[kind].use.format(
+        base=facts.base, place=place, name=name, max_lora_rank=written.get("max_lora_rank")
+    )
+
+
 def _loading(facts: CardFacts, kind: str, written: Mapping[str, Any]) -> str:
     place, info = facts.repo or FOLDER, facts.info
     local = place.rpartition("/")[2]
     use = f"`qaroma evaluate {local} --data FILE`" if info.task.outputs else f'`qaroma generate {local} "a prompt"`'
     return FORMAT_FACTS[kind].loading.format(
+        use=use_line(facts, kind, written, place),
         base=facts.base,
         place=place,
-        name=facts.name.lower(),
-        max_lora_rank=written.get("max_lora_rank"),
         in_peft="\n    ".join(lines_for_peft(info, facts.base, place)),
         in_qaroma=use if facts.repo is None else f"`hf download {place} --local-dir {local}`, then {use}",
         options=_trust(info),

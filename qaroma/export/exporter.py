@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from qaroma.export import card
 from qaroma.export.chat_template import complete_jinja
 from qaroma.export.compress import Compression, compress
 from qaroma.export.formats import DTYPES, FORMATS, Format
+from qaroma.export.in_ollama import Asked, check_name, hand_over
 from qaroma.export.live import LiveModel
 from qaroma.export.rank_map import rank_map_svg
 from qaroma.export.selftest import SelfTest
@@ -44,6 +46,8 @@ class Options:
         outtype: of a GGUF model's matrices.
         compress: relative error up to which redundant directions are dropped; None leaves them.
         self_test: read every export back and compare.
+        ollama: what the GGUF model shall be called in Ollama, where it is made and asked a question; None is not at
+            all.
     """
 
     merge_into: str = "dequantised"
@@ -51,26 +55,40 @@ class Options:
     outtype: str = "f16"
     compress: float | None = None
     self_test: bool = True
+    ollama: str | None = None
 
 
 @dataclass(frozen=True)
 class Exported:
-    """One export that stands."""
+    """One export that stands.
+
+    Attributes:
+        format, folder, bytes: what and where it is.
+        use: the command that uses it.
+        test: its self-test; None where it was not run.
+        written: what the format's writer told.
+        losses: validation loss by the base merged into.
+        ollama: what Ollama answered, where it was asked.
+    """
 
     format: str
     folder: Path
     bytes: int
+    use: str
     test: SelfTest | None
     written: dict[str, Any] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
+    ollama: Asked | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "format": self.format,
             "folder": self.folder.as_posix(),
             "bytes": self.bytes,
+            "use": self.use,
             "self_test": self.test.to_json() if self.test else None,
             "validation_loss": self.losses or None,
+            **({"ollama": self.ollama.to_json()} if self.ollama else {}),
             **self.written,
         }
 
@@ -108,6 +126,8 @@ def export(
             another name.
     """
     options = options or Options()
+    if options.ollama is not None:
+        check_name(options.ollama)
     subject = open_subject(run, base=base, trust_remote_code=trust_remote_code)
     update, compression = subject.update, None
     if options.compress is not None:
@@ -118,6 +138,8 @@ def export(
             f"relative error {compression.reached:.2g}"
         )
     chosen = _possible(formats, subject, update, options, say)
+    if options.ollama is not None and all(one.name != "gguf" for one in chosen):
+        raise QaromaError("Ollama takes a whole GGUF model, which is not among the formats; type --format gguf")
     folders = {one.name: _folder(subject, one.name, output, len(chosen) > 1 or "all" in formats) for one in chosen}
     for folder in folders.values():
         _check_free(folder)
@@ -131,7 +153,15 @@ def export(
         for line in _lines(exported):
             say(line)
         found.append(exported)
+    if options.ollama is not None:
+        found = [_in_ollama(one, tuned, options.ollama, say) for one in found]
     return found
+
+
+def _in_ollama(exported: Exported, tuned: LiveModel, name: str, say: Callable[[str], None]) -> Exported:
+    if exported.format != "gguf":
+        return exported
+    return replace(exported, ollama=hand_over(tuned, exported.folder, name, say))
 
 
 def _possible(
@@ -208,7 +238,8 @@ def _export_one(
             text = card.model_card(facts, one.name, card.Outcome(test, written, compression, losses))
             (aside / "README.md").write_text(text, encoding="utf-8")
             size = sum(file.stat().st_size for file in aside.iterdir() if file.name != LOCK)
-            exported = Exported(one.name, folder, size, test, written, losses)
+            use = card.use_line(facts, one.name, written, shlex.quote(folder.as_posix()), options.ollama)
+            exported = Exported(one.name, folder, size, use, test, written, losses)
             marker = {"qaroma": __version__, **exported.to_json()}
             (aside / MARKER).write_text(json.dumps(marker, indent=2, allow_nan=True), encoding="utf-8")
         if test is not None and not test.passed:
@@ -251,8 +282,6 @@ def _explained(folder: Path) -> Iterator[None]:
 def _lines(exported: Exported) -> list[str]:
     """What is printed of an export."""
     lines = [f"{exported.format}: {exported.folder.as_posix()}, {file_size(exported.bytes)}"]
-    if "max_lora_rank" in exported.written:
-        lines.append(f"  start the engine with: --max-lora-rank {exported.written['max_lora_rank']}")
     if "sliding_window" in exported.written:
         lines.append(
             f"  context of {exported.written['sliding_window']} tokens: llama.cpp has no sliding window for this "
@@ -262,4 +291,5 @@ def _lines(exported: Exported) -> list[str]:
         shown = ", ".join(f"{name} base {loss:.4f}" for name, loss in exported.losses.items())
         lines.append(f"  validation loss merged into the {shown}")
     lines.append(f"  self-test {exported.test.sentence()}" if exported.test else "  self-test not run")
+    lines.append(f"  use it with: {exported.use}")
     return lines

@@ -1,4 +1,4 @@
-"""The five formats: how each is checked beforehand, written, and read back for its self-test."""
+"""The formats: how each is checked beforehand, written, and read back for its self-test."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from qaroma.errors import QaromaError
-from qaroma.export import gguf_adapter, gguf_model
+from qaroma.export import gguf_adapter, gguf_model, mlx_adapter
+from qaroma.export.format_facts import FEW_BITS, OUTTYPES
 from qaroma.export.gguf_layout import read_linears
 from qaroma.export.gguf_names import GgufNames
+from qaroma.export.gguf_types import check_outtype
 from qaroma.export.gguf_vocab import check_vocabulary
 from qaroma.export.live import LiveModel
 from qaroma.export.merged import copy_code, write_generation_settings, write_merged
@@ -36,7 +38,6 @@ from qaroma.runs.peft_lora import read_lora
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_OUTTYPE_TOLERANCE = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "q8_0": "q8_0"}
 
 Check = Callable[[Subject, dict[str, Factors], str], None]
 Write = Callable[[LiveModel, Path, torch.dtype, str], dict[str, Any]]
@@ -84,9 +85,13 @@ def _check_gguf_adapter(subject: Subject, update: dict[str, Factors], outtype: s
         names.tensor(f"{module}.weight")
 
 
+def _check_mlx(subject: Subject, update: dict[str, Factors], outtype: str) -> None:
+    mlx_adapter.check_family(subject.config)
+
+
 def _check_gguf(subject: Subject, update: dict[str, Factors], outtype: str) -> None:
     _check_gguf_adapter(subject, update, outtype)
-    gguf_model.check_outtype(outtype)
+    check_outtype(outtype)
     gguf_model.check_positions(subject.config)
     check_vocabulary(subject.tokenizer, subject.template)
 
@@ -109,7 +114,14 @@ def _write_padded(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: s
 
 def _write_gguf_adapter(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
     subject = tuned.subject
-    return gguf_adapter.write_gguf_adapter(folder, tuned.update, subject.config, name=subject.name, dtype=dtype)
+    gguf_adapter.write_gguf_adapter(folder, tuned.update, subject.config, name=subject.name, dtype=dtype)
+    return {}
+
+
+def _write_mlx(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
+    subject = tuned.subject
+    mlx_adapter.write_mlx_adapter(folder, tuned.update, subject.config, base=subject.public_base, dtype=dtype)
+    return {}
 
 
 def _write_merged(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> dict[str, Any]:
@@ -153,9 +165,18 @@ def _test_lora(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str)
 def _test_gguf_adapter(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> SelfTest:
     """Read with gguf-py and applied by llama.cpp's rules; llama.cpp itself would need a GGUF of the base."""
     read = gguf_adapter.read_gguf_adapter(folder / gguf_adapter.FILE, tuned.subject.config, tuned.update)
+    return _test_by_rules(tuned, read, dtype, "gguf-py, by llama.cpp's rules")
+
+
+def _test_mlx(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str) -> SelfTest:
+    """mlx-lm itself would need the base once more, as it is published."""
+    read = mlx_adapter.read_mlx_adapter(folder, tuned.update)
+    return _test_by_rules(tuned, read, dtype, "safetensors, by mlx-lm's rules in plain torch")
+
+
+def _test_by_rules(tuned: LiveModel, read: dict[str, Factors], dtype: torch.dtype, engine: str) -> SelfTest:
     with on_hooks(tuned.model(), read):
         tolerance = LOGIT_TOLERANCE[_NAMES[dtype]]
-        engine = "gguf-py, by llama.cpp's rules"
         return compare_model(tuned.model(), tuned.answers(), engine=engine, tolerance=tolerance)
 
 
@@ -175,8 +196,9 @@ def _test_gguf(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str)
     """In llama.cpp where it is installed, else through transformers' own GGUF reader."""
     subject, path = tuned.subject, folder / gguf_model.FILE
     live = tuned.merged_answers()
-    share = share_arrived(read_linears(path, subject.config, tuned.update), tuned.tensors(), tuned.update)
-    kind = _OUTTYPE_TOLERANCE[outtype]
+    kind, together = OUTTYPES[outtype].tolerance, outtype in FEW_BITS
+    written = read_linears(path, subject.config, tuned.update)
+    share = share_arrived(written, tuned.tensors(), tuned.update, together=together)
     if installed("xllamacpp"):
         engine = LlamaCpp(path, context=max(len(one.ids) for one in live))
         test = compare_llama_cpp(engine, live, subject.tokenizer, tolerance=LOG_PROBABILITY_TOLERANCE[kind])
@@ -184,7 +206,7 @@ def _test_gguf(tuned: LiveModel, folder: Path, dtype: torch.dtype, outtype: str)
         device, _ = tuned.room_for_dense("fp32")
         model = load_gguf_model(path, device)
         test = compare_model(model, live, engine="transformers' GGUF reader", tolerance=LOGIT_TOLERANCE[kind])
-    return replace(test, share=share)
+    return replace(test, share=share, share_of="over all modules" if together else test.share_of)
 
 
 FORMATS = {
@@ -193,6 +215,7 @@ FORMATS = {
         Format("peft", torch.float32, False, _check_peft, _write_peft, _test_lora),
         Format("padded", torch.float32, False, _check_padded, _write_padded, _test_lora),
         Format("gguf-adapter", torch.float32, False, _check_gguf_adapter, _write_gguf_adapter, _test_gguf_adapter),
+        Format("mlx", torch.float32, False, _check_mlx, _write_mlx, _test_mlx),
         Format("merged", torch.bfloat16, True, _no_check, _write_merged, _test_merged),
         Format("gguf", torch.float32, True, _check_gguf, _write_gguf, _test_gguf),
     )

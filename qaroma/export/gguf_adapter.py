@@ -1,8 +1,8 @@
 """The adapter as llama.cpp reads it.
 
-llama.cpp multiplies B A by ``adapter.lora.alpha`` over that tensor's own rank. Ranks differ here, so
-every pair is zero-padded to one rank R and alpha is R: the factor is 1 and ours stands in B.
-The file holds B as (M, R); it is turned here.
+llama.cpp multiplies B A by ``adapter.lora.alpha`` over that pair's own rank, and by 1 where alpha is 0
+(``llama_adapter_lora_weight::get_scale``). So alpha is 0: every pair has the rank that it grew, and its scale stands in
+B. The file holds B as (M, R); it is turned here.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import numpy as np
 import torch
 
 from qaroma.export.gguf_names import GgufNames
-from qaroma.export.padded import pad
 from qaroma.method.factors import Factors, Update
 
 FILE = "adapter.gguf"
 
 
-def write_gguf_adapter(folder: Path, update: Update, config: Any, *, name: str, dtype: torch.dtype) -> dict[str, Any]:
+def write_gguf_adapter(folder: Path, update: Update, config: Any, *, name: str, dtype: torch.dtype) -> None:
     """Write ``adapter.gguf``; modules of rank 0 are left out.
 
     Args:
@@ -31,24 +30,21 @@ def write_gguf_adapter(folder: Path, update: Update, config: Any, *, name: str, 
         name: what the adapter is called in the file.
         dtype: fp32, fp16 or bf16, of the factors.
 
-    Returns:
-        ``rank``, the R that every pair has.
-
     Raises:
         QaromaError: an architecture or a module that GGUF has no name for.
     """
     from gguf import GGUFType, GGUFWriter, Keys
 
     names = GgufNames(config)
-    pairs = {module: factors for module, factors in update.items() if factors.rank} or dict(list(update.items())[:1])
-    rank = max(1, *(factors.rank for factors in pairs.values()))
+    pairs = {module: factors for module, factors in update.items() if factors.rank}
+    if not pairs:  # a file without tensors is none to some readers
+        pairs = {module: Factors.zero(factors.shape, 1) for module, factors in list(update.items())[:1]}
     writer = GGUFWriter(folder / FILE, names.architecture.name)
     writer.add_type(GGUFType.ADAPTER)
     writer.add_string(Keys.Adapter.TYPE, "lora")
-    writer.add_float32(Keys.Adapter.LORA_ALPHA, float(rank))
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, 0.0)
     writer.add_name(name)
-    for module, factors in pairs.items():
-        A, B = pad(factors, rank)
+    for module, (A, B) in pairs.items():
         order = names.row_order(f"{module}.weight", B.shape[1])
         tensor = names.tensor(f"{module}.weight")
         for suffix, values in (("lora_a", A), ("lora_b", B.T if order is None else B.T[order])):
@@ -58,11 +54,10 @@ def write_gguf_adapter(folder: Path, update: Update, config: Any, *, name: str, 
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return {"rank": rank}
 
 
 def read_gguf_adapter(path: Path, config: Any, modules: Iterable[str]) -> dict[str, Factors]:
-    """Read an adapter back by llama.cpp's rules: alpha over each tensor's rank, rows put in transformers' order.
+    """Read an adapter back by llama.cpp's rules: alpha over each pair's rank or 1, rows put in transformers' order.
 
     Args:
         path: the file.
@@ -84,7 +79,7 @@ def read_gguf_adapter(path: Path, config: Any, modules: Iterable[str]) -> dict[s
         order = names.row_order(f"{module}.weight", B.shape[0])
         if order is not None:
             B = B[order.argsort()]
-        found[module] = Factors(A, B.T * (alpha / A.shape[0]))
+        found[module] = Factors(A, B.T * (alpha / len(A) if alpha else 1.0))
     return found
 
 

@@ -14,12 +14,12 @@ from qaroma.errors import QaromaError
 from qaroma.export.gguf_families import ARCHITECTURES, head_width, rope_of
 from qaroma.export.gguf_layout import gguf_layout
 from qaroma.export.gguf_names import GgufNames
+from qaroma.export.gguf_types import check_outtype, converted, file_type, kinds_of
 from qaroma.export.gguf_vocab import add_vocabulary
 from qaroma.export.weights import StoredTensor, merged_tensors
 from qaroma.method.factors import Update
 
 FILE = "model.gguf"
-OUTTYPES = ("f32", "bf16", "f16", "q8_0", "q4_k_m")
 
 
 def write_gguf_model(
@@ -41,7 +41,7 @@ def write_gguf_model(
         update: the update; empty writes the base itself.
         config, tokenizer: the base's, from transformers.
         template: of the run.
-        outtype: one of :data:`OUTTYPES`, of the matrices; vectors are f32 always.
+        outtype: one of :data:`qaroma.export.format_facts.OUTTYPES`, of the matrices; vectors are f32 always.
         name: ``general.name``.
 
     Returns:
@@ -53,55 +53,36 @@ def write_gguf_model(
     from gguf import GGML_QUANT_VERSION, GGUFWriter
 
     names = GgufNames(config)
-    kind = check_outtype(outtype)
+    check_outtype(outtype)
     check_positions(config)
     writer = GGUFWriter(folder / FILE, names.architecture.name)
     writer.add_type("model")
     writer.add_name(name)
     writer.add_quantization_version(GGML_QUANT_VERSION)
-    writer.add_file_type(_file_type(outtype))
+    writer.add_file_type(file_type(outtype))
     _add_hyper_parameters(writer, config)
     names.architecture.settings(writer, config)
     add_vocabulary(writer, tokenizer, template, config.vocab_size)
     stored = gguf_layout(merged_tensors(tensors, update), names)
     factors = rope_factors(config)
-    kinds = [_kind_of(tensor, kind) for tensor, _ in stored]
+    grouped = config.num_key_value_heads < config.num_attention_heads
+    shapes = {tensor.name: tensor.shape for tensor, _ in stored}
+    kinds = kinds_of(shapes, outtype, layers=config.num_hidden_layers, grouped=grouped)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
-    for (tensor, _), its_kind in zip(stored, kinds, strict=True):
-        size = _row_bytes(tensor, its_kind) * (tensor.elements // tensor.shape[-1])
-        writer.add_tensor_info(tensor.name, tensor.shape, np.float32, size, raw_dtype=its_kind)
+    for tensor, _ in stored:
+        kind = kinds[tensor.name]
+        size = _row_bytes(tensor, kind) * (tensor.elements // tensor.shape[-1])
+        writer.add_tensor_info(tensor.name, tensor.shape, np.float32, size, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(factors)
-    for (tensor, order), its_kind in zip(stored, kinds, strict=True):
-        writer.write_tensor_data(_converted(tensor, its_kind, order))
+    for tensor, order in stored:
+        writer.write_tensor_data(_converted(tensor, kinds[tensor.name], order))
     writer.close()
     return {"bytes": (folder / FILE).stat().st_size}
-
-
-def check_outtype(outtype: str) -> Any:
-    """gguf's type of an outtype.
-
-    Raises:
-        QaromaError: an unknown one, or one that the installed library only reads.
-    """
-    from gguf import GGMLQuantizationType as Kind
-    from gguf import quantize
-
-    kinds = {"f32": Kind.F32, "bf16": Kind.BF16, "f16": Kind.F16, "q8_0": Kind.Q8_0, "q4_k_m": Kind.Q4_K}
-    if outtype not in kinds:
-        raise QaromaError(f"got the outtype '{outtype}'; expected {', '.join(OUTTYPES)}")
-    try:
-        quantize(np.zeros((1, 256), dtype=np.float32), kinds[outtype])
-    except NotImplementedError as error:
-        raise QaromaError(
-            f"the installed gguf library cannot write {outtype}; write f16 and convert it with llama.cpp: "
-            f"llama-quantize {FILE} model-{outtype}.gguf {outtype.upper()}"
-        ) from error
-    return kinds[outtype]
 
 
 def check_positions(config: Any) -> None:
@@ -135,23 +116,6 @@ def context_length(config: Any) -> int:
     return min(longest, int(window)) if window and slides else longest
 
 
-def _file_type(outtype: str) -> int:
-    from gguf import LlamaFileType as Type
-
-    types = {"f32": Type.ALL_F32, "bf16": Type.MOSTLY_BF16, "f16": Type.MOSTLY_F16, "q8_0": Type.MOSTLY_Q8_0}
-    return int(types.get(outtype, Type.MOSTLY_Q4_K_M))
-
-
-def _kind_of(tensor: StoredTensor, kind: Any) -> Any:
-    """Vectors and routers stay f32; a matrix whose rows are no whole number of blocks becomes f16."""
-    from gguf import GGML_QUANT_SIZES
-    from gguf import GGMLQuantizationType as Kind
-
-    if len(tensor.shape) < 2 or ".ffn_gate_inp." in tensor.name:
-        return Kind.F32
-    return kind if tensor.shape[-1] % GGML_QUANT_SIZES[kind][0] == 0 else Kind.F16
-
-
 def _row_bytes(tensor: StoredTensor, kind: Any) -> int:
     from gguf import GGML_QUANT_SIZES
 
@@ -161,14 +125,10 @@ def _row_bytes(tensor: StoredTensor, kind: Any) -> int:
 
 def _converted(tensor: StoredTensor, kind: Any, order: torch.Tensor | None) -> np.ndarray[Any, Any]:
     """A whole tensor in its GGUF type and row order, filled block by block."""
-    from gguf import quantize
-
     place = None if order is None else order.argsort().numpy()  # row of the file for each row of transformers'
     whole: np.ndarray[Any, Any] | None = None
     for start, block in tensor.blocks():
-        part = quantize(np.ascontiguousarray(block.float().numpy()), kind)
-        if part.dtype.kind == "f" and not np.isfinite(part).all():
-            raise QaromaError(f"{tensor.name} has values that {kind.name.lower()} cannot hold; type --outtype bf16")
+        part = converted(block.float(), kind, tensor.name)
         if whole is None:
             whole = np.empty((tensor.shape[0], *part.shape[1:]), dtype=part.dtype)
         stop = start + len(part)

@@ -92,6 +92,18 @@ class LiveModel:
         self._meet("original", self._dense, answers=True, loss=True)
         return self._answers["original"]
 
+    def answer(self, prompt: str, tokens: int) -> tuple[str, bool]:
+        """The live model's greedy answer on the base that is merged into, and whether it came to its end.
+
+        Args:
+            prompt: a user's text.
+            tokens: longest answer.
+        """
+        model, subject = self.model() if self.merge_into == "dequantised" else self._dense(), self.subject
+        with self._wearing(model):
+            (found,) = live_answers(model, subject.tokenizer, subject.template, [prompt], tokens=tokens)
+        return found.answer, len(found.ids) - found.start < tokens
+
     def losses(self) -> dict[str, float]:
         """Validation loss of the update on either base; nothing where there is no data or no room."""
         if self._validation is None:

@@ -47,7 +47,25 @@ def write_merged(
     # A head that was held in 4 bits apart from the embeddings is a tensor of its own from then on.
     plain.tie_word_embeddings = plain.tie_word_embeddings and all(t.name != "lm_head.weight" for t in tensors)
     plain.save_pretrained(folder)
+    _add_older_names(folder / "config.json")
     return {"bytes": total}
+
+
+def _add_older_names(path: Path) -> None:
+    """Say what ``rope_parameters`` holds under the names that it had before transformers 5, too.
+
+    mlx-lm and engines with an older transformers know no others: without them they take their own default for the base
+    of the positions' angles, and answer otherwise.
+    """
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    kinds = settings.get("rope_parameters") or {}
+    rope = kinds.get("full_attention", kinds)
+    older = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {name: value for name, value in rope.items() if name not in older}
+    if "sliding_attention" in kinds:
+        older["rope_local_base_freq"] = kinds["sliding_attention"]["rope_theta"]
+    path.write_text(json.dumps({**settings, **older}, indent=2), encoding="utf-8")
 
 
 def plain_config(config: Any, dtype: torch.dtype) -> Any:

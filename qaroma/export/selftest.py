@@ -9,6 +9,7 @@ Dimensions: K positions (the last of the prompt, and the answer's but the last),
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from qaroma.data.tokens import added_bos
 from qaroma.engine.placement import compute_device
 from qaroma.export.readers import LlamaCpp, Logits, model_logits
 from qaroma.export.weights import StoredTensor
-from qaroma.method.factors import Update
+from qaroma.method.factors import Factors, Update
 from qaroma.tasks.evaluation import evaluating
 
 TOKENS = 32
@@ -30,7 +31,16 @@ _TOP = 20
 # Largest difference that passes. In fp32 it is rounding of sums. What is stored in 16 or 8 bits is rounded
 # weight by weight (SmolLM2: 0.03 in fp16, 0.3 in bf16, 1.1 in q8_0); whether the update itself arrived is
 # then told by share_arrived, which rounding does not blur.
-LOGIT_TOLERANCE = {"fp32": 1e-3, "fp16": 0.25, "bf16": 2.0, "q8_0": 4.0}
+LOGIT_TOLERANCE = {
+    "fp32": 1e-3,
+    "fp16": 0.25,
+    "bf16": 2.0,
+    "q8_0": 4.0,
+    "q6_k": 8.0,
+    "q5_k": 8.0,
+    "q4_k": 16.0,
+    "q4_0": 16.0,
+}
 LOG_PROBABILITY_TOLERANCE = {**LOGIT_TOLERANCE, "fp32": 1e-2}
 SHARE_TOLERANCE = 0.2
 
@@ -64,7 +74,8 @@ class SelfTest:
         largest: the largest difference.
         tolerance: what passes.
         same_answers: of so many ``prompts``.
-        share: for a merge, the share of the update that the written weights hold, in the worst module.
+        share: for a merge, the share of the update that the written weights hold.
+        share_of: which modules' share that is.
     """
 
     engine: str
@@ -74,6 +85,7 @@ class SelfTest:
     same_answers: int
     prompts: int
     share: float = 1.0
+    share_of: str = "in the worst module"
 
     @property
     def passed(self) -> bool:
@@ -81,7 +93,7 @@ class SelfTest:
 
     def sentence(self) -> str:
         """For people: what was compared with what, and how it ended."""
-        share = "" if self.share == 1.0 else f", {100 * self.share:.1f} % of the update in the worst module"
+        share = "" if self.share == 1.0 else f", {100 * self.share:.1f} % of the update {self.share_of}"
         return (
             f"{'passed' if self.passed else 'FAILED'}: read by {self.engine}, largest difference of {self.compared} "
             f"{self.largest:.2g} (at most {self.tolerance:g}), {self.same_answers} of {self.prompts} greedy answers "
@@ -158,7 +170,9 @@ def compare_model(model: Any, live: Sequence[Answered], *, engine: str, toleranc
         return compare_logits(model_logits(model), live, engine=engine, tolerance=tolerance)
 
 
-def share_arrived(written: Sequence[StoredTensor], base: Sequence[StoredTensor], update: Update) -> float:
+def share_arrived(
+    written: Sequence[StoredTensor], base: Sequence[StoredTensor], update: Update, *, together: bool = False
+) -> float:
     """How much of an update the weights of a merge hold, in the module where that is farthest from 1.
 
     The share of a module is <W' - W, B^T A> / ||B^T A||^2: 1 where all of it arrived, 2 where it was added
@@ -169,29 +183,40 @@ def share_arrived(written: Sequence[StoredTensor], base: Sequence[StoredTensor],
         written: the merge's tensors, read back from its files.
         base: the tensors that it was merged into.
         update: the update.
+        together: take all modules as one. Rounded to 16 levels, a base that itself came out of 4 bits draws the weights
+            to its own levels, so that a single module's share tells how the two grids lie.
     """
     new, old = ({tensor.name: tensor for tensor in each} for each in (written, base))
-    worst = 1.0
+    measured = []
     for name, factors in update.items():
-        if not factors.rank:
-            continue
-        along = size = moved = 0.0
-        before = old[f"{name}.weight"]
-        for start, block in before.blocks():
-            stop = start + len(block)
-            change = new[before.name].rows(start, stop).double() - block.double()
-            added = (factors.B[:, start:stop].T @ factors.A).double()
-            along += float((change * added).sum())
-            size += float(added.square().sum())
-            moved += float(change.square().sum())
-        if size == 0:
-            continue
-        noise = max(0.0, moved - along**2 / size)  # what lies across B^T A
-        chance = 6 * (noise / before.elements / size) ** 0.5
-        gap = along / size - 1
-        gap = max(0.0, abs(gap) - chance) * (1 if gap > 0 else -1)
-        worst = 1 + gap if abs(gap) > abs(worst - 1) else worst
-    return worst
+        if factors.rank:
+            tensor = f"{name}.weight"
+            measured.append(_along_update(new[tensor], old[tensor], factors))
+    if together and measured:
+        measured = [torch.stack(measured).sum(0)]
+    return max((_share(*one.tolist()) for one in measured), key=lambda share: abs(share - 1), default=1.0)
+
+
+def _along_update(new: StoredTensor, old: StoredTensor, factors: Factors) -> Tensor:
+    """<W' - W, B^T A>, ||B^T A||^2, what of ||W' - W||^2 lies across B^T A, and how many weights there are."""
+    along = size = moved = 0.0
+    for start, block in old.blocks():
+        stop = start + len(block)
+        change = new.rows(start, stop).double() - block.double()
+        added = (factors.B[:, start:stop].T @ factors.A).double()
+        along += float((change * added).sum())
+        size += float(added.square().sum())
+        moved += float(change.square().sum())
+    noise = max(0.0, moved - along**2 / size) if size else 0.0
+    return torch.tensor([along, size, noise, old.elements], dtype=torch.float64)
+
+
+def _share(along: float, size: float, noise: float, elements: float) -> float:
+    if size == 0:
+        return 1.0
+    chance = 6 * math.sqrt(noise / elements / size)
+    gap = along / size - 1
+    return 1 + max(0.0, abs(gap) - chance) * (1 if gap > 0 else -1)
 
 
 def compare_llama_cpp(engine: LlamaCpp, live: Sequence[Answered], tokenizer: Any, *, tolerance: float) -> SelfTest:

@@ -31,7 +31,7 @@ def print_runs(runs: Sequence[Run], folder: str | Path, console: Console) -> Non
     from rich.text import Text
 
     if not runs:
-        console.print(f"no runs in {Path(folder).as_posix()}; begin one: qaroma finetune --config quickstart")
+        console.print(f"no runs in {Path(folder).as_posix()}; begin one: qaroma demo")
         return
     wide = console.is_terminal and console.width >= _NARROW
     table = Table(box=None, padding=(0, 1), pad_edge=False)

@@ -61,7 +61,7 @@ def list_runs(folder: str | Path) -> list[Run]:
     if not root.is_dir():
         raise QaromaError(
             f"there is no folder {root.as_posix()}; expected one that holds runs. "
-            "Name it: qaroma runs FOLDER, or begin a run: qaroma finetune --config quickstart"
+            "Name it: qaroma runs FOLDER, or begin a run: qaroma demo"
         )
     if looks_like_run(root):
         return [read_run(root)]
