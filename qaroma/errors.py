@@ -9,3 +9,10 @@ class QaromaError(Exception):
     Its text says what was got, what was expected, and what to type next. The command line prints
     it without a traceback and exits with code 2; library users catch it like any exception.
     """
+
+
+class ToldElsewhereError(QaromaError):
+    """A problem of which another process of the same run says what it is; this one ends without a word."""
+
+    def __init__(self) -> None:
+        super().__init__("another process of this run says what is wrong")

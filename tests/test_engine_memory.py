@@ -68,6 +68,24 @@ def test_levels_without_a_packed_head_change_no_gradient(tiny_folder, level: int
     torch.testing.assert_close(results[level][1], results[0][1], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_a_step_adds_whole_micro_batches(tiny_folder, level: int) -> None:
+    """To the bit, so that several processes can add theirs: no part of one is added to what another has left."""
+    model, controller = trained(tiny_folder, level)
+    gradients = controller.trainer.optimiser.gradients
+
+    def passed(rows: int) -> torch.Tensor:
+        TASK.loss(model, batch(rows))[0].backward()
+        return gradients.clone()
+
+    each = []
+    for rows in (3, 2):
+        each.append(passed(rows))
+        gradients.zero_()
+    passed(3)
+    assert torch.equal(passed(2), each[0] + each[1])
+
+
 def test_dropout_is_the_same_when_a_layer_is_recomputed(tiny_folder) -> None:
     gradients = []
     for level in (0, 1):

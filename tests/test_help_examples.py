@@ -20,9 +20,10 @@ from test_run_table import write_run
 from qaroma.cli import main
 
 # Where the work of a command is; all before that is done in earnest: arguments, files, runs, settings.
-WORK = ("training.finetune", "training.forecast", "inference.open", "inference.chat", "export.exporter", "export.push",
-        "report.write", "plan.report", "plan.configure", "bench.bench", "bench.sheet", "benchmarks.harness",
-        "compare.compare", "compare.suite.suite", "doctor.machine", "data.encode", "page.server")  # fmt: skip
+WORK = ("training.finetune", "training.forecast", "training.launch", "inference.open", "inference.chat",
+        "export.exporter", "export.push", "report.write", "plan.report", "plan.configure", "bench.bench", "bench.sheet",
+        "benchmarks.harness", "compare.compare", "compare.suite.suite", "doctor.machine", "data.encode",
+        "page.server")  # fmt: skip
 # What readers have of their own.
 FILES = {
     "mine.jsonl": '{"text": "a"}\n',

@@ -28,38 +28,6 @@ from qaroma.training.setup import build_session
 QUIET = Console(quiet=True)
 
 
-@pytest.fixture(scope="module")
-def encoder_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    """A tiny random BERT without a head, as an encoder on the hub is."""
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(2)
-    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
-    config = BertConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=128, pad_token_id=2,
-    )  # fmt: skip
-    BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with train and dev files; a pair is of class 'same' where both texts have one word in common."""
-    folder = tmp_path_factory.mktemp("data") / "pairs"
-    folder.mkdir()
-    words = ["return", "self", "module", "state"]
-    for name, count in (("train", 64), ("dev", 23)):
-        rows = [
-            {"sentence1": f"a {words[n % 4]}", "sentence2": f"the {words[(n // 4) % 4]} " + "x " * (n % 5),
-             "label": "same" if n % 4 == (n // 4) % 4 else "other"}
-            for n in range(count)
-        ]  # fmt: skip
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    return folder
-
-
 def make_config(model: Path, data: Path, output: Path | None, **changes: Any) -> Config:
     values: dict[str, Any] = {
         "model": {"name": str(model), "compute_dtype": "fp32"},

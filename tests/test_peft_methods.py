@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from test_labelled import encoder_folder, pairs  # noqa: F401
 from test_labelled import make_config as labelled_config
 from test_training import make_config, records
 
@@ -76,8 +75,8 @@ def test_pefts_lora_and_ours_take_the_same_steps(
 
 
 def test_dropout_of_the_base_is_drawn_alike_under_every_method(
-    encoder_folder: Path,  # noqa: F811
-    pairs: Path,  # noqa: F811
+    encoder_folder: Path,
+    pairs: Path,
     tmp_path: Path,
 ) -> None:
     losses = []
@@ -259,11 +258,11 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     finetune(config_for("whole"), console=QUIET)
     original, calls = fit_module.accumulate, []
 
-    def dies(session: Any, batches: Any, *shown: Any) -> dict[str, float]:
+    def dies(session: Any, batches: Any, *others: Any) -> dict[str, float]:
         calls.append(1)
         if len(calls) == 8:
             raise KeyboardInterrupt
-        return original(session, batches)
+        return original(session, batches, *others)
 
     monkeypatch.setattr(fit_module, "accumulate", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -303,8 +302,8 @@ def test_adaloras_ranks_change_and_its_adapter_opens_elsewhere(
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("method", ["peft-lora", "adalora"])
 def test_a_classifier_scores_the_same_when_loaded_again(
-    encoder_folder: Path,  # noqa: F811
-    pairs: Path,  # noqa: F811
+    encoder_folder: Path,
+    pairs: Path,
     tmp_path: Path,
     method: str,
     quantization: str,

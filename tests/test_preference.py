@@ -38,16 +38,6 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty questions with the answer that a rule gives, and another one, of several lengths."""
-    rows = [
-        {"prompt": f"count {n} " + "x" * (n % 7), "chosen": f"it is {n % 5}", "rejected": f"it is not {n % 3} " * 2}
-        for n in range(40)
-    ]
-    return write_rows(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", rows)
-
-
 def preference_config(model: Path, data: Path, output: Path | None, **changes: Any) -> Config:
     usual: dict[str, Any] = {
         "growth": {},

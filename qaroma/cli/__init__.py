@@ -15,7 +15,7 @@ import click
 
 from qaroma import __version__
 from qaroma.cli.lazy import LazyGroup
-from qaroma.errors import QaromaError
+from qaroma.errors import QaromaError, ToldElsewhereError
 from qaroma.runs.files import disk_full
 from qaroma.text.characters import is_unicode
 
@@ -120,19 +120,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     _dress_the_libraries_bars()
     try:
-        _refuse_blanks(sys.argv[1:] if arguments is None else arguments)
-        code = root.main(args=arguments, prog_name="qaroma", standalone_mode=False)
+        typed = list(sys.argv[1:] if arguments is None else arguments)
+        _refuse_blanks(typed)
+        code = root.main(args=typed, prog_name="qaroma", standalone_mode=False, obj=typed.copy())
     except click.NoSuchOption as error:
         _with_our_name(error).show()
         return error.exit_code
     except click.ClickException as error:
         error.show()
         return error.exit_code
+    except ToldElsewhereError:
+        return 2
     except QaromaError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"{_speaker()}error: {error}", err=True)
         return 2
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
+        click.echo(f"{_speaker()}interrupted", err=True)
         return _INTERRUPTED
     except Exception as error:
         sentence = _of_the_system(error)
@@ -142,6 +145,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     # What a command gave to context.exit(); commands return nothing.
     return code if isinstance(code, int) else 0
+
+
+def _speaker() -> str:
+    """Who speaks, where it is one of several processes of a run and not the first."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"rank {rank}: "
 
 
 def _dress_the_libraries_bars() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
-from qaroma.cli.options import CONFIG_OPTION, SET_OPTION, config_options, read_config, typed_keys
+from qaroma.cli.options import CONFIG_OPTION, SET_OPTION, config_options, count, read_config, typed_keys
 from qaroma.cli.output import JSON_OPTION, figures_only
 from qaroma.errors import QaromaError
 from qaroma.training.checks import check_finetune
@@ -14,6 +16,7 @@ Examples:
   qaroma finetune --config quickstart --output runs/quickstart
   qaroma finetune --model smollm2-135m --data mine.jsonl --dry-run
   qaroma finetune --model smollm2-135m --data mine.jsonl --output runs/mine --prompt "a question of yours"
+  qaroma finetune --model smollm2-135m --data mine.jsonl --output runs/two --gpus 2
 """
 
 
@@ -52,6 +55,8 @@ Examples:
 @click.option("--dry-run", is_flag=True, help="Only say what the run would be: settings with their reasons, memory, "
               "disk. No weight is loaded and nothing is written.")  # fmt: skip
 @click.option("--verbose", is_flag=True, help="Print every setting that was decided, with its reason.")
+@click.option("--gpus", type=count(), metavar="INTEGER", help="Cards of this machine that train the run together, one "
+              "process a card: they share the micro-batches of a step, and the run is that of one card.")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint of the run in --output.")
 @SET_OPTION
 @JSON_OPTION
@@ -59,6 +64,7 @@ def command(
     config: str | None,
     dry_run: bool,
     verbose: bool,
+    gpus: int | None,
     resume: bool,
     sets: tuple[str, ...],
     json_output: bool,
@@ -74,6 +80,12 @@ def command(
         raise QaromaError("got --dry-run with --resume; a run that goes on stays what it was. Leave one of them out")
     settings = read_config(config, parameters, sets)
     check_finetune(settings, resume=resume, typed=typed_keys(parameters, sets))
+    begun_by_launcher = os.environ.get("WORLD_SIZE", "1") != "1"
+    if gpus is not None and gpus > 1 and not dry_run and not begun_by_launcher:
+        from qaroma.training.launch import launch
+
+        context = click.get_current_context()
+        context.exit(launch(gpus, context.find_root().obj, settings.training.device))
 
     with figures_only(json_output) as write:
         if dry_run:
@@ -84,5 +96,5 @@ def command(
             from qaroma.training.finetune import finetune
 
             figures = finetune(settings, resume=resume, verbose=verbose)
-        if json_output:
+        if json_output and figures:
             write(figures)

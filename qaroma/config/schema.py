@@ -258,6 +258,11 @@ class TrainingSection(Section):
         default_factory=list, description="Also log to TensorBoard or Weights & Biases."
     )
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="Where to train.")
+    reduce: Literal["auto", "ordered", "fast"] = Field(
+        "auto",
+        description="How several processes add their gradients. ordered: one micro-batch after the other, to the bytes "
+        "of one process; fast: as they come; auto: ordered on CPUs and where deterministic, else fast.",
+    )
     deterministic: bool = Field(
         False,
         description="The same bytes from every run on one GPU with one torch, as a CPU gives them anyway; attention's "

@@ -102,7 +102,7 @@ class _Tiles(NamedTuple):
 class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, kept: KeptInput, tiles: _Tiles, *parameters: Tensor) -> Tensor:
-        ctx.kept, ctx.tiles, ctx.random = kept, tiles, RandomState(x_TD.device)
+        ctx.kept, ctx.tiles, ctx.random, ctx.parameters = kept, tiles, RandomState(x_TD.device), parameters
         y_TD = torch.empty_like(x_TD)
         with tiles.one_pass(x_TD):
             for tile in tiles.slices(x_TD):
@@ -113,16 +113,17 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD = ctx.kept.tensor
         grad_x = torch.empty_like(x_TD)
+        # Added up here and not where they accumulate: a micro-batch's gradient is one sum, whatever stands there.
+        sums: list[Tensor | None] = [None] * len(ctx.parameters)
         with ctx.random.again(), ctx.tiles.one_pass(x_TD):
             for tile in ctx.tiles.slices(x_TD):
                 with torch.enable_grad():
                     part = x_TD[tile].detach().requires_grad_()
                     y = ctx.tiles.forward(part)
-                # Gradients of the parameters accumulate here, tile by tile, in their own buffers.
-                torch.autograd.backward(y, grad_TD[tile])
-                grad_x[tile] = part.grad
-        unused = [None] * (len(ctx.needs_input_grad) - 3)
-        return grad_x, None, None, *unused
+                grad_x[tile], *grads = torch.autograd.grad(y, (part, *ctx.parameters), grad_TD[tile], allow_unused=True)
+                pairs = zip(sums, grads, strict=True)
+                sums = [grad if total is None else total if grad is None else total + grad for total, grad in pairs]
+        return grad_x, None, None, *sums
 
 
 def spare_bytes(device: torch.device) -> int:

@@ -122,6 +122,10 @@ class Method:
         """A scalar to add to every step's loss; None adds nothing."""
         return None
 
+    def gradients(self) -> list[Tensor]:
+        """What has accumulated, as fp32 tensors that can be written into."""
+        raise NotImplementedError
+
     def gradient_norm(self) -> Tensor:
         """The joint norm of what has accumulated, an fp32 scalar on the device."""
         raise NotImplementedError
@@ -354,6 +358,9 @@ class AdapterMethod(Method):
             dropout=options.dropout,
             seed=options.seed,
         )
+
+    def gradients(self) -> list[Tensor]:
+        return [self.trainer.optimiser.gradients]
 
     def gradient_norm(self) -> Tensor:
         return torch.linalg.vector_norm(self.trainer.optimiser.gradients)  # type: ignore[no-any-return]

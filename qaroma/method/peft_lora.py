@@ -148,14 +148,14 @@ class PeftMethod(Method):
     def build(cls, attached: Any, options: MethodOptions, head: Sequence[nn.Parameter] = ()) -> PeftMethod:
         return cls(attached, head=head, **options.optimisation(), **options.cosine())
 
-    def _gradients(self) -> list[Tensor]:
+    def gradients(self) -> list[Tensor]:
         return [p.grad for p in self._parameters.values() if p.grad is not None]
 
     def gradient_norm(self) -> Tensor:
-        return torch.nn.utils.get_total_norm(self._gradients())
+        return torch.nn.utils.get_total_norm(self.gradients())
 
     def multiply_gradients(self, factor: float) -> None:
-        torch._foreach_mul_(self._gradients(), factor)
+        torch._foreach_mul_(self.gradients(), factor)
 
     def step(self, loss: float | None = None) -> list[GrowthEvent]:
         """Clip, update, zero the gradients. Nothing grows."""

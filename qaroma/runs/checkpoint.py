@@ -56,7 +56,6 @@ class Checkpoint:
         method: str,
         state: MethodState,
         *,
-        tensors: Mapping[str, Tensor],
         values: Mapping[str, Any],
     ) -> Checkpoint:
         """A checkpoint of a method's state.
@@ -65,10 +64,10 @@ class Checkpoint:
             step: optimiser steps done.
             method: its name.
             state: of the method.
-            tensors, values: of the run beside it.
+            values: of the run beside it.
         """
-        of_method = {f"{_METHOD}{name}": tensor for name, tensor in state.tensors.items()}
-        return cls(step, {**of_method, **tensors}, {**values, "method": {"name": method, **state.values}})
+        tensors = {f"{_METHOD}{name}": tensor for name, tensor in state.tensors.items()}
+        return cls(step, tensors, {**values, "method": {"name": method, **state.values}})
 
     def not_finite(self) -> str | None:
         """The name of a tensor that holds numbers that are not finite; None where all are sound."""

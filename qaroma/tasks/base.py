@@ -32,10 +32,12 @@ class Task(Protocol):
 
     Attributes:
         metric: the figure by which the best adapter is chosen (:mod:`qaroma.config.metrics`).
+        told: names of what :meth:`step` tells beside the loss, which gives one for each.
     """
 
     name: str
     metric: str
+    told: tuple[str, ...]
 
     def collate(self, examples: Sequence[Any]) -> Any:
         """Examples of one micro-batch, as a :class:`Batch` on the CPU."""

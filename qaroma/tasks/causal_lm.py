@@ -96,6 +96,7 @@ class CausalLM:
 
     name = "causal-lm"
     metric = "loss"
+    told: tuple[str, ...] = ()
 
     def __init__(self, pad_token_id: int = 0) -> None:
         self.pad_token_id = pad_token_id

@@ -60,6 +60,7 @@ class _Labelled:
     """What both tasks do alike."""
 
     labels_dtype: torch.dtype
+    told: tuple[str, ...] = ()
 
     def __init__(self, pad_token_id: int = 0) -> None:
         self.pad_token_id = pad_token_id

@@ -68,6 +68,7 @@ class Preference:
 
     name: str = PREFERENCE
     metric = metrics_of(PREFERENCE)[0]
+    told: tuple[str, ...] = metrics_of(PREFERENCE)[1:]
 
     def __init__(self, beta: float, pad_token_id: int = 0) -> None:
         self.beta, self._plain = beta, CausalLM(pad_token_id)

@@ -5,6 +5,7 @@ So the position in the data is the step count, and a resumed run needs nothing e
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -37,6 +38,16 @@ class BatchPlan:
         epoch, position = divmod(step, self.steps_per_epoch)
         indices = self._epoch(epoch)[position]
         return [indices[i : i + self.micro_batch] for i in range(0, len(indices), self.micro_batch)]
+
+    def draws(self, step: int, place: int) -> int:
+        """The seed of all that is drawn in a forward pass, as dropout's masks, whichever process makes it.
+
+        Args:
+            step: counted from 0.
+            place: of the micro-batch in it.
+        """
+        text = f"{self.seed} {step} {place}".encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
     def _plan_epoch(self, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)

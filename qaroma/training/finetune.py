@@ -7,11 +7,11 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from functools import partial
 from typing import Any, cast
 
 from rich.console import Console
 
+from qaroma.config.gpus import micro_batches_each
 from qaroma.config.load import dump_config
 from qaroma.config.metrics import metrics_of
 from qaroma.config.schema import Config
@@ -29,16 +29,18 @@ from qaroma.runs.files import write_atomically
 from qaroma.runs.lock import locked
 from qaroma.runs.reading import read_run
 from qaroma.runs.stop import StopRequest
-from qaroma.training.fit import Ending, FitState, fit, save_state
+from qaroma.training.fit import Ending, fit
 from qaroma.training.forecast import forecast, tell
 from qaroma.training.interruptions import interruptions_told
 from qaroma.training.live_page import LivePage
 from qaroma.training.memory import with_relief
 from qaroma.training.prepare import PreparedData, prepare_data
 from qaroma.training.progress import ProgressView
+from qaroma.training.ranks import Ranks, joined
 from qaroma.training.reference import add_reference
 from qaroma.training.restore import restored
 from qaroma.training.resume import resumed_config
+from qaroma.training.saving import FitState, save_state
 from qaroma.training.session import Session
 from qaroma.training.setup import build_session
 from qaroma.training.trackers import start_trackers
@@ -57,74 +59,83 @@ def finetune(
         console: where progress and the summary go; None is stderr.
 
     Returns:
-        The figures of the run, as ``--json`` prints them.
+        The figures of the run, as ``--json`` prints them; nothing on a rank that is not the first.
 
     Raises:
         QaromaError: anything the user can mend; the run's last good state is saved.
         KeyboardInterrupt: the user stopped the run; its state is saved.
     """
     start = time.perf_counter()
-    console = console or Console(file=sys.stderr)
     if resume:
         config = resumed_config(config)
+    training = config.training
+    with joined(training.device, training.reduce, deterministic=training.deterministic) as ranks:
+        if console is None or not ranks.is_first:
+            console = Console(file=sys.stderr, quiet=not ranks.is_first)
+        data = ranks.together(lambda: _prepared(config, ranks))
+        run = ranks.first(lambda: _directory(data, resume=resume))
+        told = ranks.together(lambda: forecast(data))
+        tell(console, data, told, run, verbose=verbose)
+        data.config = data.config.model_copy(update={"output": str(run.path)})
+        with interruptions_told(run), ExitStack() as held:
+            if resume:
+                ranks.first(lambda: held.enter_context(locked(run.path)))
+            level = ranks.most(told.level)
+            test = ranks.together(lambda: _answer_test(data))
+            session = ranks.together(lambda: build_session(data, run, level, ranks))
+            return _train(session, data, test, console, held, resume=resume, start=start)
+
+
+def _prepared(config: Config, ranks: Ranks) -> PreparedData:
     data = prepare_data(config)
+    micro_batches_each(data.config.training.grad_accum, ranks.count)  # refused where they are not whole
+    return data
+
+
+def _directory(data: PreparedData, *, resume: bool) -> RunDirectory:
     run = RunDirectory.of(data.config)
     if not resume:
         run.require_unused()
-    told = forecast(data)
-    tell(console, data, told, run, verbose=verbose)
-    data.config = data.config.model_copy(update={"output": str(run.path)})
-    with interruptions_told(run), ExitStack() as held:
-        if resume:
-            held.enter_context(locked(run.path))
-        return _train(data, run, told.level, console, held, resume=resume, start=start)
+    return run
 
 
 def _train(
+    session: Session,
     data: PreparedData,
-    run: RunDirectory,
-    level: int,
+    test: AnswerTest | None,
     console: Console,
     held: ExitStack,
     *,
     resume: bool,
     start: float,
 ) -> dict[str, Any]:
-    """From the first weight that is loaded to the summary.
+    """From a session to the summary.
 
     Args:
-        data, run, level, console: of the run.
+        session, data, test, console: of the run.
         held: keeps the run's lock to the end; a new run takes it here, once nothing else can fail.
         resume: go on from the newest checkpoint.
         start: when the command began.
     """
-    test = _answer_test(data)
-    session = build_session(data, run, level)
+    ranks, run = session.ranks, session.run
     for note in session.notes:
         console.print(note, highlight=False, markup=False)
+    ranks.require_same(lambda: _common(session), "at the start", "Give all of them the same files and settings")
     if not resume:
-        held.enter_context(locked(run.path))
-        run.create(dump_config(data.config, {decision.key: decision.reason for decision in data.decisions}))
+        ranks.first(lambda: _begin(data, run, held))
         add_reference(session, console)
     state = restored(session, console) if resume else FitState()
-    if not list_checkpoints(run.checkpoints):
+    if not ranks.first(lambda: bool(list_checkpoints(run.checkpoints))):
         save_state(session, state)  # there is one from the first moment on: what has none lost it
     before = _tested(test, session, "before", 0, console)
-    start_trackers(session.accelerator, data.config.training.track, run.path, data.config.model_dump())
-    if data.config.evaluation.report:
-        console.print(f"follow it in {(run.path / PAGE).as_posix()}", soft_wrap=True, highlight=False, markup=False)
-    page = LivePage(run.path, console, wanted=data.config.evaluation.report)
-    try:
-        with (
-            StopRequest() as stop,
-            ProgressView(console, total=data.config.training.max_steps, done=state.step) as view,
-        ):
-            ending = fit(session, state, view, page, stop)
-    finally:
-        session.accelerator.end_training()
+    page = LivePage(run.path, console, wanted=data.config.evaluation.report and ranks.is_first)
+    ending = _fitted(session, state, page, console)
     if ending == "interrupted":
         console.print(f"saved at step {state.step}; go on with: {run.resume_command}", soft_wrap=True)
         raise KeyboardInterrupt
+    session.ranks = Ranks()  # what is left is one process's work
+    if not ranks.is_first:
+        return {}
     _write_adapters(session, state)
     if state.best is not None:
         session.take_best()
@@ -135,6 +146,35 @@ def _train(
     page.update()
     print_summary(_summary(session, figures, before, after), console)
     return figures
+
+
+def _common(session: Session) -> dict[str, Any]:
+    """What all processes of a run must have been given alike."""
+    settings = session.config.model_dump(mode="json", exclude={"output"})
+    return {"base": session.fingerprint, **session.data_fingerprint, **settings}
+
+
+def _begin(data: PreparedData, run: RunDirectory, held: ExitStack) -> None:
+    """Make the directory of a new run, and keep others out of it."""
+    held.enter_context(locked(run.path))
+    run.create(dump_config(data.config, {decision.key: decision.reason for decision in data.decisions}))
+
+
+def _fitted(session: Session, state: FitState, page: LivePage, console: Console) -> Ending:
+    """Train, with all that follows a run while it does."""
+    config, run = session.config, session.run
+    if session.ranks.is_first:
+        start_trackers(session.accelerator, config.training.track, run.path, config.model_dump())
+    if page.wanted:
+        console.print(f"follow it in {(run.path / PAGE).as_posix()}", soft_wrap=True, highlight=False, markup=False)
+    try:
+        with (
+            StopRequest() as stop,
+            ProgressView(console, total=config.training.max_steps, done=state.step) as view,
+        ):
+            return fit(session, state, view, page, stop)
+    finally:
+        session.accelerator.end_training()
 
 
 def _answer_test(data: PreparedData) -> AnswerTest | None:
@@ -157,8 +197,11 @@ def _tested(test: AnswerTest | None, session: Session, when: str, step: int, con
     """The generation test's answers, where there is a test; memory is saved where it does not suffice."""
     if test is None:
         return None
-    run = partial(test.run_once, session.model, session.log, when, step)
-    return with_relief(session, run, f"the test {when} training", console)
+
+    def answers() -> Answers:
+        return session.ranks.first(lambda: test.run_once(session.model, session.log, when, step))
+
+    return with_relief(session, answers, f"the test {when} training", console)
 
 
 def _write_adapters(session: Session, state: FitState) -> None:

@@ -5,42 +5,27 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from qaroma.config.metrics import metric_facts
-from qaroma.errors import QaromaError
 from qaroma.method.growth import GrowthEvent
-from qaroma.runs.checkpoint import Checkpoint, keep_newest, list_checkpoints, save_checkpoint, set_aside, step_of
-from qaroma.runs.directory import quoted
+from qaroma.runs.checkpoint import keep_newest
 from qaroma.runs.stop import StopRequest
 from qaroma.tasks.base import Batch
 from qaroma.training.live_page import LivePage
 from qaroma.training.loss_scale import LossScale
-from qaroma.training.memory import memory_figures, with_relief
+from qaroma.training.memory import memory_figures, runs_out_of_memory, with_relief
 from qaroma.training.patience import counts_as_lost
 from qaroma.training.progress import ProgressView
+from qaroma.training.ranks import StepSum
+from qaroma.training.saving import FitState, left_behind, require_same_state, save_state, stop_run
 from qaroma.training.session import Session
 from qaroma.training.trackers import track
 
+Placed = tuple[int, Batch]  # a micro-batch, and which one of its step it is
 Ending = Literal["grown", "learnt", "budget", "patience", "interrupted"]
-
-LARGEST_RATE = 1e-2  # of those that the presets choose; from one beyond it, half as much helps nobody
-
-
-@dataclass
-class FitState:
-    """Where a run stands; with the method's state and the random states, all that a checkpoint holds."""
-
-    step: int = 0
-    best: float | None = None  # the task's metric
-    best_step: int = 0
-    without_gain: int = 0  # validations since the best
-    trainable_start: int = 0
-    seconds: float = 0.0
 
 
 def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, stop: StopRequest) -> Ending:
@@ -62,20 +47,22 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
     training, method = session.config.training, session.method
     ranks = method.ranks()
     if state.step == 0:
-        state.trainable_start = method.trainable_parameters()
-        _log_ranks(session, state, {})
-        _validate(session, state, view)
-        _sample(session, state, view)
-        page.update()
-        _probe(session, state, view)
+        _look_at_the_start(session, state, view, page)
     ending: Ending = "budget"
-    keep, saved = session.config.checkpoint.keep, False
+    saved = False
     session.model.train()
     while state.step < training.max_steps and not method.finished:
-        record = _train_step(session, state, view)
+        with left_behind(session, state):
+            if session.ranks.any(stop.requested):
+                if not saved:
+                    save_state(session, state)
+                return "interrupted"
+            record = _train_step(session, state, view)
         if saved:  # that checkpoint has gone on well, so that older ones are not needed to go back to
-            keep_newest(session.run.checkpoints, keep)
+            _forget_older(session)
         events = method.step(record["figures"]["loss"])
+        if events:
+            require_same_state(session, state.step + 1)
         _record_step(session, state, record, events, view)
         ranks = _log_ranks(session, state, ranks)
         _probe(session, state, view)
@@ -91,19 +78,31 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
             _sample(session, state, view)
         if validated or (sampled and session.sampler):
             page.update()
-        saved = state.step % session.config.checkpoint.every == 0 or last or stop.requested or ending == "patience"
+        saved = state.step % session.config.checkpoint.every == 0 or last or ending == "patience"
         if saved:
             save_state(session, state)
-        if stop.requested and not last:
-            return "interrupted"
         if ending == "patience":
             break
     if method.finished:
         ending = method.ending
     _log_new(session, method.finish())
     _log_ranks(session, state, ranks)
-    keep_newest(session.run.checkpoints, keep)
+    _forget_older(session)
     return ending
+
+
+def _look_at_the_start(session: Session, state: FitState, view: ProgressView, page: LivePage) -> None:
+    state.trainable_start = session.method.trainable_parameters()
+    _log_ranks(session, state, {})
+    _validate(session, state, view)
+    _sample(session, state, view)
+    page.update()
+    _probe(session, state, view)
+
+
+def _forget_older(session: Session) -> None:
+    if session.ranks.is_first:
+        keep_newest(session.run.checkpoints, session.config.checkpoint.keep)
 
 
 def _train_step(session: Session, state: FitState, view: ProgressView) -> dict[str, Any]:
@@ -134,87 +133,77 @@ def _gradients(session: Session, state: FitState, view: ProgressView) -> tuple[d
     def gradients() -> tuple[dict[str, float], float, int]:
         micro_batches = session.plan.step(state.step)
         batches = [session.task.collate([session.train[i] for i in indices]) for indices in micro_batches]
-        found = accumulate(session, batches, lambda all_: view.counted(all_, f"step {state.step + 1}"))
+        found = accumulate(session, batches, state.step, lambda all_: view.counted(all_, f"step {state.step + 1}"))
         return *found, sum(batch.tokens for batch in batches)
 
     step, scale = state.step + 1, session.loss_scale
     while True:
         figures, norm, tokens = with_relief(session, gradients, f"step {step}", view.console)
         if not math.isfinite(figures["loss"]):
-            _stop(session, state, f"the loss of step {step} is {figures['loss']}")
+            stop_run(session, state, f"the loss of step {step} is {figures['loss']}")
         if math.isfinite(norm):
             return figures, tokens
         if scale is None or not scale.halve():
-            _stop(session, state, f"the gradient of step {step} is not finite")
+            stop_run(session, state, f"the gradient of step {step} is not finite")
         session.method.zero_grad()
         view.console.print(f"step {step}: overflow in fp16; again at a loss scale of {scale.scale:g}", highlight=False)
 
 
-def _stop(session: Session, state: FitState, what: str) -> NoReturn:
-    """End a run before a step that would ruin it, and say where it can go on and how.
-
-    The state that the step began with is finite, and may yet be what ruins it (at too large a rate the loss
-    overflows one step after the update): it is not saved, and a checkpoint of it is set aside.
-    """
-    session.method.zero_grad()
-    examples = [i for indices in session.plan.step(state.step) for i in indices]
-    where = ", ".join(session.train[i].origin for i in examples[:8])
-    run, known = session.run, list_checkpoints(session.run.checkpoints)
-    before = [path for path in known if step_of(path) < state.step]
-    if not before:
-        raise QaromaError(
-            f"{what} (examples {where}, ...). That step was not made, and there is no earlier checkpoint to go back "
-            "to. Look at these rows, or begin anew with --set model.compute_dtype=fp32 or a smaller --learning-rate: "
-            f"qaroma finetune --config {quoted(run.config.as_posix())} --output OTHER"
-        )
-    for path in known:
-        if path not in before:
-            set_aside(path, "diverged")
-    raise QaromaError(
-        f"{what} (examples {where}, ...). That step was not made. The run goes back to step {step_of(before[-1])}; "
-        f"look at these rows, or go on with a smaller rate: {run.resume_command} {_smaller_rates(session)}"
-    )
-
-
-def _smaller_rates(session: Session) -> str:
-    """What to type for half the rate, of the head too where one is trained."""
-    training = session.config.training
-    typed = f"--learning-rate {min(training.learning_rate, LARGEST_RATE) / 2:.1e}"
-    if session.head is None:
-        return typed
-    rate = training.head_learning_rate or training.learning_rate
-    return f"{typed} --set training.head_learning_rate={min(rate, LARGEST_RATE) / 2:.1e}"
-
-
 def accumulate(
-    session: Session, batches: Sequence[Batch], shown: Callable[[Sequence[Batch]], Iterable[Batch]] = iter
+    session: Session,
+    batches: Sequence[Batch],
+    step: int = 0,
+    shown: Callable[[Sequence[Placed]], Iterable[Placed]] = iter,
 ) -> tuple[dict[str, float], float]:
     """Gradients of the mean loss over all that these micro-batches count, however they are cut.
 
+    Each rank makes the passes of its share; the sums that follow are those of all ranks.
+
     Args:
         session: whose model they are of.
-        batches: the micro-batches.
-        shown: goes through them, and shows how far it came.
+        batches: the micro-batches of all ranks.
+        step: that they make, counted from 0; what is drawn in a pass depends on it.
+        shown: goes through this rank's, and shows how far it came.
 
     Returns:
         That mean loss first, and the means of what else the task tells of a step; and the gradients' joint norm. A step
         waits for the device once, for these.
+
+    Raises:
+        torch.OutOfMemoryError: on all ranks, where one of them has no memory for its passes.
     """
     count = sum(batch.counted for batch in batches)
     scale = session.loss_scale.scale if session.loss_scale is not None else 1.0
-    totals: dict[str, Tensor] = {}
-    for batch in shown(batches):
-        loss_sum, told = session.task.step(session.model, batch.to(session.accelerator.device))
-        session.accelerator.backward(loss_sum / (count / scale))
-        for name, value in {"loss": loss_sum.detach(), **told}.items():
-            totals[name] = totals[name] + value if name in totals else value
+    names = ("loss", *session.task.told)
+    totals = torch.zeros(len(names), device=session.accelerator.device)
+    sums = StepSum(session.ranks, [*session.method.gradients(), totals])
+
+    def passes() -> None:
+        for place, batch in shown(session.ranks.share(list(enumerate(batches)))):
+            _draw_from(session.plan.draws(step, place), session.accelerator.device)
+            loss_sum, told = session.task.step(session.model, batch.to(session.accelerator.device))
+            session.accelerator.backward(loss_sum / (count / scale))
+            totals.add_(torch.stack([loss_sum.detach(), *(told[name] for name in session.task.told)]))
+            sums.micro_batch_done()
+        sums.share_done()
+
+    if session.ranks.any(runs_out_of_memory(passes)):
+        raise torch.OutOfMemoryError("no memory for a step")
+    sums.over_all_ranks()
     penalty = session.method.penalty()
     if penalty is not None:
         session.accelerator.backward(penalty * scale)
     if session.loss_scale is not None:
         session.method.multiply_gradients(1 / scale)
-    *sums, norm = torch.stack([*totals.values(), session.method.gradient_norm()]).tolist()
-    return {name: value / count for name, value in zip(totals, sums, strict=True)}, norm
+    *found, norm = torch.cat([totals, session.method.gradient_norm()[None]]).tolist()
+    return {name: value / count for name, value in zip(names, found, strict=True)}, norm
+
+
+def _draw_from(seed: int, device: torch.device) -> None:
+    """Begin what is drawn anew; ``torch.manual_seed`` looks for devices of every kind, which takes a millisecond."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _record_step(
@@ -273,7 +262,7 @@ def _validate(session: Session, state: FitState, view: ProgressView) -> None:
         return
 
     def measure() -> dict[str, Any]:
-        return validation_metrics(session, lambda all_: view.counted(all_, "validation"))
+        return session.ranks.first(lambda: validation_metrics(session, lambda all_: view.counted(all_, "validation")))
 
     figures = with_relief(session, measure, "validation", view.console)
     record = {"event": "validation", "step": state.step, **figures}
@@ -286,7 +275,7 @@ def _validate(session: Session, state: FitState, view: ProgressView) -> None:
     view.validation(state.step, figures, session.task.metric, best=gained)
     if gained:
         state.best, state.best_step, state.without_gain = value, state.step, 0
-        session.save_adapter(session.run.adapter, state.step)
+        session.ranks.first(lambda: session.save_adapter(session.run.adapter, state.step))
     elif state.step > 0 and _is_lost(session, state, figures):
         state.without_gain += 1
 
@@ -303,7 +292,11 @@ def _sample(session: Session, state: FitState, view: ProgressView) -> None:
     """Answer the chosen prompts, where there are any."""
     sampler = session.sampler
     if sampler is not None:
-        record = with_relief(session, lambda: sampler.record(session.model, state.step), "samples", view.console)
+
+        def answers() -> dict[str, Any]:
+            return session.ranks.first(lambda: sampler.record(session.model, state.step))
+
+        record = with_relief(session, answers, "samples", view.console)
         session.log.write(record)
 
 
@@ -311,40 +304,3 @@ def validation_metrics(session: Session, shown: Callable[[Sequence[Batch]], Iter
     """The task's figures over the whole validation set, without gradient and in eval mode."""
     batches = shown(session.validation_batches())
     return dict(session.task.evaluate(session.model, batches, session.accelerator.device))
-
-
-def save_state(session: Session, state: FitState) -> str:
-    """Write a checkpoint of this moment, with the best adapter until now; returns its path.
-
-    Raises:
-        QaromaError: a state that is not finite.
-    """
-    tensors = {"random.cpu": torch.get_rng_state()}
-    if session.accelerator.device.type == "cuda":
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    values = {
-        "fit": asdict(state),
-        "adapter": session.info(state.step).to_json(),
-        "data": session.data_fingerprint,
-    }
-    if session.loss_scale is not None:
-        values["loss_scale"] = asdict(session.loss_scale)
-    method = session.method
-    checkpoint = Checkpoint.of(state.step, method.name, method.state(), tensors=tensors, values=values)
-    ruined = checkpoint.not_finite()
-    if ruined is not None:
-        _stop(session, state, f"the state after step {state.step} is not finite ({ruined})")
-    session.log.flush()  # a power cut must not leave a checkpoint whose steps the log does not know
-    best = session.run.adapter if state.best is not None else None
-    return str(save_checkpoint(session.run.checkpoints, checkpoint, fingerprint=session.fingerprint, best=best))
-
-
-def restore_state(session: Session, checkpoint: Checkpoint) -> FitState:
-    """Put a checkpoint's state into the session's method and the random generators."""
-    session.method.load_state(checkpoint.method_state())
-    torch.set_rng_state(checkpoint.tensors["random.cpu"])
-    if "random.cuda" in checkpoint.tensors and session.accelerator.device.type == "cuda":
-        torch.cuda.set_rng_state(checkpoint.tensors["random.cuda"])
-    if session.loss_scale is not None and "loss_scale" in checkpoint.values:  # not where another device wrote it
-        session.loss_scale = LossScale(**checkpoint.values["loss_scale"])
-    return FitState(**checkpoint.values["fit"])

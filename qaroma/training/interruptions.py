@@ -15,6 +15,7 @@ from qaroma.errors import QaromaError
 from qaroma.runs.checkpoint import list_checkpoints, step_of
 from qaroma.runs.directory import RunDirectory
 from qaroma.runs.files import disk_full, system_error
+from qaroma.training.ranks import RankLostError
 
 _HELD = re.compile(r"busy or unavailable")
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
@@ -32,6 +33,8 @@ def interruptions_told(run: RunDirectory) -> Iterator[None]:
     """
     try:
         yield
+    except RankLostError as error:
+        raise QaromaError(f"{error} {_safe(run)} With any number of processes {_on(run)}") from error
     except QaromaError:
         raise
     except Exception as error:

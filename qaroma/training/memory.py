@@ -73,8 +73,21 @@ def others_hold(device: torch.device) -> str:
     return f". {card_words()}" if device.type == "cuda" else ""
 
 
+def runs_out_of_memory(work: Callable[[], None]) -> bool:
+    """Do something; whether memory did not suffice. What it held is gone by then, and can be given back."""
+    try:
+        work()
+    except Exception as error:
+        if not card_is_full(error):
+            raise
+        return True
+    return False
+
+
 def with_relief(session: Session, work: Callable[[], Result], what: str, console: Console) -> Result:
     """Do something that changes no state but the gradients; where memory does not suffice, save some and begin anew.
+
+    Where one rank has no memory for it, ``work`` says so on all of them, and all save alike.
 
     Args:
         session: of the run; see :func:`relieve`.
@@ -93,7 +106,8 @@ def with_relief(session: Session, work: Callable[[], Result], what: str, console
                 raise
             # Outside the except clause the failed work's tensors are gone, and can be given back.
         session.method.zero_grad()
-        console.print(f"{what}: out of memory; {relieve(session)}", style="yellow")
+        done = session.ranks.together(lambda: relieve(session))
+        console.print(f"{what}: out of memory; {done}", style="yellow")
 
 
 def relieve(session: Session) -> str:

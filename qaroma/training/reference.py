@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,11 +34,19 @@ def add_reference(session: Session, console: Console) -> None:
     task = session.task
     if not isinstance(task, Preference):
         return
-    key = _key(session)
     pairs: list[Pair] = [*session.train, *session.validation]
     order = sorted(range(len(pairs)), key=lambda i: pairs[i].tokens)
+    values = session.ranks.first(lambda: _values(session, task, [pairs[i] for i in order], console))
+    for place, value in zip(order, values, strict=True):
+        pairs[place] = replace(pairs[place], reference=value)
+    session.train, session.validation = pairs[: len(session.train)], pairs[len(session.train) :]
+
+
+def _values(session: Session, task: Preference, pairs: Sequence[Pair], console: Console) -> list[tuple[float, float]]:
+    """The reference of each pair; what is computed is kept in the run's file."""
+    key = _key(session)
     values = _read(session.run.reference, key)
-    missing = [pairs[i] for i in order[len(values) :]]
+    missing = pairs[len(values) :]
     if missing:
         console.print(f"reference: what the starting model makes of {len(missing)} pairs", highlight=False)
     saved = time.monotonic()
@@ -52,9 +61,7 @@ def add_reference(session: Session, console: Console) -> None:
     finally:
         if missing:
             _write(session.run.reference, key, values)
-    for place, value in zip(order, values, strict=True):
-        pairs[place] = replace(pairs[place], reference=value)
-    session.train, session.validation = pairs[: len(session.train)], pairs[len(session.train) :]
+    return values
 
 
 def _key(session: Session) -> str:

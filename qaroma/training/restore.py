@@ -9,12 +9,12 @@ from pathlib import Path
 from rich.console import Console
 
 from qaroma.errors import QaromaError
-from qaroma.runs.checkpoint import BEST, list_checkpoints, load_newest, set_aside, step_of
+from qaroma.runs.checkpoint import BEST, Checkpoint, list_checkpoints, load_newest, set_aside, step_of
 from qaroma.runs.directory import GROWTH, RunDirectory, quoted
 from qaroma.runs.files import copy_files, directory_written_aside, heal, read_json, remove_directory, remove_leftovers
 from qaroma.training.data_fingerprint import require_same_data
-from qaroma.training.fit import FitState, restore_state
 from qaroma.training.reference import add_reference
+from qaroma.training.saving import FitState, restore_state
 from qaroma.training.session import Session
 
 
@@ -34,6 +34,16 @@ def restored(session: Session, console: Console) -> FitState:
     Raises:
         QaromaError: no whole checkpoint in a run that has done something, other data, or another base.
     """
+    checkpoint = session.ranks.first(lambda: _newest(session, console))
+    add_reference(session, console)  # by the model as it starts, before the checkpoint's state is put into it
+    state = FitState() if checkpoint is None else restore_state(session, checkpoint)
+    session.ranks.first(lambda: _go_back(session, state))
+    console.print(f"resuming {session.run.path.as_posix()} at step {state.step}", highlight=False)
+    return state
+
+
+def _newest(session: Session, console: Console) -> Checkpoint | None:
+    """The newest whole checkpoint; what a kill has left half done is mended, and what is damaged is set aside."""
     run = session.run
     heal(run.adapter)
     heal(run.adapter_last)
@@ -47,19 +57,18 @@ def restored(session: Session, console: Console) -> FitState:
         console.print(f"warning: {warning}", style="yellow", highlight=False)
     if checkpoint is None:
         _require_nothing_done(run)
-        add_reference(session, console)
-        state = FitState()
-    else:
-        require_same_data(checkpoint.values["data"], session.data_fingerprint, run.path.as_posix())
-        add_reference(session, console)  # by the model as it starts, before the checkpoint's state is put into it
-        for path in list_checkpoints(run.checkpoints):
-            if step_of(path) > checkpoint.step:
-                set_aside(path, "damaged")
-        state = restore_state(session, checkpoint)
-        _restore_best(run, state)
+        return None
+    require_same_data(checkpoint.values["data"], session.data_fingerprint, run.path.as_posix())
+    for path in list_checkpoints(run.checkpoints):
+        if step_of(path) > checkpoint.step:
+            set_aside(path, "damaged")
+    return checkpoint
+
+
+def _go_back(session: Session, state: FitState) -> None:
+    """Make log and best adapter those of a state that was saved."""
+    _restore_best(session.run, state)
     session.log.cut_back(state.step or -1)  # what is logged at step 0 is logged anew
-    console.print(f"resuming {run.path.as_posix()} at step {state.step}", highlight=False)
-    return state
 
 
 def _require_nothing_done(run: RunDirectory) -> None:

@@ -25,6 +25,7 @@ from qaroma.tasks.base import Batch, Task
 from qaroma.training.batches import BatchPlan
 from qaroma.training.data_fingerprint import data_fingerprint
 from qaroma.training.loss_scale import LossScale
+from qaroma.training.ranks import Ranks
 from qaroma.training.samples import Sampler
 
 
@@ -47,6 +48,7 @@ class Session:
         level: memory level that the model is in (:data:`qaroma.config.levels.LEVELS`).
         notes: sentences on the arithmetic, and on what of the base no adapter takes.
         loss_scale: of a run in fp16; None for the others.
+        ranks: the processes that train it, of which this is one.
     """
 
     config: ResolvedConfig
@@ -67,6 +69,7 @@ class Session:
     level: int = 0
     notes: list[str] = field(default_factory=list)
     loss_scale: LossScale | None = None
+    ranks: Ranks = field(default_factory=Ranks)
     _validation_batches: list[Batch] = field(default_factory=list)
     _validation_size: int = 0  # rows of these
 

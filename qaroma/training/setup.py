@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from qaroma.training.batches import BatchPlan
 from qaroma.training.loss_scale import LossScale
 from qaroma.training.memory import choose_level, enter_level, forbid_spilling
 from qaroma.training.prepare import PreparedData
+from qaroma.training.ranks import Ranks
 from qaroma.training.samples import Sampler
 from qaroma.training.session import Session
 from qaroma.training.trackers import require_trackers
@@ -38,17 +41,20 @@ from qaroma.training.trackers import require_trackers
 logger = logging.getLogger(__name__)
 
 
-def build_session(data: PreparedData, run: RunDirectory, level: int | None = None) -> Session:
+def build_session(
+    data: PreparedData, run: RunDirectory, level: int | None = None, ranks: Ranks | None = None
+) -> Session:
     """Load the base, attach the adapter, choose the method.
 
     Args:
         data, run: of the session.
         level: memory level; None chooses it.
+        ranks: that train together; None is this process alone.
 
     Raises:
         QaromaError: a model that cannot be loaded or adapted, or a device that is not there.
     """
-    config = data.config
+    config, ranks = data.config, ranks or Ranks()
     METHODS[config.method].require()
     torch.manual_seed(config.training.seed)
     accelerator = _accelerator(config, run)
@@ -71,17 +77,10 @@ def build_session(data: PreparedData, run: RunDirectory, level: int | None = Non
     require_known_head(model)
     if config.data.packing:
         require_apart(model)
-    training = config.training
-    plan = BatchPlan(
-        [e.tokens for e in data.train],
-        micro_batch=training.micro_batch,
-        grad_accum=training.grad_accum,
-        seed=training.seed,
-    )
     return Session(
         config=config,
         run=run,
-        log=MetricsLog(run.metrics),
+        log=MetricsLog(run.metrics if ranks.is_first else Path(os.devnull)),
         model=model,
         base_name=config.model.name,
         fingerprint=identity,
@@ -91,13 +90,19 @@ def build_session(data: PreparedData, run: RunDirectory, level: int | None = Non
         head=head,
         train=data.train,
         validation=data.validation,
-        plan=plan,
+        plan=_plan(data),
         accelerator=accelerator,
         sampler=_sampler(data),
         level=level,
         notes=notes,
         loss_scale=LossScale() if dtype == torch.float16 else None,
+        ranks=ranks,
     )
+
+
+def _plan(data: PreparedData) -> BatchPlan:
+    training, lengths = data.config.training, [example.tokens for example in data.train]
+    return BatchPlan(lengths, micro_batch=training.micro_batch, grad_accum=training.grad_accum, seed=training.seed)
 
 
 def _start(method: Method) -> dict[str, int]:
@@ -116,7 +121,10 @@ def _accelerator(config: ResolvedConfig, run: RunDirectory) -> Accelerator:
     """
     require_trackers(config.training.track)
     accelerator = Accelerator(
-        cpu=config.training.device == "cpu", log_with=list(config.training.track) or None, project_dir=run.path
+        cpu=config.training.device == "cpu",
+        mixed_precision="no",  # whatever its launcher was set up for: the base has a dtype of its own
+        log_with=list(config.training.track) or None,
+        project_dir=run.path,
     )
     if config.training.device == "cuda" and accelerator.device.type != "cuda":
         raise QaromaError(

@@ -11,8 +11,9 @@ from qaroma.config.metrics import metric_facts
 from qaroma.config.schema import BudgetGrowthSection, ResolvedGrowthSection
 from qaroma.method.base import Method
 from qaroma.method.trim import trim
-from qaroma.training.fit import FitState, validation_metrics
+from qaroma.training.fit import validation_metrics
 from qaroma.training.memory import with_relief
+from qaroma.training.saving import FitState
 from qaroma.training.session import Session
 
 WORSE = (

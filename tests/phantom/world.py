@@ -32,6 +32,7 @@ from qaroma.tasks.causal_lm import CausalLM, TokenBatch
 from qaroma.training import finetune, fit
 from qaroma.training.batches import BatchPlan
 from qaroma.training.loss_scale import LossScale
+from qaroma.training.ranks import Ranks
 
 CONFIG = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "tie_word_embeddings": False}
 
@@ -84,7 +85,13 @@ def gradients(
     """The gradients of a step, as the loop makes them; returns the loss."""
     accelerator = SimpleNamespace(device=CARD, backward=lambda loss: loss.backward())
     session: Any = SimpleNamespace(
-        task=task or CausalLM(), model=model, method=method, accelerator=accelerator, loss_scale=loss_scale
+        task=task or CausalLM(),
+        model=model,
+        method=method,
+        accelerator=accelerator,
+        loss_scale=loss_scale,
+        ranks=Ranks(),
+        plan=BatchPlan([], micro_batch=1, grad_accum=1, seed=0),
     )
     return fit.accumulate(session, batches)[0]["loss"]
 
@@ -160,7 +167,7 @@ def _saved(tensors: dict[str, Tensor], path: Any, *args: Any, **kwargs: Any) -> 
     with _disable_current_modes():
         real = {name: real_zeros(t.shape, t.dtype) for name, t in tensors.items()}
         for name in real:
-            if name.endswith((".generator", "random.cpu")):
+            if name.endswith(".generator"):
                 real[name] = torch.Generator().get_state()
         save_file(real, path, *args, **kwargs)
 
