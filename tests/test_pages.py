@@ -83,15 +83,8 @@ def test_every_file_of_ours_that_is_named_is_there(page: Path) -> None:
     ]
 
 
-def _finetune_has(option: str) -> bool:
-    command = root.get_command(click.Context(root), "finetune")
-    return command is not None and any(option in parameter.opts for parameter in command.params)
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_command_is_one_that_qaroma_takes(page: Path) -> None:
-    if page.name == "gpus.md" and not _finetune_has("--gpus"):
-        pytest.skip("the page is ahead of its option")
     for line in commands_of(page):
         if line.startswith("qaroma"):
             try:
