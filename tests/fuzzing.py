@@ -383,7 +383,7 @@ _WORDS = (
     "data.jsonl:0.0001", "data.jsonl:1e300", "glue:x", "demo:x", "9" * 5000, "peft", "gguf", "run,run", "data.jsonl",
     "0,0,1", "png,svg", "html", "lora:" + "9" * 30, "aroma+t_in=0", "aroma+=", "+", ",",
 )  # fmt: skip
-# demo trains, page serves until it is stopped, doctor tries the machine, and benchmark reads the thousands of task files
+# demo trains, page serves until it is stopped, doctor tries the machine, and benchmark reads the thousands of files
 # of lm-evaluation-harness.
 _OTHERS = ("demo", "page", "doctor", "benchmark", "configs", "data", "runs")
 _WITHOUT_A_MODEL = tuple(name for name in COMMANDS if name not in _OTHERS)
