@@ -93,6 +93,21 @@ def test_the_factor_climbs_the_more_slowly_the_longer_a_run_is() -> None:
     assert after[100] == after[1000] == pytest.approx(math.exp(8 * LEAST_CLIMB), rel=1e-3)
 
 
+def test_a_cosine_that_always_says_too_long_costs_half_of_the_rate_and_not_all() -> None:
+    rate = MeasuredRate(400)
+    for step in range(40):
+        rate.observe(step, 0.2, risen=False)
+    largest = rate.factor
+    for step in range(40, 400):
+        rate.observe(step, -0.08, risen=False)
+    assert rate.factor == pytest.approx(largest / 2, rel=0.15)
+    stays = MeasuredRate(400)
+    stays.observe(0, -0.2, risen=False)
+    for step in range(1, 60):
+        stays.observe(step, -0.08, risen=True)
+    assert stays.factor == 1 / LARGEST_FACTOR  # where the loss is above the first one it falls as far as it takes
+
+
 def test_a_risen_loss_moves_the_factor_down_whatever_the_cosine_says() -> None:
     rate = MeasuredRate(10)
     before = rate.factor
