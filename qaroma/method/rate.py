@@ -59,9 +59,10 @@ class MeasuredRate:
 
     Where the gradient of step t points along the update of step t - 1, that update was too short; where it points
     back, too long. The cosine between the two moves the factor, one for all components: fast from a small start
-    until the cosine first says that it is enough, then ever more slowly, and not below half of the largest it has had
-    since; after a quarter of the run it stays at its mean over the second half of that time. A loss above the first one
-    moves it down, whatever the cosine says, and as far as it takes. A run so does not depend on the rate it was given.
+    until the cosine first says that it is enough, then ever more slowly. One that has climbed above the given rate then
+    keeps to half of its largest value at least. After a quarter of the run it stays at its mean over the second half of
+    that time. A loss above the first one moves it down, whatever the cosine says, and as far as it takes. A run so does
+    not depend on the rate it was given.
 
     Args:
         steps: over which it is measured; 0 leaves the rate as it was given.
@@ -104,7 +105,8 @@ class MeasuredRate:
             self.largest = min(self.largest, moved)
         elif self.enough is not None:
             self.largest = max(self.largest, self.factor)
-            moved = max(moved, LEAST_OF_LARGEST * self.largest)
+            if self.largest > 1.0:  # else the given rate was too large, by nobody knows how much
+                moved = max(moved, LEAST_OF_LARGEST * self.largest)
         self.factor = min(max(moved, 1 / LARGEST_FACTOR), LARGEST_FACTOR)
         if step >= self.steps // 2:
             self.log_sum += math.log(self.factor)
