@@ -10,7 +10,6 @@ from pathlib import Path
 
 import click
 import pytest
-from test_run_table import write_run
 
 from qaroma.cli import root
 from qaroma.config.load import read_settings
@@ -119,10 +118,3 @@ def test_the_day_was_recorded_by_its_script() -> None:
         assert f"## {title}\n" in recorded
         for command in commands:
             assert f"    $ {command.line}\n" in recorded
-
-
-def test_the_picture_is_drawn_from_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
-    monkeypatch.setattr("sys.argv", ["picture.py", str(write_run(tmp_path / "run")), str(tmp_path / "picture.png")])
-    runpy.run_path(str(ROOT / "examples" / "picture.py"), run_name="__main__")
-    assert (tmp_path / "picture.png").read_bytes()[1:4] == b"PNG"
