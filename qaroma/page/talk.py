@@ -17,6 +17,7 @@ LONGEST_ANSWER = 256  # tokens
 
 
 def chat_words(run: Path) -> list[str]:
+    """What is typed after ``qaroma`` to talk to a run, on the page and to copy from it."""
     return ["chat", run.as_posix(), "--max-new-tokens", str(LONGEST_ANSWER)]
 
 

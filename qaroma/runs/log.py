@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,14 @@ class MetricsLog:
     def write(self, record: Mapping[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+    def write_new(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Write those that are not there yet: a run that was killed right after them has written them before."""
+        kinds = {record.get("event") for record in records}
+        known = [record for record in self.records() if record.get("event") in kinds] if records else []
+        for record in records:
+            if record not in known:
+                self.write(record)
 
     def flush(self) -> None:
         """See to it that what is written outlasts a power cut."""

@@ -85,7 +85,7 @@ def fit(session: Session, state: FitState, view: ProgressView, page: LivePage, s
             break
     if method.finished:
         ending = method.ending
-    _log_new(session, method.finish())
+    session.log.write_new([event.to_json() for event in method.finish()])
     _log_ranks(session, state, ranks)
     _forget_older(session)
     return ending
@@ -238,14 +238,6 @@ def _record_step(
 def _scale_figures(scale: LossScale | None) -> dict[str, float]:
     """What the log keeps of a run in fp16: its loss scale, and how often gradients have overflowed."""
     return {} if scale is None else {"loss_scale": scale.scale, "overflows": scale.overflows}
-
-
-def _log_new(session: Session, events: Sequence[GrowthEvent]) -> None:
-    """Log events unless a run that was killed right after them has logged them before."""
-    known = [record for record in session.log.records() if record.get("event") == "growth"] if events else []
-    for event in events:
-        if event.to_json() not in known:
-            session.log.write(event.to_json())
 
 
 def _log_ranks(session: Session, state: FitState, before: Mapping[str, int]) -> dict[str, int]:

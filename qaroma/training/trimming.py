@@ -98,9 +98,7 @@ def trim_adapter(session: Session, state: FitState, console: Console) -> None:
     )
     if found is None:
         return
-    record = {"event": "trim", "step": state.step, **asdict(found)}
-    if record not in session.log.records():  # by a run that was killed right after it
-        session.log.write(record)
+    session.log.write_new([{"event": "trim", "step": state.step, **asdict(found)}])
     if not found.taken:
         console.print(f"every direction is kept: without the smallest ones {_told(metric, found)}", highlight=False)
         return
