@@ -1,4 +1,4 @@
-"""The flat AdamW against torch's, its resets, and why the update is in fp32."""
+"""The flat AdamW against torch's, its resets, why the update is in fp32, and Muon's orthogonal updates."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from qaroma.method.optimiser import FlatAdamW
+from qaroma.method.optimiser import MUON_SIZE, FlatAdamW, FlatMuon
+from qaroma.method.orthogonal import orthogonalise_
 
 
 def groups(sizes: dict[str, tuple[int, ...]]) -> dict[str, list[nn.Parameter]]:
@@ -127,3 +128,96 @@ def test_bf16_parameters_lose_updates_at_lr_1e_4_and_ours_do_not() -> None:
     moved_ours = (start - ours.detach()).mean()
     assert moved_ours.item() == pytest.approx(1e-2, rel=1e-3)  # 100 steps of 1e-4
     assert moved_pure < 0.2 * moved_ours
+
+
+@pytest.mark.parametrize("shape", [(1, 40), (8, 40), (32, 40), (24, 10)])
+def test_orthogonal_matrices_are_the_nearest_ones(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    U, _, V = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    found = U * torch.logspace(0, -2, min(shape)) @ V
+    orthogonalise_([found], size=1.0)
+    assert found.square().mean().sqrt().item() == pytest.approx(1.0, abs=0.13)
+    core = U.T @ found @ V.T / max(shape) ** 0.5
+    torch.testing.assert_close(core, torch.diag(torch.ones(min(shape))), atol=0.13, rtol=0.0)
+
+
+def test_matrices_of_any_shapes_go_through_one_batch_and_zeros_stay() -> None:
+    torch.manual_seed(0)
+    matrices = [torch.randn(3, 9), torch.randn(8, 5), torch.zeros(3, 9), torch.randn(3, 9)]
+    alone = [m.clone() for m in matrices]
+    for matrix in alone:
+        orthogonalise_([matrix], size=0.5)
+    orthogonalise_(matrices, size=0.5)
+    for together, single in zip(matrices, alone, strict=True):
+        torch.testing.assert_close(together, single)
+    assert matrices[2].count_nonzero() == 0
+    orthogonalise_([], size=1.0)
+
+
+def factors(rank: int = 4) -> dict[str, list[nn.Parameter]]:
+    return {"a": [nn.Parameter(torch.zeros(rank, 12)), nn.Parameter(torch.zeros(rank, 7))]}
+
+
+def test_muon_moves_all_directions_alike_whatever_the_size_of_the_gradients() -> None:
+    torch.manual_seed(0)
+    gradient = torch.randn(4, 12) * torch.tensor([1.0, 0.3, 0.1, 0.03])[:, None]
+    moved = []
+    for scale in (1.0, 1e-4):
+        parameters = factors()
+        muon = FlatMuon(parameters, parts={"a": [4]})
+        parameters["a"][0].grad.copy_(scale * gradient)
+        muon.step({"a": [0.1]})
+        moved.append(-parameters["a"][0].detach())
+        assert parameters["a"][1].count_nonzero() == 0  # without a gradient nothing moves
+    torch.testing.assert_close(*moved)
+    singular = torch.linalg.svdvals(moved[0]) / (0.1 * MUON_SIZE * 12**0.5)
+    torch.testing.assert_close(singular, torch.ones(4), atol=0.13, rtol=0.0)
+    assert (moved[0] * gradient).sum() > 0
+
+
+def test_muon_is_torchs_momentum_orthogonalised() -> None:
+    torch.manual_seed(0)
+    parameters = factors()
+    muon = FlatMuon(parameters, parts={"a": [4]})
+    momentum = torch.zeros(4, 12)
+    for step in range(1, 6):
+        gradient = torch.randn(4, 12)
+        parameters["a"][0].grad.copy_(gradient)
+        before = parameters["a"][0].detach().clone()
+        muon.step({"a": [0.1]})
+        momentum.lerp_(gradient, 0.1)
+        wanted = (momentum / (1 - 0.9**step)).lerp(gradient, 0.1)  # Nesterov's, without a bias
+        orthogonalise_([wanted], MUON_SIZE)
+        torch.testing.assert_close(before - parameters["a"][0].detach(), 0.1 * wanted)
+
+
+def test_muon_leaves_a_head_to_adamw_and_keeps_no_second_moment_without_one() -> None:
+    torch.manual_seed(0)
+    head = nn.Parameter(torch.randn(3, 5))
+    twin = nn.Parameter(head.detach().clone())
+    muon = FlatMuon({**factors(), "head": [head]}, parts={"a": [4]})
+    assert muon.second_moment is not None
+    reference = torch.optim.AdamW([twin], lr=1e-2, weight_decay=0.0)
+    for _ in range(5):
+        muon.gradients.normal_()
+        twin.grad = head.grad.clone()
+        reference.step()
+        muon.step({"a": [0.1], "head": [1e-2]})
+        muon.zero_grad()
+    torch.testing.assert_close(head, twin, rtol=1e-5, atol=1e-7)
+    alone = FlatMuon(factors(), parts={"a": [4]})
+    assert list(alone.buffers()) == ["values", "first_moment"]
+
+
+def test_muon_goes_on_with_a_component_more() -> None:
+    torch.manual_seed(0)
+    muon = FlatMuon(factors(), parts={"a": [4]})
+    muon.gradients.normal_()
+    muon.step({"a": [0.1]})
+    muon.grow({"a": [torch.randn(2, 12), torch.zeros(2, 7)]}, gone={"a": 1})
+    assert muon.steps == {"a": [0]}
+    assert [p.shape for p in muon.groups["a"]] == [(2, 12), (2, 7)]
+    muon.gradients.normal_()
+    before = muon.values.clone()
+    muon.step({"a": [0.1]})
+    assert (before - muon.values).square().mean().sqrt().item() == pytest.approx(0.1 * MUON_SIZE, rel=0.13)

@@ -461,7 +461,7 @@ def test_the_gradients_that_are_planned_for_are_those_of_a_run(tmp_path: Path, c
     assert main([*arguments, "--gpus", "2", "--grad-accum", "6", "--rank-trained", "3", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     adapter = attach(weightless_model(config, packed=False), inner_rank=3)
-    trainer = FactorTrainer(adapter, max_grad_norm=1.0, weight_decay=0.0, max_update=None)
+    trainer = FactorTrainer(adapter, optimizer="adamw", max_grad_norm=1.0, weight_decay=0.0, max_update=None)
     gradients = trainer.optimiser.gradients
     shared = figures["gpus"]
     assert (shared["gradient_bytes"], shared["traffic_bytes"]) == (gradients.nbytes, gradients.nbytes)

@@ -83,12 +83,7 @@ def _decide_budget(config: Config, steps: int, facts: DataFacts, decide: Decide)
     largest = decide("growth.max_rank", largest, "twice the block, or four times it where the data fills the block")
     why = f"{told}; at least a block of {BLOCK}, which a run never does worse with, and at most half the budget"
     start = decide("growth.start_rank", max(1, min(max(BLOCK, round(needed)), largest // 2)), why)
-    if config.task == PREFERENCE:
-        decide("growth.measured_rate", False, "the rate that takes most off this loss leaves too little of the model")
-    elif config.writes_text:
-        decide("growth.measured_rate", True, "the rate below is where the measuring begins")
-    else:  # MiniLM on SST-2: one run of three went to chance with a measured rate
-        decide("growth.measured_rate", False, "gradients of a new head are too noisy to measure by")
+    _decide_updates(config, decide)
     _decide_trim(config, decide)
     decide("growth.warmup", max(1, min(100, steps // 40)), "a fortieth of the run, at most 100: of every component")
     rate, why = 1e-3, "the base was not looked at"
@@ -101,6 +96,20 @@ def _decide_budget(config: Config, steps: int, facts: DataFacts, decide: Decide)
         decide("training.head_learning_rate", min(rate, 1e-3), "the adapter's, at most 1e-3: the head is a full matrix")
     decide("growth.dropout", 0.0, "none")
     decide("growth.min_lr_ratio", 0.1, "the cosine ends at a tenth")
+
+
+def _decide_updates(config: Config, decide: Decide) -> None:
+    """Whether the learning rate is measured, and the optimizer that goes with that."""
+    if config.task == PREFERENCE:
+        measured, why = False, "the rate that takes most off this loss leaves too little of the model"
+    elif config.writes_text:
+        measured, why = True, "the rate below is where the measuring begins"
+    else:  # MiniLM on SST-2: one run of three went to chance with a measured rate
+        measured, why = False, "gradients of a new head are too noisy to measure by"
+    if decide("growth.measured_rate", measured, why):
+        decide("training.optimizer", "muon", "all directions of a layer's components learn alike")
+    else:  # MiniLM on SST-2: 1.2 points lost by Muon
+        decide("training.optimizer", "adamw", "the usual one, where the rate is not measured")
 
 
 def _decide_trim(config: Config, decide: Decide) -> None:
@@ -183,6 +192,7 @@ def _decide_head_rate(config: Config, rate: float, decide: Decide) -> None:
 
 
 def _decide_common(decide: Decide) -> None:
+    decide("training.optimizer", "adamw", "as published")
     decide("growth.eps_in", 0.1, "a component whose size changes by less has converged")
     decide("growth.inner_criterion", "norm", "the size of a component tells whether it still changes")
     decide("growth.init", "kaiming", "random A: no pass beside the steps")
@@ -196,6 +206,8 @@ def _decide_common(decide: Decide) -> None:
 
 def _decide_fixed(config: Config, steps: int, facts: DataFacts, decide: Decide) -> None:
     """One rule for LoRA, PEFT's LoRA and AdaLoRA, so that what differs between them is the method."""
+    if decide("training.optimizer", "adamw", "usual for LoRA") == "muon" and not METHODS[config.method].ours:
+        raise QaromaError(f"training.optimizer muon trains our own adapters, got method {config.method}; leave it out")
     decide("growth.target_modules", "all-linear", "every linear layer but the head")
     decide("growth.alpha", 2.0 * config.rank, "2 x rank")
     _decide_head_rate(config, _decide_rate(config, 2e-4, "usual for LoRA", decide), decide)

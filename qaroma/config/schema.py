@@ -237,6 +237,11 @@ class TrainingSection(Section):
     beta: PositiveFloat = Field(
         0.1, description="Of task preference: how much staying close to the model it starts from counts (DPO's beta)."
     )
+    optimizer: Literal["adamw", "muon"] | None = Field(
+        None,
+        description="Of the adapter. muon: each step lengthens all directions of a factor alike; adamw: the usual one. "
+        "Default: muon within a budget.",
+    )
     weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay of the active factors.")
     max_grad_norm: PositiveFloat = Field(1.0, description="Gradients are clipped to this norm.")
     memory: Annotated[MemoryLevel, BeforeValidator(str)] = Field(
@@ -403,6 +408,7 @@ class ResolvedTrainingSection(TrainingSection):
     model_config = ConfigDict(frozen=True)
 
     learning_rate: PositiveFloat
+    optimizer: Literal["adamw", "muon"] = "adamw"  # what runs of 0.4.0 and before had, which do not say it
     max_steps: PositiveInt
     evaluate_every: PositiveInt
     patience: NonNegativeInt

@@ -52,6 +52,7 @@ class GrowthController(AdapterMethod):
         settings: of the two loops.
         learning_rate: peak of the jagged cosine.
         total_steps: step budget T.
+        optimizer: of the factors, one of :data:`~qaroma.method.optimiser.OPTIMIZERS`.
         weight_decay, max_grad_norm: of the optimiser.
         head: parameters trained in full beside the adapter until the last module is done.
         head_learning_rate: peak of their cosine, which no reinit interrupts; None is ``learning_rate``.
@@ -64,6 +65,7 @@ class GrowthController(AdapterMethod):
         *,
         learning_rate: float,
         total_steps: int,
+        optimizer: str = "adamw",
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
         head: Sequence[nn.Parameter] = (),
@@ -81,7 +83,12 @@ class GrowthController(AdapterMethod):
         self._weight_norm_sq = self._initial_weight_norms()
         self._previous: dict[str, tuple[Tensor, Tensor]] = {}  # factors at the last check, criterion "product"
         self.trainer = FactorTrainer(
-            adapter, head=head, max_grad_norm=max_grad_norm, weight_decay=weight_decay, max_update=settings.max_update
+            adapter,
+            head=head,
+            optimizer=optimizer,
+            max_grad_norm=max_grad_norm,
+            weight_decay=weight_decay,
+            max_update=settings.max_update,
         )
 
         self._probe = GradientProbe(adapter)
@@ -90,10 +97,10 @@ class GrowthController(AdapterMethod):
     @classmethod
     def build(cls, attached: Adapter, options: MethodOptions, head: Sequence[nn.Parameter] = ()) -> AdapterMethod:
         if isinstance(options.growth, BudgetSettings):
-            return JointController(attached, options.growth, head=head, **options.optimisation())
+            return JointController(attached, options.growth, head=head, **options.of_factors())
         if options.growth is None:
             raise ValueError("got no growth settings; expected GrowthSettings for a method that grows")
-        return cls(attached, options.growth, head=head, **options.optimisation())
+        return cls(attached, options.growth, head=head, **options.of_factors())
 
     @property
     def finished(self) -> bool:

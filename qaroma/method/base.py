@@ -13,7 +13,7 @@ from qaroma.method.adapter import Adapter
 from qaroma.method.budget import BudgetSettings
 from qaroma.method.factors import Factors, Update
 from qaroma.method.growth import GrowthEvent, GrowthSettings
-from qaroma.method.optimiser import FlatAdamW
+from qaroma.method.optimiser import OPTIMIZERS, FlatAdamW
 
 HEAD = "(head)"  # the optimiser's group of a head that is trained in full; no module has such a name
 
@@ -36,6 +36,7 @@ class MethodOptions:
         learning_rate, head_learning_rate: peaks of the schedules; None for the head is the adapter's.
         total_steps: step budget.
         warmup, min_lr_ratio: of a schedule that is not interrupted by growth.
+        optimizer: of our own adapter, one of :data:`~qaroma.method.optimiser.OPTIMIZERS`.
         weight_decay, max_grad_norm: of the optimiser.
         growth: of a method that grows; None for the others.
     """
@@ -49,6 +50,7 @@ class MethodOptions:
     total_steps: int
     warmup: int
     min_lr_ratio: float
+    optimizer: str
     weight_decay: float
     max_grad_norm: float
     growth: GrowthSettings | BudgetSettings | None
@@ -57,6 +59,10 @@ class MethodOptions:
         """The keyword arguments that every method's class has."""
         names = ("learning_rate", "head_learning_rate", "total_steps", "weight_decay", "max_grad_norm")
         return {name: getattr(self, name) for name in names}
+
+    def of_factors(self) -> dict[str, Any]:
+        """The keyword arguments of the methods on our own adapter."""
+        return {**self.optimisation(), "optimizer": self.optimizer}
 
     def cosine(self) -> dict[str, Any]:
         """The keyword arguments of methods with one warm-up and one cosine."""
@@ -192,6 +198,7 @@ class FactorTrainer:
     Args:
         adapter: layers without an active component; each is given its first one here.
         head: fp32 parameters that are trained in full beside the adapter.
+        optimizer: one of :data:`~qaroma.method.optimiser.OPTIMIZERS`.
         max_grad_norm: gradients are clipped to this joint norm before an update.
         weight_decay, max_update: see :class:`FlatAdamW`.
         rank: of the first components; None is the adapter's inner rank.
@@ -202,12 +209,14 @@ class FactorTrainer:
         adapter: Adapter,
         *,
         head: Sequence[nn.Parameter] = (),
+        optimizer: str,
         max_grad_norm: float,
         weight_decay: float,
         max_update: float | None,
         rank: int | None = None,
     ) -> None:
         self.adapter, self.head, self.max_grad_norm = adapter, list(head), max_grad_norm
+        self._kind = OPTIMIZERS[optimizer]
         self._options = {"weight_decay": weight_decay, "max_update": max_update}
         for layer in adapter.layers.values():
             layer.start_component(adapter.initial_A(layer, rank))
@@ -226,7 +235,7 @@ class FactorTrainer:
     def _build_optimiser(self) -> None:
         groups = {name: list(parameters.values()) for name, parameters in self._trained().items()}
         parts = {name: layer.active_components for name, layer in self.adapter.active_layers()}
-        self.optimiser = FlatAdamW(groups, parts=parts, **self._options)  # type: ignore[arg-type]
+        self.optimiser: FlatAdamW = self._kind(groups, parts=parts, **self._options)  # type: ignore[arg-type]
 
     def update(self, learning_rates: Mapping[str, Sequence[float]], head_learning_rate: float = 0.0) -> None:
         """Clip the gradients, update the fp32 factors, refresh the compute copies, zero the gradients.

@@ -14,7 +14,7 @@ from qaroma.method.adapter import Adapter
 from qaroma.method.base import AdapterMethod, FactorTrainer, MethodState
 from qaroma.method.budget import BudgetSettings, BudgetState, allotted
 from qaroma.method.growth import GrowthEvent
-from qaroma.method.rate import RISEN, MeasuredRate
+from qaroma.method.rate import MeasuredRate
 from qaroma.method.schedule import cosine, warm_cosine
 
 MEASURED_SHARE = 4  # the rate is measured over the first quarter of a run
@@ -44,6 +44,7 @@ class JointController(AdapterMethod):
         learning_rate: peak of a cosine, at the rank that the run begins with; where ``settings.measured_rate``,
             only where the measuring begins.
         total_steps: step budget T.
+        optimizer: of the factors, one of :data:`~qaroma.method.optimiser.OPTIMIZERS`.
         weight_decay, max_grad_norm: of the optimiser.
         head: parameters trained in full beside the adapter.
         head_learning_rate: peak of their cosine; None is ``learning_rate``.
@@ -58,6 +59,7 @@ class JointController(AdapterMethod):
         *,
         learning_rate: float,
         total_steps: int,
+        optimizer: str = "muon",
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
         head: Sequence[nn.Parameter] = (),
@@ -71,6 +73,7 @@ class JointController(AdapterMethod):
         self.trainer = FactorTrainer(
             adapter,
             head=head,
+            optimizer=optimizer,
             max_grad_norm=max_grad_norm,
             weight_decay=weight_decay,
             max_update=settings.max_update,
@@ -126,9 +129,7 @@ class JointController(AdapterMethod):
             modules = optimiser.credits()[: len(self._credit)]  # a head's group comes last
             self._credit = REMEMBERED * self._credit + modules
         if step and self.rate.measuring(step):
-            first = self.growth.first_loss
-            risen = first is not None and loss > RISEN * first
-            self.rate.observe(step, optimiser.agreement().item(), risen=risen)
+            self.rate.observe(step, optimiser.agreement().item(), loss)
         rates = self.learning_rates()
         self.learning_rate = max(rate for of_module in rates.values() for rate in of_module)
         of_head = warm_cosine(

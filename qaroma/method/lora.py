@@ -21,6 +21,7 @@ class PlainLora(AdapterMethod):
         total_steps: step budget.
         warmup: steps of the warm-up.
         min_lr_ratio: where the cosine ends.
+        optimizer: of the factors, one of :data:`~qaroma.method.optimiser.OPTIMIZERS`.
         weight_decay, max_grad_norm: of the optimiser.
         head: parameters trained in full beside the adapter, with the same schedule.
         head_learning_rate: their peak; None is ``learning_rate``.
@@ -36,6 +37,7 @@ class PlainLora(AdapterMethod):
         total_steps: int,
         warmup: int = 0,
         min_lr_ratio: float = 0.1,
+        optimizer: str = "adamw",
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
         head: Sequence[nn.Parameter] = (),
@@ -45,12 +47,17 @@ class PlainLora(AdapterMethod):
         self.head_peak = head_learning_rate or learning_rate
         self.warmup, self.min_lr_ratio, self.steps_done = warmup, min_lr_ratio, 0
         self.trainer = FactorTrainer(
-            adapter, head=head, max_grad_norm=max_grad_norm, weight_decay=weight_decay, max_update=None
+            adapter,
+            head=head,
+            optimizer=optimizer,
+            max_grad_norm=max_grad_norm,
+            weight_decay=weight_decay,
+            max_update=None,
         )
 
     @classmethod
     def build(cls, attached: Adapter, options: MethodOptions, head: Sequence[nn.Parameter] = ()) -> PlainLora:
-        return cls(attached, head=head, **options.optimisation(), **options.cosine())
+        return cls(attached, head=head, **options.of_factors(), **options.cosine())
 
     def step(self, loss: float | None = None) -> list[GrowthEvent]:
         """Clip, update, zero the gradients. LoRA grows nothing."""

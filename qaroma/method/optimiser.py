@@ -1,4 +1,4 @@
-"""AdamW over one flat fp32 buffer that holds every component that trains.
+"""AdamW and Muon over one flat fp32 buffer that holds every component that trains.
 
 The parameters of all groups (one group per module) lie one after the other in ``values``, their
 gradients and moments likewise, so that an update is a handful of kernels however many modules
@@ -12,7 +12,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from qaroma.method.orthogonal import orthogonalise_
+
 PRUNED_SHARE = 0.999  # of the moments, at a reset "prune" (paper, section 3.3)
+MUON_SIZE = 0.25  # of an element of Muon's update, in learning rates, as AdamW's often are: one rate does for both
 _BUFFERS = ("values", "gradients", "first_moment", "second_moment", "last_update")
 
 
@@ -28,14 +31,14 @@ class FlatAdamW:
         parts: name -> numbers of rows that belong together, oldest first; every parameter of the group has
             as many rows as they sum to. A group that is not named is one part, its parameters of any shape.
         betas, eps, weight_decay: as in AdamW.
-        max_update: bound on one element's ``|m_hat / (sqrt(v_hat) + eps)|``. After a reset that prunes
-            moments but keeps the step count, that ratio reaches 3; None leaves it so.
+        max_update: bound on one element of an update, in learning rates. After a reset that prunes moments but
+            keeps the step count, AdamW's reach 3; None leaves it so.
     """
 
     values: Tensor
     gradients: Tensor
     first_moment: Tensor
-    second_moment: Tensor
+    second_moment: Tensor | None  # None where no group asks for it
     last_update: Tensor | None  # what the last step subtracted from the values; kept on request
 
     def __init__(
@@ -53,7 +56,8 @@ class FlatAdamW:
         self.parts: dict[str, list[int]] = {name: list(rows) for name, rows in (parts or {}).items()}
         self.steps: dict[str, list[int]] = {name: [0] * len(self.parts.get(name, (1,))) for name in self.groups}
         self.values = _flattened([p.data for ps in self.groups.values() for p in ps])
-        self.gradients, self.first_moment, self.second_moment = (torch.zeros_like(self.values) for _ in range(3))
+        self.gradients, self.first_moment = torch.zeros_like(self.values), torch.zeros_like(self.values)
+        self.second_moment = torch.zeros_like(self.values) if self._needs_second_moment() else None
         self.last_update = None
         self._point_parameters({p: p.shape for ps in self.groups.values() for p in ps})
 
@@ -109,9 +113,7 @@ class FlatAdamW:
             for column in per_part[self._owners].T
         )
         self.first_moment.lerp_(self.gradients, 1 - beta1)
-        self.second_moment.mul_(beta2).addcmul_(self.gradients, self.gradients, value=1 - beta2)
-        denominator = (self.second_moment / correction2).sqrt_().add_(self.eps)
-        update = (self.first_moment / correction1).div_(denominator)
+        update = self._direction(correction1, correction2)
         if self.max_update is not None:
             update.clamp_(-self.max_update, self.max_update)
         if self.weight_decay:
@@ -120,6 +122,20 @@ class FlatAdamW:
         self.values.sub_(update)
         if self.last_update is not None:
             self.last_update = update
+
+    def _needs_second_moment(self) -> bool:
+        return True
+
+    def _direction(self, correction1: Tensor, correction2: Tensor) -> Tensor:
+        """The update in learning rates; the gradients are in the first moment already.
+
+        Args:
+            correction1, correction2: of each element's moments, for the steps it was trained.
+        """
+        assert self.second_moment is not None
+        self.second_moment.mul_(self.betas[1]).addcmul_(self.gradients, self.gradients, value=1 - self.betas[1])
+        denominator = (self.second_moment / correction2).sqrt_().add_(self.eps)
+        return (self.first_moment / correction1).div_(denominator)
 
     def keep_updates(self, wanted: bool) -> None:
         """Whether each update is kept until the next one, for :meth:`agreement`."""
@@ -150,14 +166,14 @@ class FlatAdamW:
         for name in names:
             part = self.slices[name]
             if mode == "full":
-                self.first_moment[part] = 0
-                self.second_moment[part] = 0
+                for moment in self._moments():
+                    moment[part] = 0
                 self.steps[name] = [0] * len(self.steps[name])
                 continue
             kept = torch.rand(part.stop - part.start, generator=generator) >= PRUNED_SHARE
             kept = kept.to(self.values.device)
-            self.first_moment[part] *= kept
-            self.second_moment[part] *= kept
+            for moment in self._moments():
+                moment[part] *= kept
 
     @torch.no_grad()
     def grow(self, rows: Mapping[str, Sequence[Tensor]], *, gone: Mapping[str, int]) -> None:
@@ -219,22 +235,52 @@ class FlatAdamW:
         assert self.last_update is not None
         return torch.segment_reduce(self.gradients * self.last_update, "sum", lengths=self._group_sizes)
 
+    def _moments(self) -> list[Tensor]:
+        return [self.first_moment] if self.second_moment is None else [self.first_moment, self.second_moment]
+
     def _kept_buffers(self) -> list[str]:
         return [name for name in _BUFFERS if getattr(self, name) is not None]
 
     def beside(self, name: str) -> list[dict[str, Tensor]]:
         """What is kept beside each parameter of a group (moments, last update), as views in the parameter's shape."""
-        found, offset = [], self.slices[name].start
-        kept = {key: buffer for key, buffer in self.buffers().items() if key != "values"}
-        for p in self.groups[name]:
-            part = slice(offset, offset + p.numel())
-            found.append({key: buffer[part].view(p.shape) for key, buffer in kept.items()})
-            offset += p.numel()
-        return found
+        kept = {key: self._views(buffer, name) for key, buffer in self.buffers().items() if key != "values"}
+        return [{key: views[place] for key, views in kept.items()} for place in range(len(self.groups[name]))]
+
+    def _views(self, buffer: Tensor, name: str) -> list[Tensor]:
+        """A group's part of a flat buffer, parameter by parameter, in their shapes."""
+        parameters = self.groups[name]
+        pieces = torch.split(buffer[self.slices[name]], [p.numel() for p in parameters])
+        return [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
 
     def buffers(self) -> dict[str, Tensor]:
         """What lasts from step to step: values, moments and, where kept, the last update, each one flat tensor."""
         return {name: getattr(self, name) for name in self._kept_buffers() if name != "gradients"}
+
+
+class FlatMuon(FlatAdamW):
+    """Muon (Jordan et al., 2024) on factors, AdamW on groups without parts.
+
+    A factor's update is its Nesterov momentum, orthogonalised: all directions of its row space are as long, the ones
+    of small gradient included, and the size of the gradient says nothing. It needs no second moment.
+    """
+
+    def _needs_second_moment(self) -> bool:
+        return any(name not in self.parts for name in self.groups)
+
+    def _direction(self, correction1: Tensor, correction2: Tensor) -> Tensor:
+        """Elements of a factor have a root mean square of :data:`MUON_SIZE`."""
+        momentum = (self.first_moment / correction1).lerp_(self.gradients, 1 - self.betas[0])
+        if self.second_moment is None:
+            update = momentum
+        else:
+            update = super()._direction(correction1, correction2)
+            for name in self.parts:
+                update[self.slices[name]] = momentum[self.slices[name]]
+        orthogonalise_([view for name in self.parts for view in self._views(update, name)], MUON_SIZE)
+        return update
+
+
+OPTIMIZERS = {"adamw": FlatAdamW, "muon": FlatMuon}
 
 
 def _flattened(tensors: Sequence[Tensor]) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import mean, median
 
 # Of a weight's norm, times the square root of the rank: what noise alone makes of an update at a rate that works.
 # Fits the best rates known for SmolLM2-135M, MiniLM-L6 and LLaMA-3-8B within a third.
@@ -14,9 +15,10 @@ NOISE_SIZE = 0.025
 # learns first stands any; a slower one leaves a long run at rates that are too small. Once it was enough, the factor
 # keeps to this share of the largest one: on 1,024 random pairs the cosine says too long at every rate, the one that
 # learns them included.
-SMALL_START, AIM, WIDTH, LARGEST_FACTOR = 0.5, -0.02, 0.05, 64.0
+SMALL_START, AIM, WIDTH, LARGEST_FACTOR = 0.5, -0.025, 0.05, 64.0
 CLIMB, LEAST_CLIMB, FASTEST, SLOWEST, LEAST_OF_LARGEST = 10.0, 0.1, 0.4, 0.07, 0.5
-RISEN = 1.2  # of the first loss: above it, the rate was too large
+RISEN = 1.2  # of the first losses: above it, the rate was too large
+FIRST, LAST = 5, 3  # losses that are compared, each by their mean: one batch may be half as hard again as another
 _COSINE = 0.404  # mean square of a cosine that ends at a tenth
 
 
@@ -73,6 +75,8 @@ class MeasuredRate:
     cosine: float | None = None  # of the step before
     enough: int | None = None  # step at which the cosine first said so
     largest: float = 0.0  # factor since then
+    first_losses: list[float] = field(default_factory=list)
+    last_losses: list[float] = field(default_factory=list)
     log_sum: float = 0.0
     count: int = 0
 
@@ -84,14 +88,15 @@ class MeasuredRate:
         """Whether the factor still moves before the update of this step (counted from 0)."""
         return step < self.steps
 
-    def observe(self, step: int, cosine: float, *, risen: bool) -> None:
+    def observe(self, step: int, cosine: float, loss: float) -> None:
         """Move the factor before the update of a step.
 
         Args:
             step: counted from 0; the first one has no update before it.
             cosine: of the angle between the descent direction of this step's gradient and the last update.
-            risen: whether the loss is above the first one.
+            loss: mean training loss of the step.
         """
+        risen = self._risen(loss)
         recent = cosine if self.cosine is None else (cosine + self.cosine) / 2
         self.cosine = cosine
         fastest = gain = min(FASTEST, max(LEAST_CLIMB, CLIMB / self.steps))
@@ -113,3 +118,10 @@ class MeasuredRate:
             self.count += 1
         if step == self.steps - 1:
             self.factor = math.exp(self.log_sum / self.count)
+
+    def _risen(self, loss: float) -> bool:
+        """Whether the loss is above what it was at first."""
+        if len(self.first_losses) < FIRST:
+            self.first_losses.append(loss)
+        self.last_losses = [*self.last_losses, loss][-LAST:]
+        return mean(self.last_losses) > RISEN * median(self.first_losses)

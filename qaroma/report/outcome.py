@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from qaroma.config.metrics import Metric, metric_facts
 from qaroma.runs.directory import RunDirectory
+from qaroma.runs.figures import validation_of
 from qaroma.runs.reading import Run
 
 # What a last validation gains at least where a run still improves: of the figure, or of all that was gained.
@@ -51,7 +52,9 @@ def outcome(run: Run) -> Outcome:
     if not after:
         clauses.append("nothing was validated, so nothing says whether it learnt more than its rows")
         return Outcome("It was not validated", "; ".join(clauses), by_itself)
-    step, best = facts.best(after)
+    judged = validation_of(run, run.metric)
+    assert judged is not None  # there are points
+    step, best = judged.best_step, judged.best
     clauses.append(f"the adapter is of step {step:,}, the best by validation")
     helped = points[0][0] > 0 or facts.better(best, points[0][1])
     if not helped:

@@ -16,7 +16,10 @@ _LARGEST = 1e18  # of a figure that anybody means; no NaN and no infinity is bel
 
 @dataclass(frozen=True)
 class Validation:
-    """One metric of a run's validations: of the untrained model, the best after it, and the last."""
+    """One metric of a run's validations: of the untrained model, the best after it, and the last.
+
+    Of the metric that chooses the adapter, the best is the one that was chosen.
+    """
 
     name: str
     before: float | None
@@ -87,7 +90,8 @@ def validation_of(run: Run, metric: str) -> Validation | None:
     if not points:
         return None
     after = [point for point in points if point[0] > 0] or points
-    best_step, best = metric_facts(metric).best(after)
+    chosen = run.chosen_step if metric == run.metric else None
+    best_step, best = next((p for p in after if p[0] == chosen), None) or metric_facts(metric).best(after)
     before = points[0][1] if points[0][0] == 0 else None
     return Validation(metric, before, best, best_step, after[-1][1])
 

@@ -31,7 +31,7 @@ from qaroma.text.yaml_text import read_yaml
 # A run that another machine has is taken to be at work where it wrote so recently: its process cannot be looked for.
 FRESH_SECONDS = 120.0
 _CHECKPOINT = re.compile(r"step-(\d+)")
-_NO_METRICS = ("event", "step", "tokens", "examples")
+_NO_METRICS = ("event", "step", "tokens", "examples", "chosen")
 
 Record = Mapping[str, Any]
 State = Literal["finished", "running", "stopped", "broken"]
@@ -186,6 +186,12 @@ class Run:
     def validation(self, metric: str) -> Series:
         """One metric of the validations, finite values only."""
         return _series(self.validations, metric)
+
+    @property
+    def chosen_step(self) -> int | None:
+        """The step of the adapter that validation has chosen, as the log says it; None where it says none."""
+        chosen = [int(line["step"]) for line in self.validations if line.get("chosen") is True]
+        return chosen[-1] if chosen else None
 
     def metrics(self) -> list[str]:
         """Names of all that validations measured, in the order of the log."""

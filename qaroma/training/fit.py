@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 
-from qaroma.config.metrics import metric_facts
 from qaroma.method.growth import GrowthEvent
 from qaroma.runs.checkpoint import keep_newest
 from qaroma.runs.stop import StopRequest
@@ -17,7 +16,6 @@ from qaroma.tasks.base import Batch
 from qaroma.training.live_page import LivePage
 from qaroma.training.loss_scale import LossScale
 from qaroma.training.memory import memory_figures, runs_out_of_memory, with_relief
-from qaroma.training.patience import counts_as_lost
 from qaroma.training.progress import ProgressView
 from qaroma.training.ranks import StepSum
 from qaroma.training.saving import FitState, left_behind, require_same_state, save_state, stop_run
@@ -257,27 +255,15 @@ def _validate(session: Session, state: FitState, view: ProgressView) -> None:
         return session.ranks.first(lambda: validation_metrics(session, lambda all_: view.counted(all_, "validation")))
 
     figures = with_relief(session, measure, "validation", view.console)
-    record = {"event": "validation", "step": state.step, **figures}
+    session.method.validated(figures["loss"], figures["loss_error"])
+    done = state.step / session.config.training.max_steps
+    chosen = state.step > 0 and state.observe(session.task.metric, figures, step=state.step, done=done)
+    record = {"event": "validation", "step": state.step, **figures, "chosen": chosen}
     session.log.write(record)
     track(session.accelerator, record, "validation/")
-    value = figures[session.task.metric]
-    session.method.validated(figures["loss"], figures["loss_error"])
-    better = state.best is None or metric_facts(session.task.metric).better(value, state.best)
-    gained = state.step > 0 and better and math.isfinite(value)
-    view.validation(state.step, figures, session.task.metric, best=gained)
-    if gained:
-        state.best, state.best_step, state.without_gain = value, state.step, 0
+    view.validation(state.step, figures, session.task.metric, best=chosen)
+    if chosen:
         session.ranks.first(lambda: session.save_adapter(session.run.adapter, state.step))
-    elif state.step > 0 and _is_lost(session, state, figures):
-        state.without_gain += 1
-
-
-def _is_lost(session: Session, state: FitState, figures: dict[str, Any]) -> bool:
-    """Whether a validation without a better score counts towards patience; those of labels always do."""
-    if session.task.metric != "loss" or state.best is None:
-        return True
-    done = state.step / session.config.training.max_steps
-    return counts_as_lost(figures["loss"], state.best, error=figures["loss_error"], done=done)
 
 
 def _sample(session: Session, state: FitState, view: ProgressView) -> None:

@@ -12,6 +12,7 @@ from qaroma.errors import QaromaError
 from qaroma.runs.checkpoint import Checkpoint, list_checkpoints, save_checkpoint, set_aside, step_of
 from qaroma.runs.directory import quoted
 from qaroma.runs.lock import locked
+from qaroma.training.choice import Choice
 from qaroma.training.loss_scale import LossScale
 from qaroma.training.ranks import RankLostError, Ranks
 from qaroma.training.session import Session
@@ -21,13 +22,10 @@ TURN_SECONDS = 0.3  # by which each rank lets the one before it save first
 
 
 @dataclass
-class FitState:
+class FitState(Choice):
     """Where a run stands; with the method's state all that a checkpoint holds."""
 
     step: int = 0
-    best: float | None = None  # the task's metric
-    best_step: int = 0
-    without_gain: int = 0  # validations since the best
     trainable_start: int = 0
     seconds: float = 0.0
 
@@ -65,7 +63,8 @@ def restore_state(session: Session, checkpoint: Checkpoint) -> FitState:
     session.method.load_state(checkpoint.method_state())
     if session.loss_scale is not None and "loss_scale" in checkpoint.values:  # not where another device wrote it
         session.loss_scale = LossScale(**checkpoint.values["loss_scale"])
-    return FitState(**checkpoint.values["fit"])
+    fit = checkpoint.values["fit"]
+    return FitState(**{"record": fit["best"], **fit})  # of 0.4.0 and before: the chosen one was the best
 
 
 def require_same_state(session: Session, step: int) -> None:

@@ -188,6 +188,7 @@ def _method_options(config: ResolvedConfig) -> MethodOptions:
         total_steps=training.max_steps,
         warmup=growth.warmup,
         min_lr_ratio=growth.min_lr_ratio,
+        optimizer=training.optimizer,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         growth=growth_settings(growth),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,18 +21,21 @@ class Bench:
         model: fresh, without an adapter.
         facts: what the presets are told of the data.
         loss: mean loss of the batch of a step (counted from 0), a scalar with a graph.
-        validate: loss of rows that neither train nor score, and its standard error: what a method may decide by.
+        validate: ``loss`` of rows that neither train nor score, its standard error ``loss_error``, and what else the
+            task says of them: what a method may decide by.
         score: the bed's metric on rows that nothing is decided by.
         head: modules to train in full.
+        metric: of the validation rows, by which the adapter is chosen.
         learnt: more figures of the finished adapter, from its factors.
     """
 
     model: nn.Module
     facts: DataFacts
     loss: Callable[[int], Tensor]
-    validate: Callable[[], tuple[float, float]]
+    validate: Callable[[], Mapping[str, Any]]
     score: Callable[[], float]
     head: Sequence[str] = ()
+    metric: str = "loss"
     learnt: Callable[[Update], dict[str, Any]] = field(default=lambda factors: {})
 
 

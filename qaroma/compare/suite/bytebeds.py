@@ -41,9 +41,9 @@ def set_up_text(bed: Bed, place: Place, seed: int) -> Bench:
             losses = [next_byte_loss(model, rows_BL[i : i + size]) for i in range(0, len(rows_BL), size)]
         return torch.stack(losses).double()
 
-    def validate() -> tuple[float, float]:
+    def validate() -> dict[str, float]:
         losses = losses_of(validation, 8)
-        return float(losses.mean()), standard_error(losses, torch.ones_like(losses))
+        return {"loss": float(losses.mean()), "loss_error": standard_error(losses, torch.ones_like(losses))}
 
     rows = len(train) // LENGTH
     return Bench(
@@ -103,7 +103,7 @@ def set_up_ladder(bed: Bed, place: Place, seed: int) -> Bench:
             model=facts_of_module(model, find_targets(model)),
         ),
         loss=loss,
-        validate=lambda: (look()[0], math.inf),
+        validate=lambda: {"loss": look()[0], "loss_error": math.inf},
         score=lambda: look()[1],
     )
 

@@ -63,17 +63,14 @@ def set_up_model(bed: Bed, place: Place, seed: int) -> Bench:
         batches = (data.task.collate(by_length[i : i + 16]) for i in range(0, len(rows), 16))
         return data.task.evaluate(model, batches, torch.device("cpu"))
 
-    def validate() -> tuple[float, float]:
-        found = figures(data.validation)
-        return float(found["loss"]), float(found["loss_error"])
-
     return Bench(
         model,
         replace(data.facts, lengths=lengths),
         loss=loss,
-        validate=validate,
+        validate=lambda: figures(data.validation),
         score=lambda: float(figures(data.test)[bed.metric]),
         head=data.head,
+        metric=data.task.metric,
     )
 
 

@@ -77,7 +77,7 @@ def set_up_planted(bed: Bed, place: Place, seed: int) -> Bench:
         model,
         DataFacts(ROWS, [1] * ROWS, None, validation_rows=256, model=facts_of_module(model, find_targets(model))),
         loss=lambda step: error(*rows(bed.batch, step_generator(seed, step % (ROWS // bed.batch)))),
-        validate=lambda: (held_out_error(256, 5), math.inf),
+        validate=lambda: {"loss": held_out_error(256, 5), "loss_error": math.inf},
         score=lambda: held_out_error(1024, 55),
         learnt=lambda factors: learnt_ranks(factors, ranks),
     )

@@ -23,7 +23,7 @@ from qaroma.method.base import Method
 from qaroma.method.factors import Factors, Update
 from qaroma.method.head import TrainedHead
 from qaroma.method.spectrum import effective_rank
-from qaroma.training.patience import counts_as_lost
+from qaroma.training.choice import Choice
 from qaroma.training.setup import build_method
 from qaroma.training.trimming import trim_method
 
@@ -114,8 +114,8 @@ class Course:
         grown_updates: of those in which something grew.
         trainable: parameters that trained, step by step.
         validations: (step, loss).
-        best: adapter and head at the lowest of these, None where none was taken.
-        lost: validations since then that count towards patience.
+        choice: what they have chosen.
+        best: adapter and head of it, None where none was taken.
         rank_sum: mean rank of a module, summed over steps.
         enough_step: at which a rung of the ladder was found to be learnt.
     """
@@ -127,8 +127,8 @@ class Course:
     grown_updates: list[float] = field(default_factory=list)
     trainable: list[int] = field(default_factory=list)
     validations: list[tuple[int, float]] = field(default_factory=list)
+    choice: Choice = field(default_factory=Choice)
     best: Kept | None = None
-    lost: int = 0
     rank_sum: float = 0.0
     enough_step: int | None = None
 
@@ -200,17 +200,14 @@ def train(trial: Trial, *, validates: bool) -> Course:
 
 
 def _out_of_patience(trial: Trial, course: Course) -> bool:
-    """Look at the validation rows and keep what is the best so far; whether the run should end."""
-    loss, error = trial.bench.validate()
-    course.validations.append((course.steps, loss))
-    trial.method.validated(loss, error)
-    best_step, best = min(course.validations, key=lambda seen: seen[1])
-    if best_step == course.steps:
-        course.best, course.lost = trial.kept(), 0
-    elif counts_as_lost(loss, best, error=error, done=course.steps / trial.bed.steps):
-        course.lost += 1
+    """Look at the validation rows and keep what they choose; whether the run should end."""
+    figures, metric = trial.bench.validate(), trial.bench.metric
+    course.validations.append((course.steps, figures["loss"]))
+    trial.method.validated(figures["loss"], figures["loss_error"])
+    if course.choice.observe(metric, figures, step=course.steps, done=course.steps / trial.bed.steps):
+        course.best = trial.kept()
     patience = trial.config.training.patience
-    return bool(patience) and course.lost >= patience
+    return bool(patience) and course.choice.without_gain >= patience
 
 
 def carry_out(cell: Cell, bed: Bed, place: Place) -> Figures:
@@ -235,9 +232,9 @@ def carry_out(cell: Cell, bed: Bed, place: Place) -> Figures:
         trim_method(
             method,
             trial.config.growth,
-            lambda: trial.bench.validate()[0],
-            metric="loss",
-            best=min(loss for _, loss in course.validations),
+            lambda: float(trial.bench.validate()[trial.bench.metric]),
+            metric=trial.bench.metric,
+            best=course.choice.best,
         )
         chosen = trial.bench.score()
     figures = _figures(method, course, start) | trial.bench.learnt(method.factors())
