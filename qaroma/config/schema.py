@@ -219,7 +219,7 @@ class GrowthSection(Section):
     restart_warmup: NonNegativeInt | None = Field(None, description="Steps of the warm-up after each new component.")
     min_lr_ratio: Share | None = Field(None, le=1.0, description="Where the cosine ends, as a share of the peak.")
     max_update: PositiveFloat | None = Field(
-        None, description="Bound on one Adam update of one element, in learning rates (guards the steps after a reset)."
+        None, description="Bound on one element of an update, in learning rates (guards the steps after a reset)."
     )
 
 
@@ -408,7 +408,7 @@ class ResolvedTrainingSection(TrainingSection):
     model_config = ConfigDict(frozen=True)
 
     learning_rate: PositiveFloat
-    optimizer: Literal["adamw", "muon"] = "adamw"  # what runs of 0.4.0 and before had, which do not say it
+    optimizer: Literal["adamw", "muon"]
     max_steps: PositiveInt
     evaluate_every: PositiveInt
     patience: NonNegativeInt

@@ -1,18 +1,16 @@
 """Updates whose directions all have one length: momentum, orthogonalised as Muon does it (Jordan et al., 2024).
 
 A factor (R, N) of rank R is long and narrow, so all the work but two products is done on Gram matrices (R, R), those
-of all factors in one batch.
+of all factors of one rank in one batch.
 
 Dimensions: K factors of one shape, R rank, N features.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # a x + b x^3 + c x^5, one after the other, bring every singular value between a thousandth and one to within an eighth
@@ -33,27 +31,23 @@ def orthogonalise_(factors: Sequence[Tensor], size: float) -> None:
         factors: fp32 matrices; a matrix of zeros stays one.
         size: root mean square of the elements afterwards.
     """
-    stacks = [(same, torch.stack(same)) for same in _by_shape(factors)]
-    largest = max((len(factor) for factor in factors), default=0)
-    grams = []
-    for _, stack_KRN in stacks:
-        stack_KRN /= torch.linalg.vector_norm(stack_KRN, dim=(1, 2), keepdim=True).clamp_min(1e-30)
-        spare = largest - stack_KRN.shape[1]
-        grams.append(F.pad(stack_KRN @ stack_KRN.mT, (0, spare, 0, spare)))
-    if not grams:
-        return
-    roots = torch.split(_inverse_roots(torch.cat(grams)), [len(gram) for gram in grams])
-    for (same, stack_KRN), root in zip(stacks, roots, strict=True):
-        rank, features = stack_KRN.shape[1:]
-        scaled = root[:, :rank, :rank] * (size * max(rank, features) ** 0.5)
-        torch._foreach_copy_(same, list((scaled @ stack_KRN).unbind()))
+    for of_rank in _grouped(factors, len).values():
+        groups = list(_grouped(of_rank, lambda factor: factor.shape[1]).values())
+        stacks = [torch.stack(group) for group in groups]
+        for stack_KRN in stacks:
+            stack_KRN /= torch.linalg.vector_norm(stack_KRN, dim=(1, 2), keepdim=True).clamp_min(1e-30)
+        roots_KRR = _inverse_roots(torch.cat([stack_KRN @ stack_KRN.mT for stack_KRN in stacks]))
+        roots = torch.split(roots_KRR, [len(group) for group in groups])
+        for group, stack_KRN, root_KRR in zip(groups, stacks, roots, strict=True):
+            length = size * max(stack_KRN.shape[1:]) ** 0.5
+            torch._foreach_copy_(group, list(((length * root_KRR) @ stack_KRN).unbind()))
 
 
-def _by_shape(factors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    found: dict[torch.Size, list[Tensor]] = defaultdict(list)
+def _grouped(factors: Sequence[Tensor], key: Callable[[Tensor], int]) -> dict[int, list[Tensor]]:
+    found: dict[int, list[Tensor]] = {}
     for factor in factors:
-        found[factor.shape].append(factor)
-    yield from found.values()
+        found.setdefault(key(factor), []).append(factor)
+    return found
 
 
 def _inverse_roots(gram_KRR: Tensor) -> Tensor:

@@ -54,6 +54,8 @@ def resumed_config(given: Config) -> Config:
         _set(stored, key, value)
     if "training.epochs" in changed and "training.max_steps" not in changed:
         stored.training.max_steps = None  # that of the run stands in its configuration, and would win
+    if stored.training.optimizer is None:
+        stored.training.optimizer = "adamw"  # runs of 0.4.0 and before had no other, and do not say it
     stored.output = str(run.path)
     return stored
 
