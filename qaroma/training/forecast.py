@@ -89,7 +89,7 @@ def forecast(data: PreparedData) -> Forecast:
         step_rows=step_rows,
         epochs=training.max_steps / math.ceil(len(data.train) / step_rows),
         seconds=_seconds(data, device, planner, level, card) if card and config.writes_text else None,
-        card=card and card.title,
+        card=card.title if card else None,
         level=level,
         device=device.type,
         memory_bytes=memory,
@@ -100,7 +100,7 @@ def forecast(data: PreparedData) -> Forecast:
 
 def _known_card(device: torch.device) -> Card | None:
     found = this_card() if device.type == "cuda" else None
-    return found and found[1]
+    return found[1] if found else None
 
 
 def _seconds(data: PreparedData, device: torch.device, planner: Planner, level: int, card: Card) -> float | None:
