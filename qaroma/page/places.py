@@ -12,21 +12,6 @@ from qaroma.runs.files import make_directory
 
 UPLOADS, LOGS, RUNS = Path("qaroma-page/data"), Path("qaroma-page/logs"), Path("runs")
 LARGEST_UPLOAD = 256 * 2**20  # bytes
-DEMO = "demo:calendar"
-
-
-def source(name: str) -> str:
-    """What ``--data`` takes for an uploaded file, or for the built-in example.
-
-    Raises:
-        QaromaError: no such file.
-    """
-    if name == DEMO:
-        return name
-    path = inside(UPLOADS, name)
-    if not path.is_file():
-        raise QaromaError(f"there is no file {name} in {UPLOADS.as_posix()}; choose it again")
-    return path.as_posix()
 
 
 async def receive(name: str, pieces: AsyncIterator[bytes]) -> str:
