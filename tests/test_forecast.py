@@ -19,6 +19,7 @@ from qaroma.errors import QaromaError
 from qaroma.plan.card import parse_card
 from qaroma.plan.report import EPOCHS, make_plan
 from qaroma.plan.trace import StepSettings
+from qaroma.runs.directory import RunDirectory
 from qaroma.training import forecast
 from qaroma.training.finetune import finetune
 from qaroma.training.prepare import prepare_data
@@ -41,7 +42,8 @@ def test_a_rehearsal_tells_all_and_writes_nothing(
     told = json.loads(out)
     assert (told["rows"], told["validation_rows"], told["steps"], told["level"]) == (57, 3, 4, 0)
     assert told["run"] == "runs/tiny-llama-rows"
-    assert (told["seconds"], told["card"], told["time"]) == (None, None, "said from the second step on")
+    assert (told["seconds"], told["card"]) == (None, None)
+    assert told["sentences"]["takes"].endswith("; the time is said from the second step on")
     assert {"key": "growth.inner_rank", "value": 1, "reason": "rank-one components"} in told["decisions"]
     assert "training.learning_rate " in err
     assert "3 rows to validate on are few" in err
@@ -67,7 +69,8 @@ def test_on_a_card_that_is_known_the_time_is_told_by_arithmetic(
     )
     plan = make_plan(str(tiny_folder), settings, memory=str(told.level), cards=(parse_card("rtx3060"),), rows=rows)
     assert told.seconds == pytest.approx(plan.run_seconds(plan.shown, plan.cards[0]) / EPOCHS, rel=1e-6)
-    assert f"about {rough_time(told.seconds)} on one RTX 3060 by arithmetic" in forecast.time_in_words(told)
+    takes = forecast.sentences(data.config, told, RunDirectory(tmp_path / "run"))["takes"]
+    assert f"the time is about {rough_time(told.seconds)} on one RTX 3060 by arithmetic" in takes
 
     def never(*_: object) -> None:
         raise QaromaError("its step depends on values")

@@ -42,21 +42,16 @@ async def receive(name: str, pieces: AsyncIterator[bytes]) -> str:
         with aside.open("xb") as file:
             async for piece in pieces:
                 size += len(piece)
-                require_small(size)
+                if size > LARGEST_UPLOAD:
+                    raise QaromaError(
+                        f"the file has more than {LARGEST_UPLOAD // 2**20} MiB, the most that the page takes; use the "
+                        "command line: qaroma finetune --model MODEL --data FILE"
+                    )
                 file.write(piece)
         aside.rename(path)
     finally:
         aside.unlink(missing_ok=True)
     return path.name
-
-
-def require_small(size: int) -> None:
-    """See to it that a file is not too large to be uploaded."""
-    if size > LARGEST_UPLOAD:
-        raise QaromaError(
-            f"the file has more than {LARGEST_UPLOAD // 2**20} MiB, the most that the page takes; train on it with the "
-            "command line: qaroma finetune --model MODEL --data FILE"
-        )
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -12,12 +12,12 @@ import jinja2
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
 
-from qaroma.config.words import duration, file_size, memory_size
+from qaroma.config.words import duration, memory_size
 from qaroma.errors import QaromaError
 from qaroma.page.choices import DEMO, FORMS, MEANINGS, Choice
 from qaroma.page.commands import Jobs, answer_of, shown
 from qaroma.page.models import Machine, models_for
-from qaroma.page.places import LARGEST_UPLOAD, RUNS, UPLOADS, inside, receive, require_small
+from qaroma.page.places import LARGEST_UPLOAD, RUNS, UPLOADS, inside, receive
 from qaroma.page.talk import Talk, chat_words
 from qaroma.runs.directory import RunDirectory, find_adapter
 from qaroma.runs.finding import list_runs, looks_like_run
@@ -50,7 +50,6 @@ class Screens:
 
     async def upload(self, request: Request) -> Response:
         try:
-            require_small(int(request.headers.get("content-length", 0)))
             name = await receive(request.query_params.get("name", ""), request.stream())
         except QaromaError as error:
             return PlainTextResponse(str(error), 400)
@@ -203,5 +202,5 @@ def _root(request: Request) -> str:
 @cache
 def _html() -> jinja2.Environment:
     html = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
-    html.filters.update(memory=memory_size, files=file_size, command=shown)
+    html.filters.update(memory=memory_size, command=shown)
     return html

@@ -143,32 +143,26 @@ def tell(console: Console, data: PreparedData, told: Forecast, run: RunDirectory
         _print_decisions(console, data.decisions)
     for note in data.notes:
         console.print(note, highlight=False, markup=False)
-    for line in sentences(data.config, told, run):
-        console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
+    for name, sentence in sentences(data.config, told, run).items():
+        console.print(f"{name:<13}{sentence}", highlight=False, markup=False, soft_wrap=not console.is_terminal)
 
 
-def sentences(config: ResolvedConfig, told: Forecast, run: RunDirectory) -> list[str]:
+def sentences(config: ResolvedConfig, told: Forecast, run: RunDirectory) -> dict[str, str]:
     """What it learns from, how long that is, and what it needs."""
     sources = ", ".join(Path(source.path).name for source in config.data.train)
     judged = f"; {told.validation_rows:,} others say whether it gets better" if told.validation_rows else ""
     times = f"{told.epochs:.0f} times" if told.epochs >= 2 else "once" if told.epochs >= 1 else "not even once"
     about = "about" if told.memory_counted else "less than"
     place = "the GPU's memory" if told.device == "cuda" else "memory"
-    return [
-        f"learns from  {told.rows:,} rows of {sources}{judged}",
-        f"takes        at most {told.steps:,} steps of {told.step_rows} rows, {times} through them; the time is "
-        f"{time_in_words(told)}",
-        f"needs        {about} {memory_size(told.memory_bytes, 1)} of {place} (level {told.level}: "
+    time = "said from the second step on"
+    if told.seconds is not None:
+        time = f"about {rough_time(told.seconds)} on one {told.card} by arithmetic, as measured {time}"
+    return {
+        "learns from": f"{told.rows:,} rows of {sources}{judged}",
+        "takes": f"at most {told.steps:,} steps of {told.step_rows} rows, {times} through them; the time is {time}",
+        "needs": f"{about} {memory_size(told.memory_bytes, 1)} of {place} (level {told.level}: "
         f"{LEVELS[told.level].summary}), at most {file_size(told.disk_bytes)} on the disk in {run.path.as_posix()}",
-    ]
-
-
-def time_in_words(told: Forecast) -> str:
-    """How long a run takes at most, and how that is known; or when it will be."""
-    said = "said from the second step on"
-    if told.seconds is None:
-        return said
-    return f"about {rough_time(told.seconds)} on one {told.card} by arithmetic, as measured {said}"
+    }
 
 
 def rehearse(config: Config, console: Console | None = None) -> dict[str, Any]:
@@ -179,7 +173,7 @@ def rehearse(config: Config, console: Console | None = None) -> dict[str, Any]:
         console: where it is said; None is stderr.
 
     Returns:
-        The forecast, its time in words too, and the decisions, as ``--json`` prints them.
+        The forecast, also in sentences, and the decisions, as ``--json`` prints them.
 
     Raises:
         QaromaError: whatever would stop the run before its first step.
@@ -191,7 +185,7 @@ def rehearse(config: Config, console: Console | None = None) -> dict[str, Any]:
     return {
         "run": run.path.as_posix(),
         **asdict(told),
-        "time": time_in_words(told),
+        "sentences": sentences(data.config, told, run),
         "notes": data.notes,
         "decisions": decisions,
     }
