@@ -129,4 +129,4 @@ def test_a_file_that_cannot_be_read_is_told_as_the_command_tells_it(browser: Any
         one = Person(browser, address)
         one.tab.set_input_files("input[type=file]", tmp_path / "odd.json")
         one.sees("odd.json")
-        assert "is not" in one.tab.locator(".error").inner_text()
+        assert "is not" in one.tab.locator(".error:visible").inner_text()

@@ -11,7 +11,6 @@ from typing import Any
 
 import psutil
 
-from qaroma.config.words import file_size, memory_size
 from qaroma.model.builtin import SMOLLM2_HUB_ID, SMOLLM2_NAME
 from qaroma.plan.card import RESERVE, this_card
 from qaroma.plan.shapes import HUB_IDS, SHAPES
@@ -37,16 +36,6 @@ class Model:
     parameters: int
     memory: int
     here: bool
-
-    @property
-    def words(self) -> str:
-        """What is said beside its name."""
-        if not self.parameters:
-            return ""
-        size = self.parameters / 1e9
-        count = f"{size:.1f} billion" if size >= 0.95 else f"{1000 * size:.0f} million"
-        fetched = "" if self.here else f"; {file_size(2 * self.parameters)} to fetch"
-        return f"{count} parameters, from {memory_size(self.memory, 1)} of memory{fetched}"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import jinja2
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
 
-from qaroma.config.words import duration, memory_size
+from qaroma.config.words import duration, file_size, memory_size
 from qaroma.errors import QaromaError
 from qaroma.page.choices import DEMO, FORMS, MEANINGS, Choice
 from qaroma.page.commands import Jobs, answer_of, shown
@@ -173,22 +173,13 @@ def _show(
     screen: str, request: Request, asked: list[str] | None = None, lines: list[list[str]] | None = None,
     status: int = 200, **values: Any,
 ) -> Response:  # fmt: skip
-    """A screen.
-
-    Args:
-        screen: its name.
-        request: that it answers.
-        asked: a command whose answer is shown in it; what stands before that is sent while the command works.
-        lines: the command lines that its buttons run; None is what is asked.
-        status: of the answer.
-        values: that it shows.
-    """
-    lines = [asked] if lines is None and asked else lines or []
+    """A screen with the command lines of its buttons; of one that is asked, what stands before its answer is sent while
+    the command works."""
+    lines = lines or ([asked] if asked else [])
     values |= {"root": _root(request), "lines": lines, "answer": partial(answer_of, asked or [])}
     template = _html().get_template(f"{screen}.html")
-    if asked:
-        return StreamingResponse(template.generate(values), status, media_type="text/html")
-    return HTMLResponse(template.render(values), status)
+    pieces = template.generate(values) if asked else [template.render(values)]
+    return StreamingResponse(pieces, status, media_type="text/html")
 
 
 def _to(request: Request, place: str) -> Response:
@@ -202,5 +193,5 @@ def _root(request: Request) -> str:
 @cache
 def _html() -> jinja2.Environment:
     html = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
-    html.filters.update(memory=memory_size, command=shown)
+    html.filters.update(memory=memory_size, files=file_size, command=shown)
     return html
