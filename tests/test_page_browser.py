@@ -102,7 +102,9 @@ def test_from_a_file_to_an_answer(browser: Any, tiny_folder: Path, tmp_path: Pat
         other = Person(browser, address)
         other.tab.get_by_text("tiny-llama-mine").click()  # these three are of the detour
         other.sees("It is learning")
-        other.tab.locator("iframe").wait_for()
+        bar = other.tab.frame_locator("iframe").locator("progress")
+        bar.wait_for(state="attached")
+        assert not bar.is_visible()  # the page's own moves
         other.tab.get_by_text("Stop;").click()
         other.sees("Stopped at step")
         other.tab.get_by_role("button", name="Go on").click()

@@ -40,7 +40,6 @@ class Choice:
     Attributes:
         data: name of the uploaded file, or of the built-in example.
         form: of its rows, one of :data:`FORMS`; None where none was recognised.
-        problem: why none was.
         names: of the columns that its rows have then.
         columns: what is which of them: as chosen, or else the first two.
         model: as ``--model`` takes it.
@@ -48,7 +47,6 @@ class Choice:
 
     data: str
     form: str | None
-    problem: str
     names: tuple[str, ...]
     columns: Mapping[str, str]
     model: str
@@ -61,12 +59,12 @@ class Choice:
             QaromaError: no such data.
         """
         data = query.get("data", "")
-        form, problem, names = ("alpaca", "", ()) if data == DEMO else _look(inside(UPLOADS, data))
+        form, names = ("alpaca", ()) if data == DEMO else _look(inside(UPLOADS, data))
         columns = {meaning: query[meaning] for meaning in MEANINGS if query.get(meaning)}
         if not columns and len(names) > 1:
             columns = dict(zip(("prompt", "completion"), names, strict=False))
         model = query.get("other", "").strip() or query.get("model", "").strip() or SMOLLM2_NAME
-        return cls(data, form, problem, names, columns, model)
+        return cls(data, form, names, columns, model)
 
     @property
     def fields(self) -> dict[str, str]:
@@ -90,18 +88,16 @@ class Choice:
         return ["--model", self.model, "--data", source, *(["--columns", columns] if columns else []), *task]
 
 
-def _look(file: Path) -> tuple[str | None, str, tuple[str, ...]]:
-    """The form of the first rows; or why it is not known, and the names of their columns."""
+def _look(file: Path) -> tuple[str | None, tuple[str, ...]]:
+    """The form of the first rows; where it is not known, the names of their columns."""
     if not file.is_file():
         raise QaromaError(f"there is no file {file.name} in {UPLOADS.as_posix()}; choose it again")
     rows: list[Row] = []
-    remarks = Remarks([], [])
     try:
-        for line, value in islice(read_file(file, remarks), _LOOKED_AT):
+        for line, value in islice(read_file(file, Remarks([], [])), _LOOKED_AT):
             rows.append(Row(value, file.as_posix(), line))
-        if not rows:
-            raise QaromaError("; ".join(remarks.bad[:3]) or f"{file.name} holds no rows")
-        return recognise(rows), "", ()
-    except QaromaError as error:
-        columns = dict.fromkeys(str(name) for row in rows if isinstance(row.value, dict) for name in row.value)
-        return None, str(error), tuple(columns)
+        if rows:
+            return recognise(rows), ()
+    except QaromaError:  # the preview will say what is wrong
+        pass
+    return None, tuple(dict.fromkeys(str(name) for row in rows if isinstance(row.value, dict) for name in row.value))

@@ -57,8 +57,7 @@ class Screens:
 
     def data(self, request: Request) -> Response:
         choice = Choice.read(request.query_params)
-        asked = choice.preview() if choice.form or choice.columns else None
-        return _show("data", request, asked, choice=choice, forms=FORMS, meanings=MEANINGS)
+        return _show("data", request, choice.preview(), choice=choice, forms=FORMS, meanings=MEANINGS)
 
     def model(self, request: Request) -> Response:
         choice, models = Choice.read(request.query_params), models_for(self._machine)
