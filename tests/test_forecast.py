@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from test_training import make_config
 
 from qaroma.cli import main
 from qaroma.config.load import read_settings
+from qaroma.config.words import rough_time
+from qaroma.errors import QaromaError
+from qaroma.plan.card import parse_card
+from qaroma.plan.report import EPOCHS, make_plan
+from qaroma.plan.trace import StepSettings
+from qaroma.runs.directory import RunDirectory
+from qaroma.training import forecast
 from qaroma.training.finetune import finetune
+from qaroma.training.prepare import prepare_data
 
 TYPED = ["--max-steps", "4", "--device", "cpu"]
 
@@ -32,12 +42,41 @@ def test_a_rehearsal_tells_all_and_writes_nothing(
     told = json.loads(out)
     assert (told["rows"], told["validation_rows"], told["steps"], told["level"]) == (57, 3, 4, 0)
     assert told["run"] == "runs/tiny-llama-rows"
+    assert (told["seconds"], told["card"]) == (None, None)
+    assert told["sentences"]["takes"].endswith("; the time is said from the second step on")
     assert {"key": "growth.inner_rank", "value": 1, "reason": "rank-one components"} in told["decisions"]
     assert "training.learning_rate " in err
     assert "3 rows to validate on are few" in err
     assert list(tmp_path.iterdir()) == []
     assert main([*arguments, "--resume", "--output", "runs/x"]) == 2
     assert "got --dry-run with --resume" in capsys.readouterr().err
+
+
+def test_on_a_card_that_is_known_the_time_is_told_by_arithmetic(
+    tiny_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecast, "_known_card", lambda device: parse_card("rtx3060"))
+    config = make_config(tiny_folder, data_file, tmp_path / "run", training__max_steps=5000, training__grad_accum=1)
+    data = prepare_data(config)
+    told = forecast.forecast(data)
+    assert told.card == "RTX 3060"
+    assert told.seconds is not None
+    training = data.config.training
+    rows = training.max_steps * training.micro_batch
+    mean = sum(example.tokens for example in data.train) / len(data.train)
+    settings = StepSettings(
+        told.level, math.ceil(mean), training.micro_batch, inner_rank=1, dtype=torch.float32, fused_norms=False
+    )
+    plan = make_plan(str(tiny_folder), settings, memory=str(told.level), cards=(parse_card("rtx3060"),), rows=rows)
+    assert told.seconds == pytest.approx(plan.run_seconds(plan.shown, plan.cards[0]) / EPOCHS, rel=1e-6)
+    takes = forecast.sentences(data.config, told, RunDirectory(tmp_path / "run"))["takes"]
+    assert f"the time is about {rough_time(told.seconds)} on one RTX 3060 by arithmetic" in takes
+
+    def never(*_: object) -> None:
+        raise QaromaError("its step depends on values")
+
+    monkeypatch.setattr("qaroma.plan.search.trace_step", never)
+    assert forecast.forecast(data).seconds is None
 
 
 def test_a_run_takes_no_more_disk_and_memory_than_was_said(

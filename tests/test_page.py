@@ -14,15 +14,17 @@ from typing import Any
 
 import pytest
 from starlette import testclient
+from starlette.requests import Request
 from test_run_table import write_run
 
 from qaroma.cli import main
 from qaroma.errors import QaromaError
 from qaroma.page import places
-from qaroma.page.choices import Choice
-from qaroma.page.commands import Jobs, figures_of, shown
+from qaroma.page.choices import DEMO, Choice
+from qaroma.page.commands import Jobs, answer_of, shown
 from qaroma.page.models import Machine, models_for
-from qaroma.page.places import DEMO, LOGS, RUNS, UPLOADS
+from qaroma.page.places import LOGS, RUNS, UPLOADS
+from qaroma.page.screens import Screens
 from qaroma.page.server import make_app
 from qaroma.page.talk import Talk
 from qaroma.runs.reading import read_run
@@ -39,9 +41,14 @@ def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+TOLD = {"sentences": {"takes": "about 12 minutes on one RTX 3060 by arithmetic"}, "decisions": [], "examples": []}
+
+
 @pytest.fixture
-def page(working_folder: Path) -> Any:
-    app = make_app(TOKEN, PORT, Machine(8 * 2**30, "a card"), lambda: False)
+def page(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The page, whose screens wait for no command."""
+    monkeypatch.setattr("qaroma.page.screens.answer_of", lambda words: TOLD)
+    app = make_app(TOKEN, PORT, Machine(8 * 2**30, "a card"))
     return testclient.TestClient(app, base_url=f"http://{HOST}/{TOKEN}/", raise_server_exceptions=False)
 
 
@@ -110,24 +117,25 @@ def test_every_answer_forbids_all_but_our_own_script(page: Any) -> None:
         assert f'aria-current="step">{step}<' in screen.text
         assert "http" not in screen.text.replace(OURS["Origin"], "")  # nothing is asked for elsewhere
         assert screen.text.count("<script") == 1
-        assert screen.text.count('class="main"') + screen.text.count("button main") <= 1
+        assert screen.text.count('class="main"') + screen.text.count("button main") == 1
+    assert "about 12 minutes on one RTX 3060 by arithmetic" in screen.text
 
 
 def test_an_upload_stays_in_its_folder(page: Any) -> None:
     def upload(name: str, text: bytes = b"a,b\n1,2\n") -> Any:
         return page.put("upload", params={"name": name}, content=text, headers=OURS)
 
-    assert upload("my rows (1).csv").json() == {"data": "my-rows-1-.csv"}
-    assert upload("my rows (1).csv").json() == {"data": "my-rows-1--2.csv"}
+    assert upload("my rows (1).csv").text == "data?data=my-rows-1-.csv"
+    assert upload("my rows (1).csv").text == "data?data=my-rows-1--2.csv"
     names = ("../out.csv", "/etc/out.csv", "..\\out.csv", ".hidden.csv", "", "a\0.csv", "run.sh", "page.html", "csv")
     for name in names:
         answer = upload(name)
         assert answer.status_code == 400, name
-        assert answer.json()["error"].startswith("got "), name
+        assert answer.text.startswith("got "), name
     assert {path.parent.name for path in UPLOADS.parent.rglob("*.csv*")} == {"data"}
 
 
-def test_too_large_an_upload_is_refused_before_and_while_it_comes(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_large_an_upload_is_refused_and_leaves_nothing(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "LARGEST_UPLOAD", 10)
 
     def pieces() -> Any:  # without a length, as a client may send it
@@ -136,9 +144,9 @@ def test_too_large_an_upload_is_refused_before_and_while_it_comes(page: Any, mon
     for content in (b"x" * 11, pieces()):
         answer = page.put("upload?name=a.txt", content=content, headers=OURS)
         assert answer.status_code == 400
-        assert "command line" in answer.json()["error"]
+        assert "command line" in answer.text
         assert not list(UPLOADS.glob("*"))
-    assert page.put("upload?name=a.txt", content=b"x" * 10, headers=OURS).json() == {"data": "a.txt"}
+    assert page.put("upload?name=a.txt", content=b"x" * 10, headers=OURS).text == "data?data=a.txt"
 
 
 def test_a_name_that_leads_elsewhere_is_refused(page: Any, tmp_path: Path) -> None:
@@ -160,7 +168,8 @@ def test_a_name_that_leads_elsewhere_is_refused(page: Any, tmp_path: Path) -> No
         assert page.get(f"run/{name}").status_code in (400, 404), name
         assert page.get(f"run/{name}/report").status_code in (400, 404), name
     assert page.get("run/one/report").status_code == 400
-    assert page.post(f"start?data={DEMO}&run=../x", headers=OURS).status_code == 400
+    assert page.post(f"run/-x/start?data={DEMO}", headers=OURS).status_code == 400
+    assert page.post("run/one/write/bin", headers=OURS).status_code == 400
     assert not list(LOGS.glob("*"))
 
 
@@ -179,9 +188,9 @@ def test_the_data_screen_says_the_form_or_guesses_the_columns(page: Any) -> None
     assert "--columns &#39;prompt=asked,completion=&lt;script" in odd or "prompt=asked,completion=&lt;script" in odd
     assert "completion=when" in page.get("data?data=odd.csv&prompt=asked&completion=when").text
     assert "--task preference" in page.get("data?data=pairs.jsonl").text
-    broken = page.get("data?data=broken.json").text
-    assert 'class="error"' in broken
-    assert "Go on" not in broken
+    broken = page.get("data?data=broken.json").text  # the command that is asked says what is wrong
+    assert "qaroma data preview --model smollm2-135m --data qaroma-page/data/broken.json --examples 3" in broken
+    assert "<select" not in broken
 
 
 def test_the_choices_become_the_command_that_is_shown_and_run(page: Any, monkeypatch: Any) -> None:
@@ -191,14 +200,17 @@ def test_the_choices_become_the_command_that_is_shown_and_run(page: Any, monkeyp
     plan = page.get("plan?data=odd.csv&model=smollm2-135m&other=my/model").text
     line = 'qaroma finetune --model my/model --data qaroma-page/data/odd.csv --columns "prompt=asked,completion=said" '
     assert (line + "--output runs/model-odd").replace('"', "&#34;") in plan
-    for trial, more in (("", []), ("&trial=yes", ["--max-steps", "10"])):
-        button = f"start?data=odd.csv&model=my/model&run=model-odd{trial}"
-        answer = page.post(button, headers=OURS, follow_redirects=False)
+    buttons = {
+        "start?data=odd.csv&model=my/model": ("model-odd", f"{line}--output runs/model-odd"),
+        "resume": ("model-odd", "qaroma finetune --resume --output runs/model-odd"),
+        "write/gguf": ("model-odd.export", "qaroma export runs/model-odd --format gguf --outtype q8_0"),
+    }
+    for button, (job, shown_line) in buttons.items():
+        answer = page.post(f"run/model-odd/{button}", headers=OURS, follow_redirects=False)
         assert answer.status_code == 303
-        assert answer.headers["location"] == f"/{TOKEN}/run/model-odd"
+        assert answer.headers["location"] == f"/{TOKEN}/run/{job.replace('.', '/')}"
         name, words = started.pop()
-        assert name == "model-odd"
-        assert shown(words) == line + " ".join(["--output runs/model-odd", *more])
+        assert (name, shown(words)) == (job, shown_line)
     write_run(RUNS / "model-odd")
     assert "runs/model-odd-2" in page.get("plan?data=odd.csv&model=my/model").text
 
@@ -207,12 +219,18 @@ def test_a_run_is_shown_as_it_stands(page: Any) -> None:
     done, half = write_run(RUNS / "done"), write_run(RUNS / "half", finished=False)
     (done / "adapter" / "growth.json").touch()
     (done / "report.html").write_text(f"<h1>report</h1>{EVIL}")
-    assert "Chat with it" in page.get("run/done").text
+    finished = page.get("run/done").text
+    assert "<h1>It is done</h1>" in finished  # the report in the frame below has its own heading
+    assert "Chat with it" in finished
+    assert "data-at-work" not in finished
     report = page.get("run/done/report")
     assert report.headers["content-security-policy"].endswith("sandbox")  # a script in it does not run
     assert "script-src" not in report.headers["content-security-policy"]
+    LOGS.mkdir(parents=True)
+    (LOGS / "done.export.log").write_text("qaroma export runs/done\nwrote it")
+    assert "Written</h2>\n<pre>qaroma export runs/done\nwrote it" in page.get("run/done/export").text
     stopped = page.get("run/half").text
-    assert "Stopped at step 4 of 8." in stopped
+    assert "Stopped at step 4 of 8<" in stopped
     assert f"qaroma finetune --resume --output {half.as_posix()}" in stopped
     assert "There is no run of this name." in page.get("run/none").text
     home = page.get("").text
@@ -234,7 +252,7 @@ def test_another_page_finds_a_run_at_work_and_stops_it(page: Any) -> None:
     try:
         wait_for(lambda: read_run(run).state == "running")
         shown_run = page.get("run/one").text
-        assert "It is learning." in shown_run
+        assert "data-at-work>It is learning<" in shown_run  # so that it is asked for again
         assert "about 0 min 08 s left" in shown_run  # four steps of two seconds
         assert "at work" in page.get("").text
         assert "one is at work" in page.get(f"plan?data={DEMO}").text
@@ -265,13 +283,14 @@ def test_a_job_outlives_the_page_and_keeps_its_words(working_folder: Path, monke
     assert jobs.failure("none") is None
 
 
-def test_an_error_of_a_command_is_shown_as_it_is(page: Any) -> None:
-    with pytest.raises(QaromaError, match="there is no folder nowhere"):
-        figures_of(["runs", "nowhere"])
+def test_an_error_of_a_command_is_shown_as_it_is(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qaroma.page.screens.answer_of", answer_of)
+    assert "there is no folder nowhere" in answer_of(["runs", "nowhere"])["error"]
     put("a.csv", "prompt,completion\na,b\n")
-    answer = page.get("preview?data=a.csv&model=./nowhere")
-    assert answer.status_code == 400
-    assert "There is no folder &#39;./nowhere&#39;" in answer.text
+    screen = page.get("data?data=a.csv&model=./nowhere").text
+    assert "There is no folder &#39;./nowhere&#39;" in screen
+    assert "Go on" not in screen
+    assert "Choose another file" in screen
 
 
 def test_models_that_fit_the_ones_here_first(tmp_path: Path) -> None:
@@ -351,9 +370,9 @@ def test_a_start_gives_the_memory_of_the_talk_to_the_run(page: Any, monkeypatch:
 
         assert {"ready": True} in said("")
         assert {"ready": True} not in said("a")
-        page.post(f"start?data={DEMO}&run=two", headers=OURS, follow_redirects=False)
+        page.post(f"run/two/start?data={DEMO}", headers=OURS, follow_redirects=False)
         assert {"ready": True} in said("a")
-        page.post(f"start?data={DEMO}&run=two", headers=OURS, follow_redirects=False)
+        page.post(f"run/two/start?data={DEMO}", headers=OURS, follow_redirects=False)
 
 
 def test_choices_survive_the_way_through_addresses(working_folder: Path) -> None:
@@ -380,18 +399,23 @@ def test_a_taken_port_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "is taken" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals")
-def test_the_event_stream_tells_changes_alone(working_folder: Path) -> None:
-    from qaroma.page.screens import Screens
+def test_a_screen_is_sent_as_far_as_it_is_known_while_its_command_works(
+    working_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[str] = []
 
-    write_run(RUNS / "one")
+    def asked(words: list[str]) -> dict[str, Any]:
+        assert words[:2] == ["data", "preview"]
+        assert "Reading your rows" in "".join(sent)
+        return {"error": "no such model"}
 
-    async def first() -> str:
-        from starlette.requests import Request
+    async def collect() -> None:
+        request = Request(
+            {"type": "http", "path": f"/{TOKEN}/data", "headers": [], "query_string": b"data=demo:calendar"}
+        )
+        async for piece in Screens(Machine(1, None)).data(request).body_iterator:  # type: ignore[attr-defined]
+            sent.append(piece)
 
-        scope = {"type": "http", "path_params": {"name": "one"}}
-        answer = await Screens(Machine(1, None), lambda: False).events(Request(scope))
-        return await anext(aiter(answer.body_iterator))
-
-    told = json.loads(asyncio.run(first()).removeprefix("data: "))
-    assert (told["state"], told["step"], told["steps"]) == ("finished", 4, 8)
+    monkeypatch.setattr("qaroma.page.screens.answer_of", asked)
+    asyncio.run(collect())
+    assert '<p class="error">no such model</p>' in "".join(sent)

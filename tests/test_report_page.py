@@ -118,6 +118,23 @@ def test_what_models_and_data_say_is_text(tmp_path: Path) -> None:
     assert page.text.count(EVIL) >= 5  # as prompt, as answer, in samples, in settings
 
 
+def test_a_page_to_be_shown_names_runs_and_files_and_not_where_they_lie(tmp_path: Path) -> None:
+    private = tmp_path / "of anna" / ("long " * 30).strip()
+    private.mkdir(parents=True)
+    run = make_run(
+        private / "mine", lines=lines(6), finished=False, adapter=False, output=str(private / "mine"),
+        model={"name": str(private / "base")}, data={"train": [{"path": str(private / "mine" / "rows.jsonl")}]},
+        evaluation={"data": "C:\\Users\\anna\\test.csv"},
+    )  # fmt: skip
+    text = write_page(run).read_text(encoding="utf-8")
+    assert "anna" not in text
+    assert "long" not in text.replace("longest", "")
+    assert "qaroma finetune --resume --output mine" in text.replace("&#34;", "")
+    page = Page(text)
+    for left in ("path: rows.jsonl", "data: test.csv", "output: mine", "name: base", "Base modelbase"):
+        assert left in page.text, left
+
+
 def test_names_within_figures_are_unique(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "run", lines=lines()))
     ids = page.values("id")

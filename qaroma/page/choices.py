@@ -13,9 +13,9 @@ from qaroma.data.forms import recognise
 from qaroma.data.sources import Row
 from qaroma.errors import QaromaError
 from qaroma.model.builtin import SMOLLM2_NAME
-from qaroma.page.places import DEMO, source
+from qaroma.page.places import UPLOADS, inside
 
-TRIAL_STEPS = 10
+DEMO = "demo:calendar"
 _LOOKED_AT = 200  # rows
 MEANINGS = {
     "prompt": "The question",
@@ -38,17 +38,15 @@ class Choice:
     """Data, what its columns mean, and a model.
 
     Attributes:
-        source: as ``--data`` takes it.
+        data: name of the uploaded file, or of the built-in example.
         form: of its rows, one of :data:`FORMS`; None where none was recognised.
-        problem: why none was.
         names: of the columns that its rows have then.
         columns: what is which of them: as chosen, or else the first two.
         model: as ``--model`` takes it.
     """
 
-    source: str
+    data: str
     form: str | None
-    problem: str
     names: tuple[str, ...]
     columns: Mapping[str, str]
     model: str
@@ -60,18 +58,13 @@ class Choice:
         Raises:
             QaromaError: no such data.
         """
-        data = source(query.get("data", ""))
-        form, problem, names = _look(data)
+        data = query.get("data", "")
+        form, names = ("alpaca", ()) if data == DEMO else _look(inside(UPLOADS, data))
         columns = {meaning: query[meaning] for meaning in MEANINGS if query.get(meaning)}
         if not columns and len(names) > 1:
             columns = dict(zip(("prompt", "completion"), names, strict=False))
         model = query.get("other", "").strip() or query.get("model", "").strip() or SMOLLM2_NAME
-        return cls(data, form, problem, names, columns, model)
-
-    @property
-    def data(self) -> str:
-        """The data's name on the page."""
-        return Path(self.source).name
+        return cls(data, form, names, columns, model)
 
     @property
     def fields(self) -> dict[str, str]:
@@ -85,28 +78,26 @@ class Choice:
     def preview(self) -> list[str]:
         return ["data", "preview", *self._words(), "--examples", "3"]
 
-    def finetune(self, run: Path, *, trial: bool = False) -> list[str]:
-        length = ["--max-steps", str(TRIAL_STEPS)] if trial else []
-        return ["finetune", *self._words(), "--output", run.as_posix(), *length]
+    def finetune(self, run: Path) -> list[str]:
+        return ["finetune", *self._words(), "--output", run.as_posix()]
 
     def _words(self) -> list[str]:
+        source = DEMO if self.data == DEMO else (UPLOADS / self.data).as_posix()
         columns = ",".join(f"{meaning}={name}" for meaning, name in self.columns.items())
         task = ["--task", "preference"] if self.form == "preference" else []
-        return ["--model", self.model, "--data", self.source, *(["--columns", columns] if columns else []), *task]
+        return ["--model", self.model, "--data", source, *(["--columns", columns] if columns else []), *task]
 
 
-def _look(file: str) -> tuple[str | None, str, tuple[str, ...]]:
-    """The form of the first rows; or why it is not known, and the names of their columns."""
-    if file == DEMO:
-        return "alpaca", "", ()
+def _look(file: Path) -> tuple[str | None, tuple[str, ...]]:
+    """The form of the first rows; where it is not known, the names of their columns."""
+    if not file.is_file():
+        raise QaromaError(f"there is no file {file.name} in {UPLOADS.as_posix()}; choose it again")
     rows: list[Row] = []
-    remarks = Remarks([], [])
     try:
-        for line, value in islice(read_file(Path(file), remarks), _LOOKED_AT):
-            rows.append(Row(value, file, line))
-        if not rows:
-            raise QaromaError("; ".join(remarks.bad[:3]) or f"{file} holds no rows")
-        return recognise(rows), "", ()
-    except QaromaError as error:
-        columns = dict.fromkeys(str(name) for row in rows if isinstance(row.value, dict) for name in row.value)
-        return None, str(error), tuple(columns)
+        for line, value in islice(read_file(file, Remarks([], [])), _LOOKED_AT):
+            rows.append(Row(value, file.as_posix(), line))
+        if rows:
+            return recognise(rows), ()
+    except QaromaError:  # the preview will say what is wrong
+        pass
+    return None, tuple(dict.fromkeys(str(name) for row in rows if isinstance(row.value, dict) for name in row.value))

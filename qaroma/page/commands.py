@@ -15,7 +15,6 @@ from typing import Any
 
 import psutil
 
-from qaroma.errors import QaromaError
 from qaroma.page.places import LOGS, inside
 from qaroma.runs.directory import quoted
 from qaroma.runs.files import make_directory, read_json
@@ -34,17 +33,13 @@ def argv(words: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "qaroma", *words]
 
 
-def figures_of(words: Sequence[str]) -> dict[str, Any]:
-    """What a command with ``--json`` says.
-
-    Raises:
-        QaromaError: it failed; the text is its own.
-    """
+def answer_of(words: Sequence[str]) -> dict[str, Any]:
+    """What a command says with ``--json``; of one that fails its ``error``, in its own words."""
     done = subprocess.run(argv([*words, "--json"]), stdin=subprocess.DEVNULL, capture_output=True, check=False)
     if done.returncode != 0:
-        raise QaromaError(own_words(done.stderr.decode("utf-8", "replace")))
-    figures: dict[str, Any] = json.loads(done.stdout)
-    return figures
+        return {"error": own_words(done.stderr.decode("utf-8", "replace"))}
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
 
 
 def own_words(said: str) -> str:
@@ -62,19 +57,18 @@ class Jobs:
 
     def start(self, name: str, words: Sequence[str]) -> None:
         """Run a command, unless the one of that name is at work."""
-        with self._starting:
-            if not self.working(name):
-                self._children[name] = self._started(name, words)
-
-    def _started(self, name: str, words: Sequence[str]) -> subprocess.Popen[bytes]:
-        make_directory(LOGS)
         own_group: dict[str, Any] = {"start_new_session": True}
         if os.name == "nt":
             own_group = {"creationflags": 0x200}  # CREATE_NEW_PROCESS_GROUP
-        with _log(name).open("wb") as log:
-            log.write(f"{shown(words)}\n".encode())
-            log.flush()
-            return subprocess.Popen(argv(words), stdin=subprocess.DEVNULL, stdout=log, stderr=log, **own_group)
+        make_directory(LOGS)
+        with self._starting:
+            if self.working(name):
+                return
+            with _log(name).open("wb") as log:
+                log.write(f"{shown(words)}\n".encode())
+                log.flush()
+                child = subprocess.Popen(argv(words), stdin=subprocess.DEVNULL, stdout=log, stderr=log, **own_group)
+            self._children[name] = child
 
     def working(self, name: str) -> bool:
         """Whether this page began it, and it goes on; whether a run is at work is known to its folder."""

@@ -8,12 +8,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; frame-src 'self'; img-src data:; "
-    "form-action 'self'; base-uri 'none'; frame-ancestors 'self'"
-)
 _HEADERS = {
-    "Content-Security-Policy": _POLICY,
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "frame-src 'self'; img-src data:; form-action 'self'; base-uri 'self'; frame-ancestors 'self'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "same-origin",  # no-referrer would make a form's Origin null
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -28,7 +25,7 @@ class Guard:
     The token stands in the path and not in a cookie, which a browser would send to every port of this machine.
 
     Args:
-        app: what is guarded.
+        app: what is guarded; it has no websockets.
         token: the first part of every path.
         hosts: values of the header Host that are ours; another is a name that leads here from elsewhere.
     """
@@ -37,14 +34,6 @@ class Guard:
         self._app, self._token, self._hosts = app, token, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
-            return
-        if scope["type"] == "websocket":  # there are none
-            await send({"type": "websocket.close", "code": 1008})
-            return
-        refused = self._refusal(scope["method"], scope["path"], Headers(scope=scope))
-
         async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
@@ -52,18 +41,18 @@ class Guard:
                     headers.setdefault(name, value)
             await send(message)
 
-        answer: ASGIApp = self._app if refused is None else PlainTextResponse(refused, 403)
+        refused = self._refusal(scope) if scope["type"] == "http" else None
+        answer: ASGIApp = self._app if refused is None else PlainTextResponse(f"refused: {refused}", 403)
         await answer(scope, receive, send_guarded)
 
-    def _refusal(self, method: str, path: str, headers: Headers) -> str | None:
-        host, origin = headers.get("host", ""), headers.get("origin")
+    def _refusal(self, scope: Scope) -> str | None:
+        headers = Headers(scope=scope)
+        host, origin, site = (headers.get(name) for name in ("host", "origin", "sec-fetch-site"))
         if host not in self._hosts:
-            return "refused: this page answers at 127.0.0.1 alone"
-        if not secrets.compare_digest(path[1:].partition("/")[0].encode(), self._token.encode()):
-            return "refused: open the address that 'qaroma page' printed, whole"
-        changes = method not in ("GET", "HEAD")
-        if origin != f"http://{host}" and (origin is not None or changes):
-            return "refused: asked for by another page"
-        if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
-            return "refused: asked for by another page"
+            return "this page answers at 127.0.0.1 alone"
+        if not secrets.compare_digest(scope["path"][1:].partition("/")[0].encode(), self._token.encode()):
+            return "open the address that 'qaroma page' printed, whole"
+        unnamed = origin is None and scope["method"] in ("GET", "HEAD")  # where nothing changes
+        if not (unnamed or origin == f"http://{host}") or site not in (None, "none", "same-origin"):
+            return "asked for by another page"
         return None

@@ -12,21 +12,6 @@ from qaroma.runs.files import make_directory
 
 UPLOADS, LOGS, RUNS = Path("qaroma-page/data"), Path("qaroma-page/logs"), Path("runs")
 LARGEST_UPLOAD = 256 * 2**20  # bytes
-DEMO = "demo:calendar"
-
-
-def source(name: str) -> str:
-    """What ``--data`` takes for an uploaded file, or for the built-in example.
-
-    Raises:
-        QaromaError: no such file.
-    """
-    if name == DEMO:
-        return name
-    path = inside(UPLOADS, name)
-    if not path.is_file():
-        raise QaromaError(f"there is no file {name} in {UPLOADS.as_posix()}; choose it again")
-    return path.as_posix()
 
 
 async def receive(name: str, pieces: AsyncIterator[bytes]) -> str:
@@ -57,21 +42,16 @@ async def receive(name: str, pieces: AsyncIterator[bytes]) -> str:
         with aside.open("xb") as file:
             async for piece in pieces:
                 size += len(piece)
-                require_small(size)
+                if size > LARGEST_UPLOAD:
+                    raise QaromaError(
+                        f"the file has more than {LARGEST_UPLOAD // 2**20} MiB, the most that the page takes; use the "
+                        "command line: qaroma finetune --model MODEL --data FILE"
+                    )
                 file.write(piece)
         aside.rename(path)
     finally:
         aside.unlink(missing_ok=True)
     return path.name
-
-
-def require_small(size: int) -> None:
-    """See to it that a file is not too large to be uploaded."""
-    if size > LARGEST_UPLOAD:
-        raise QaromaError(
-            f"the file has more than {LARGEST_UPLOAD // 2**20} MiB, the most that the page takes; train on it with the "
-            "command line: qaroma finetune --model MODEL --data FILE"
-        )
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import socket
 from collections.abc import Callable
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -19,39 +20,34 @@ from qaroma.page.screens import TEMPLATES, Screens, failed
 HOME = "127.0.0.1"
 
 
-def make_app(token: str, port: int, machine: Machine, closing: Callable[[], bool]) -> Guard:
+def make_app(token: str, port: int, machine: Machine) -> Guard:
     """The page as an ASGI application.
 
     Args:
         token: what every address begins with.
         port: that it is served at.
         machine: where runs train.
-        closing: whether the server is about to end, so that what follows a run ends too.
     """
-    screens = Screens(machine, closing)
+    screens = Screens(machine)
     routes = [
         Route("/", screens.home),
         Route("/upload", screens.upload, methods=["PUT"]),
         Route("/data", screens.data),
-        Route("/preview", screens.preview),
         Route("/model", screens.model),
         Route("/plan", screens.plan),
-        Route("/forecast", screens.forecast),
-        Route("/start", screens.start, methods=["POST"]),
         Route("/run/{name}", screens.run),
-        Route("/run/{name}/events", screens.events),
         Route("/run/{name}/report", screens.report),
-        Route("/run/{name}/stop", screens.stop, methods=["POST"]),
-        Route("/run/{name}/resume", screens.resume, methods=["POST"]),
         Route("/run/{name}/export", screens.export),
-        Route("/run/{name}/export", screens.start_export, methods=["POST"]),
         Route("/run/{name}/chat", screens.chat),
         Route("/run/{name}/talk", screens.talk, methods=["POST"]),
+        Route("/run/{name}/start", screens.start, methods=["POST"]),
+        Route("/run/{name}/stop", screens.stop, methods=["POST"]),
+        Route("/run/{name}/resume", screens.resume, methods=["POST"]),
+        Route("/run/{name}/write/{form}", screens.write, methods=["POST"]),
         Mount("/static", StaticFiles(directory=TEMPLATES / "static")),
     ]
-    app = Starlette(
-        routes=[Mount(f"/{token}", routes=routes)], exception_handlers={QaromaError: failed, OSError: failed}
-    )
+    refusals: Any = {QaromaError: failed, OSError: failed}
+    app = Starlette(routes=[Mount(f"/{token}", routes=routes)], exception_handlers=refusals)
     return Guard(app, token, frozenset({f"{HOME}:{port}", f"localhost:{port}"}))
 
 
@@ -75,10 +71,7 @@ def serve(port: int, tell: Callable[[str], None]) -> None:
     token, machine = secrets.token_urlsafe(24), this_machine()
     listening.listen(128)  # what asks from now on is answered as soon as the server runs
     tell(f"http://{HOME}:{port}/{token}/")
-    app = make_app(token, port, machine, lambda: server.should_exit)
+    app = make_app(token, port, machine)
     # Addresses hold the token: none is logged.
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5
-    )
-    server = uvicorn.Server(config)
-    server.run(sockets=[listening])
+    options: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}
+    uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=5, **options)).run(sockets=[listening])

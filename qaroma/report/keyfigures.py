@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from statistics import median
 
 from qaroma.config.metrics import METRICS, metric_facts, metrics_of
@@ -117,8 +119,38 @@ def settings(run: Run) -> dict[str, str]:
             continue
         values = [run.setting(key) for key in keys]
         if all(value is not None for value in values):
-            found[name] = (" x " if " x " in name else ", ").join(_shown(value) for value in values)
+            text = (" x " if " x " in name else ", ").join(_shown(value) for value in values)
+            found[name] = without_places(text, run)
     return found
+
+
+def without_places(text: str, run: Run) -> str:
+    """A text that can be sent to others: of the absolute paths of a run only their last names are left.
+
+    Args:
+        text: its configuration, or a command.
+        run: whose paths they are: its own and those of its configuration.
+    """
+    paths = {path for value in (run.path.as_posix(), *_texts(run.config)) if (path := _absolute(value))}
+    for path in sorted(paths, key=lambda path: -len(str(path))):  # one may lie within another
+        in_lines = r"\s+".join(map(re.escape, str(path).split(" ")))  # YAML breaks long lines at spaces
+        text = path.name.join(re.split(rf"{in_lines}(?![\w.-])", text))
+    return text
+
+
+def _texts(value: object) -> Iterator[str]:
+    """The texts within settings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _texts(one)
+
+
+def _absolute(text: str) -> PurePath | None:
+    """A path that begins at a root, of whatever system; the root itself is none."""
+    kinds = (PurePosixPath(text), PureWindowsPath(text))
+    return next((path for path in kinds if path.is_absolute() and path.name), None)
 
 
 def validation_table(run: Run, most: int = 25) -> tuple[list[str], list[list[str]]]:

@@ -18,7 +18,7 @@ from qaroma.report import drawings
 from qaroma.report.answers import answered_test, answered_while_training, first_answers
 from qaroma.report.card_image import card_figure
 from qaroma.report.finding import finding
-from qaroma.report.keyfigures import description, key_figures, settings, state, validation_table
+from qaroma.report.keyfigures import description, key_figures, settings, state, validation_table, without_places
 from qaroma.report.outcome import outcome
 from qaroma.report.panels import Panel, choose_modules, growth_panels, learning_panel, training_panels
 from qaroma.report.rank_map import RankMap, map_of_ranks, rank_map
@@ -113,12 +113,13 @@ def _run_context(run: Run, spectra: Spectra | None) -> dict[str, Any]:
     config = run.path / "config.yaml"
     ended = outcome(run) if run.finished else None
     tested = answered_test(run)
+    command = ended.command if ended else run.resume
     return {
         "name": run.name,
         "description": description(run),
         "finding": finding(run),
         "state": state(run),
-        "command": ended.command if ended else run.resume,
+        "command": without_places(command, run) if command else None,
         "finished": run.finished,
         "running": run.state == "running",
         "verdict": ended.verdict if ended else _VERDICTS.get(run.state, "It is broken"),
@@ -130,7 +131,7 @@ def _run_context(run: Run, spectra: Spectra | None) -> dict[str, Any]:
         "effective_map": _effective_map(spectra),
         "figures": key_figures(run, spectra),
         "settings": settings(run),
-        "config": config.read_text(encoding="utf-8") if config.is_file() else "",
+        "config": without_places(config.read_text(encoding="utf-8"), run) if config.is_file() else "",
         "validation_header": header,
         "validation_rows": rows,
         "samples": answered_while_training(run),

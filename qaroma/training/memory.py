@@ -198,7 +198,7 @@ def choose_level(config: ResolvedConfig, base: FoundModel, device: torch.device,
         return 0 if bound < free else 1
     host = int(psutil.virtual_memory().available) if device.type == "cuda" else None
     planner = planner or Planner(plannable(base))
-    level = planner.fastest_level(_step_settings(config, base, device), free - FRAGMENTS, host)
+    level = planner.fastest_level(step_settings(config, base, device), free - FRAGMENTS, host)
     if level is None:
         raise QaromaError(
             f"{config.model.name} does not fit in {memory_size(free, 1)} with micro-batches of {tokens} tokens; type a "
@@ -223,7 +223,7 @@ def step_memory(
     bound = generous_bound(base.config.get_text_config(), _step_tokens(config))
     if bound < SMALL_SHARE * free_bytes(device) or not config.writes_text:
         return bound, False
-    step = planner.estimate(replace(_step_settings(config, base, device), level=level))
+    step = planner.estimate(replace(step_settings(config, base, device), level=level))
     return step.peak + (step.host if device.type == "cpu" else 0), True
 
 
@@ -232,7 +232,7 @@ def _step_tokens(config: ResolvedConfig) -> int:
     return config.training.micro_batch * config.sequences * config.data.max_length
 
 
-def _step_settings(config: ResolvedConfig, base: FoundModel, device: torch.device) -> StepSettings:
+def step_settings(config: ResolvedConfig, base: FoundModel, device: torch.device) -> StepSettings:
     """The step that a run makes, at level 0."""
     targets = config.growth.target_modules
     dtype = resolve_dtype(config.model.compute_dtype, device, base.config)
