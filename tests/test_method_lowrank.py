@@ -61,15 +61,32 @@ def test_bf16_error_is_no_larger_than_the_naive_bf16_error() -> None:
     assert (ours - truth).norm() <= (naive - truth).norm() * 1.001
 
 
+def test_bf16_error_of_the_gradients_is_no_larger_than_the_naive_bf16_error() -> None:
+    base, start, r = nf4_linear(192, 128, dtype=torch.bfloat16), 3, 2
+    A, B = torch.randn(16, 192).bfloat16() / 14, torch.randn(16, 128).bfloat16()
+    x, weights = torch.randn(33, 192).bfloat16(), torch.randn(33, 128).bfloat16()
+    gradients = {}
+    for name, dtype in (("truth", torch.float64), ("naive", torch.bfloat16)):
+        given = [t.to(dtype).requires_grad_() for t in (x, A, B)]
+        y = F.linear(given[0], dense_weight(base, dtype)) + (given[0] @ given[1].T) @ given[2]
+        found = torch.autograd.grad(y, given, weights.to(dtype))
+        gradients[name] = [found[0], *(factor[start : start + r] for factor in found[1:])]
+    active = Active(*(nn.Parameter(factor[start : start + r].float()) for factor in (A, B)), start, 1.0)
+    given = [x.requires_grad_(), active.A, active.B]
+    gradients["ours"] = torch.autograd.grad(lowrank_linear(x, base, A, B, active), given, weights)
+    for truth, naive, ours in zip(*gradients.values(), strict=True):
+        assert (ours - truth).norm() <= (naive - truth).norm() * 1.001
+
+
 @pytest.mark.parametrize("trains", [True, False])
-def test_only_the_input_is_saved_for_the_backward_pass_and_only_of_what_trains(trains: bool) -> None:
+def test_only_the_input_and_its_products_with_what_trains_are_saved(trains: bool) -> None:
     saved = []
     base = nf4_linear(192, 128)
     x = torch.randn(5, 192, requires_grad=True)
     active = Active(nn.Parameter(torch.randn(1, 192)), nn.Parameter(torch.randn(1, 128)), 0, 1.0)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
         lowrank_linear(x, base, torch.randn(16, 192), torch.randn(16, 128), active if trains else None)
-    assert saved == [x.shape] * trains
+    assert saved == [x.shape, (5, 1)] * trains
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

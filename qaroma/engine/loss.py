@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qaroma.method.dequantise import block_maxima, dense_rows, dense_weight, product_in_fp32
 
 CHUNK_BYTES = 256 * 2**20  # that a chunk of tokens may take, however few there are
+FEW_CHUNKS = 4  # that are no matter: a chunk takes no more than the head itself where these are enough
 HIDDEN_SHARE = 6  # times the hidden states' own bytes is what it may take where they are many
 SLICES = 8  # of a chunk: what is element-wise on logits makes copies of one slice at a time
 # A token's gradient times this is what lies in fp16, whose numbers end at 6e-8: a token that is all but learnt would
@@ -68,18 +69,21 @@ class LMHead:
         The decoder's backward pass, which follows, holds eight times the hidden states and more besides,
         so that chunks which grow with them do not raise the peak of a step.
         """
-        allowed = max(CHUNK_BYTES, HIDDEN_SHARE * hidden_TD.numel() * hidden_TD.element_size())
+        tokens, columns = hidden_TD.shape
         fp32_copies = 1 + 1 / SLICES
         copies = 0 if self.packed else hidden_TD.element_size()  # of the gradient, for the product with a dense head
-        return max(1, int(allowed / (self.vocabulary * (4 * fp32_copies + copies))))
+        a_token = self.vocabulary * (4 * fp32_copies + copies)
+        head = self.vocabulary * columns * hidden_TD.element_size()
+        least = min(CHUNK_BYTES, max(head, math.ceil(tokens / FEW_CHUNKS) * a_token))
+        return max(1, int(max(least, HIDDEN_SHARE * hidden_TD.nbytes) / a_token))
 
-    def softmax_minus_one_hot(self, logits_SV: Tensor, log_normaliser_S1: Tensor, targets_S1: Tensor) -> None:
-        """Turn logits into the loss's gradient at the projection's output, in their place."""
-        through_cap = 1 - (logits_SV / self.softcap).square() if self.softcap is not None else None
-        logits_SV.sub_(log_normaliser_S1).exp_()
-        logits_SV.scatter_add_(1, targets_S1, logits_SV.new_full(targets_S1.shape, -1.0))
-        if through_cap is not None:
-            logits_SV *= through_cap
+    def softmax_minus_one_hot(self, logits_SV: Tensor, log_softmax_SV: Tensor, targets_S1: Tensor) -> None:
+        """Turn logits into the loss's gradient at the projection's output, in their place; uses up their softmax."""
+        gradient_SV = logits_SV if self.softcap is None else log_softmax_SV
+        torch.exp(log_softmax_SV, out=gradient_SV)
+        gradient_SV.scatter_add_(1, targets_S1, gradient_SV.new_full(targets_S1.shape, -1.0))
+        if self.softcap is not None:  # times the derivative of the cap
+            logits_SV.div_(self.softcap).square_().neg_().add_(1.0).mul_(gradient_SV)
         if self.multiplier != 1.0:
             logits_SV *= self.multiplier
 
@@ -142,12 +146,13 @@ def _fill_chunk(losses_C: Tensor, grad_CD: Tensor | None, hidden_CD: Tensor, tar
     """
     logits_CV = head.logits(hidden_CD)
     size = math.ceil(targets_C1.shape[0] / SLICES)
+    room_SV = torch.empty_like(logits_CV[:size])
     for start in range(0, targets_C1.shape[0], size):
         logits_SV, targets_S1 = logits_CV[start : start + size], targets_C1[start : start + size]
-        log_normaliser_S1 = logits_SV.logsumexp(dim=1, keepdim=True)
-        losses_C[start : start + size] = (log_normaliser_S1 - logits_SV.gather(1, targets_S1))[:, 0]
+        log_softmax_SV = torch.log_softmax(logits_SV, dim=1, out=room_SV[: logits_SV.shape[0]])
+        torch.neg(log_softmax_SV.gather(1, targets_S1)[:, 0], out=losses_C[start : start + size])
         if grad_CD is not None:
-            head.softmax_minus_one_hot(logits_SV, log_normaliser_S1, targets_S1)
+            head.softmax_minus_one_hot(logits_SV, log_softmax_SV, targets_S1)
     if grad_CD is not None:
         if grad_CD.dtype == torch.float16:
             logits_CV *= FP16_SHIFT

@@ -111,7 +111,7 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD = ctx.kept.tensor
+        (x_TD,) = ctx.kept.tensors
         grad_x = torch.empty_like(x_TD)
         # Added up here and not where they accumulate: a micro-batch's gradient is one sum, whatever stands there.
         sums: list[Tensor | None] = [None] * len(ctx.parameters)

@@ -1,4 +1,4 @@
-"""An operation's input, saved for the backward pass before the operation runs.
+"""An operation's input, and what was made of it, saved for the backward pass before the operation runs.
 
 Under activation checkpointing a layer is computed again only as far as the last tensor that its backward pass
 asks for, and what a function of autograd saves counts from the end of its forward on. Saved by an operation of
@@ -19,32 +19,32 @@ class KeptInput:
     context: Any = None
 
     @property
-    def tensor(self) -> Tensor:
-        """The input, in the backward pass."""
-        (x,) = self.context.saved_tensors
-        return x  # type: ignore[no-any-return]
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The input and what was saved with it, in the backward pass."""
+        return self.context.saved_tensors  # type: ignore[no-any-return]
 
 
-def keep_input(x: Tensor) -> tuple[Tensor, KeptInput]:
+def keep_input(x: Tensor, *made: Tensor) -> tuple[Tensor, KeptInput]:
     """Save a tensor for the backward pass of whatever is given the result.
 
     Args:
         x: must require a gradient, or autograd saves nothing.
+        made: of it, without a gradient, saved with it.
 
     Returns:
-        ``x`` for that operation to compute with, and where its backward pass finds it.
+        ``x`` for that operation to compute with, and where its backward pass finds what was saved.
     """
     kept = KeptInput()
-    return _Keep.apply(x, kept), kept  # type: ignore[no-untyped-call]
+    return _Keep.apply(x, kept, *made), kept  # type: ignore[no-untyped-call]
 
 
 class _Keep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kept: KeptInput) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, x: Tensor, kept: KeptInput, *made: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *made)
         kept.context = ctx
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, *[None] * (len(ctx.needs_input_grad) - 1)

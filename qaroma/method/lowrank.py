@@ -29,6 +29,10 @@ class Active(NamedTuple):
     start: int
     scale: float
 
+    def columns(self, product_TR: Tensor) -> Tensor:
+        """(T, K) of a product with all R rows of a factor: those with the rows that train, a view."""
+        return product_TR[:, self.start : self.start + self.A.shape[0]]
+
 
 def lowrank_linear(x: Tensor, base: nn.Module | None, A_RN: Tensor, B_RM: Tensor, active: Active | None) -> Tensor:
     """``x W0^T + bias + (x A^T) B``, with gradients for the input and the active rows only.
@@ -38,8 +42,9 @@ def lowrank_linear(x: Tensor, base: nn.Module | None, A_RN: Tensor, B_RM: Tensor
         y = F.linear(x, dense_weight(base), base.bias) + (x @ A_RN.T) @ B_RM
 
     with ``A_RN`` and ``B_RM`` requiring grad, where ``active.A.grad`` is the active rows of dA and
-    ``active.B.grad`` is ``scale`` times those of dB. Only the input is saved, and only where a component
-    trains; the base weight is dequantised again in the backward pass, so no dense weight outlives a call.
+    ``active.B.grad`` is ``scale`` times those of dB. Only the input and its products with the rows of A that train are
+    saved, and only where a component trains; the base weight is dequantised again in the backward pass, so no dense
+    weight outlives a call.
 
     Args:
         x: (..., N) in the compute dtype.
@@ -53,19 +58,19 @@ def lowrank_linear(x: Tensor, base: nn.Module | None, A_RN: Tensor, B_RM: Tensor
     """
     A_param, B_param = (active.A, active.B) if active is not None else (None, None)
     x_TN, kept = x.reshape(-1, x.shape[-1]), None
+    x_TR = x_TN.detach() @ A_RN.T
     if not torch.is_grad_enabled() and x.is_cuda and base is not None:
-        y_TM = _with_factors(fused_product(x_TN, base), x_TN, A_RN, B_RM)
-        return y_TM.view(*x.shape[:-1], -1)
+        return _with_factors(fused_product(x_TN, base), x_TR, B_RM).view(*x.shape[:-1], -1)
     if active is not None and x.requires_grad and torch.is_grad_enabled():
-        x_TN, kept = keep_input(x_TN)
-    y_TM = _LowRankLinear.apply(x_TN, A_param, B_param, base, A_RN, B_RM, active, kept)  # type: ignore[no-untyped-call]
+        x_TN, kept = keep_input(x_TN, active.columns(x_TR))
+    y_TM = _LowRankLinear.apply(x_TN, x_TR, A_param, B_param, base, A_RN, B_RM, active, kept)  # type: ignore[no-untyped-call]
     # The view is made out here: autograd refuses one that a function returns to whoever adds to it in place (Falcon).
     return y_TM.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
 
 
-def _with_factors(y_TM: Tensor, x_TN: Tensor, A_RN: Tensor, B_RM: Tensor) -> Tensor:
+def _with_factors(y_TM: Tensor, x_TR: Tensor, B_RM: Tensor) -> Tensor:
     """``y += (x A^T) B``, in place: no second tensor of y's size."""
-    return y_TM.addmm_(x_TN @ A_RN.T, B_RM) if A_RN.shape[0] else y_TM
+    return y_TM.addmm_(x_TR, B_RM) if B_RM.shape[0] else y_TM
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -73,6 +78,7 @@ class _LowRankLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_TN: Tensor,
+        x_TR: Tensor,
         A_param: Tensor | None,
         B_param: Tensor | None,
         base: nn.Module | None,
@@ -82,14 +88,14 @@ class _LowRankLinear(torch.autograd.Function):
         kept: KeptInput | None,
     ) -> Tensor:
         if active is not None and kept is None:
-            ctx.save_for_backward(x_TN)
+            ctx.save_for_backward(x_TN, active.columns(x_TR))
         ctx.base, ctx.A_RN, ctx.B_RM, ctx.active, ctx.kept = base, A_RN, B_RM, active, kept
         if base is None:
             y_TM = x_TN.new_zeros(x_TN.shape[0], B_RM.shape[1])
         else:
             bias: Any = base.bias
             y_TM = F.linear(x_TN, dense_weight(base, x_TN.dtype), None if bias is None else bias.to(x_TN.dtype))
-        return _with_factors(y_TM, x_TN, A_RN, B_RM)
+        return _with_factors(y_TM, x_TR, B_RM)
 
     @staticmethod
     def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:
@@ -102,8 +108,7 @@ class _LowRankLinear(torch.autograd.Function):
             else:
                 grad_TN = (grad_TM @ dense_weight(ctx.base, grad_TM.dtype)).addmm_(grad_TR, ctx.A_RN)
         if ctx.active is not None:
-            x_TN = ctx.saved_tensors[0] if ctx.kept is None else ctx.kept.tensor
-            rows = slice(ctx.active.start, ctx.active.start + ctx.active.A.shape[0])
-            grad_A = product_in_fp32(grad_TR[:, rows].T, x_TN)
-            grad_B = product_in_fp32((x_TN @ ctx.A_RN[rows].T).T, grad_TM).mul_(ctx.active.scale)
-        return grad_TN, grad_A, grad_B, None, None, None, None, None
+            x_TN, x_TK = ctx.saved_tensors if ctx.kept is None else ctx.kept.tensors
+            grad_A = product_in_fp32(ctx.active.columns(grad_TR).T, x_TN)
+            grad_B = product_in_fp32(x_TK.T, grad_TM).mul_(ctx.active.scale)
+        return grad_TN, None, grad_A, grad_B, None, None, None, None, None
