@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_config
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qaroma.cli import main
 from qaroma.config.gpus import micro_batches_each
 from qaroma.config.levels import LEVELS
 from qaroma.config.words import memory_size
+from qaroma.engine.loss import LMHead
+from qaroma.engine.pieces import every_piece
 from qaroma.errors import QaromaError
 from qaroma.method.attach import attach
 from qaroma.method.base import FactorTrainer
@@ -32,7 +36,6 @@ from qaroma.plan.trace import StepSettings, count_step, trace_step
 from qaroma.plan.weightless import weightless
 from qaroma.plan.weightless_model import adapter_parameters, materialise, tensors_of, weightless_model, with_depth
 from qaroma.plan.work import step_seconds
-from qaroma.tasks.causal_lm import hidden_states
 
 MIB, GIB = 2**20, 2**30
 KIB = 1024
@@ -251,17 +254,14 @@ def test_llama3_8b_at_rest_is_the_arithmetic_of_nf4() -> None:
     assert counter.device.now - packed == 2 * (2 * 128256 * 4096 + 65 * 4096) + 2 * 64 * 4  # and two tables of RoPE
 
 
-class FullLogits:
+def full_cross_entropy(hidden_TD: Tensor, head: LMHead, targets_T: Tensor) -> Tensor:
     """The plain loss: logits of all positions at once."""
-
-    def loss(self, model, batch):
-        logits = model.get_output_embeddings()(hidden_states(model, batch)).float()
-        return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum"), batch.labels.numel()
+    return F.cross_entropy(head.projection(hidden_TD).float(), targets_T, reduction="sum")
 
 
 def test_plain_qlora_takes_what_it_is_known_to_take(monkeypatch: pytest.MonkeyPatch, llama: Planner) -> None:
     """9,069 MiB with PEFT's fp32 rank-8 factors and no optimiser yet, counted under FakeTensorMode elsewhere."""
-    monkeypatch.setattr(trace, "CausalLM", FullLogits)
+    monkeypatch.setattr(trace, "linear_cross_entropy", full_cross_entropy)
     found = Planner(llama.config).estimate(StepSettings(1, seq_len=2048, fused_norms=False))
     ours = found.breakdown["adapter"] + found.breakdown["optimiser"]
     assert (found.peak - ours) / MIB + 80 == pytest.approx(9069, abs=2)
@@ -525,6 +525,20 @@ def test_operations_that_are_known_give_what_torch_works_out(level: int, monkeyp
     monkeypatch.setattr("qaroma.plan.weightless._again", lambda *_: None)
     plain = trace_step(config, settings)
     assert replace(known, work={}) == replace(plain, work={})
+
+
+@pytest.mark.parametrize("level", [1, 4])
+def test_of_pieces_that_are_alike_one_stands_for_the_others(level: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven tiles, chunks and blocks of the vocabulary, the last ones smaller."""
+    monkeypatch.setattr("qaroma.engine.loss.BLOCK_ROWS", 40)
+    monkeypatch.setattr("qaroma.engine.loss.CHUNK_BYTES", 2**20)
+    monkeypatch.setattr("qaroma.engine.loss.HIDDEN_SHARE", 1 / 5)
+    config, settings = tiny_config(tie_word_embeddings=False), StepSettings(level, seq_len=400_000)
+    few = trace_step(config, settings)
+    asked = []
+    monkeypatch.setattr(LiveStorages, "few_pieces", lambda _, *rows: asked.append(rows) or every_piece(*rows))
+    assert trace_step(config, settings) == few
+    assert min(math.ceil(rows / size) for rows, size in asked) >= 5
 
 
 def test_the_tables_rates_are_those_of_the_whitepapers() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from qaroma.config.levels import LEVELS
 from qaroma.plan.counter import WORKSPACE, Peak
 from qaroma.plan.trace import StepSettings, Trace, trace_step
+from qaroma.plan.weightless import KnownShapes
 from qaroma.plan.weightless_model import with_depth
 from qaroma.plan.work import Work
 from qaroma.plan.workspaces import FIXED
@@ -68,6 +69,7 @@ class Planner:
         self.config = config
         self.layers: int = config.get_text_config().num_hidden_layers
         self._traces: dict[tuple[StepSettings, int], Trace] = {}
+        self._shapes = KnownShapes()
         self._seconds: dict[tuple[StepSettings, int], float] = {}
 
     def estimate(self, settings: StepSettings) -> Estimate:
@@ -146,7 +148,7 @@ class Planner:
         key = (settings, depth)
         if key not in self._traces:
             start = time.process_time()
-            self._traces[key] = trace_step(with_depth(self.config, depth), settings)
+            self._traces[key] = trace_step(with_depth(self.config, depth), settings, self._shapes)
             self._seconds[key] = time.process_time() - start
         return self._traces[key]
 
