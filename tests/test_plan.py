@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from conftest import tiny_config
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Gemma3TextConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from qaroma.cli import main
 from qaroma.config.gpus import micro_batches_each
@@ -222,6 +222,22 @@ def gemma3(layers: int) -> Any:
         hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
         head_dim=32, vocab_size=500, sliding_window=48,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_the_masks_of_sliding_windows_take_what_real_ones_do(level: int) -> None:
+    """SDPA makes a mask of the compute dtype of the one of bools, L x L in each layer."""
+    settings = StepSettings(level, 800, frozen_rank=3, dtype=torch.float32, quantized=False, fused_norms=False)
+    config = gemma3(6)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    model.requires_grad_(False).eval()
+    with LiveStorages() as counter:
+        counter.phase("load", "base")
+        counter.adopt(tensors_of(model), "base")
+        count_step(model, settings, counter)
+    planned = trace_step(model.config, settings)
+    for phase in ("forward", "backward"):
+        assert counter.device.peaks[phase].categories["layer"] == planned.peaks[phase].categories["layer"]
 
 
 @pytest.mark.parametrize("level", [0, 1, 4])
