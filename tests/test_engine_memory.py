@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from unittest.mock import Mock
 
 import pytest
@@ -51,7 +52,7 @@ def trained(folder, level: int, dtype=torch.float32, dropout: float = 0.0, targe
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles that do not divide the sequence."""
-    monkeypatch.setattr(levels_module, "tile_tokenwise", lambda model: tiled_module.tile_tokenwise(model, 37 * 64))
+    monkeypatch.setattr(levels_module, "tile_tokenwise", partial(tiled_module.tile_tokenwise, tile=37 * 64))
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["gate_proj", "up_proj", "down_proj"]], ids=["all", "mlp"])

@@ -34,7 +34,7 @@ class StraightPlanner(Planner):
     def estimate(self, settings: StepSettings) -> Estimate:
         size = settings.seq_len * settings.micro_batch // 2**settings.level
         host = size if settings.level >= 2 else 0
-        return Estimate(settings, size, 0, host, {}, {}, True)
+        return Estimate(settings, size, 0, host, {}, {})
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,16 @@ from typing import Any
 
 from qaroma.config.levels import LEVELS
 from qaroma.engine.checkpointing import ToHost, disable_checkpointing, enable_checkpointing, to_host
+from qaroma.engine.pieces import Pieces, every_piece
 from qaroma.engine.placement import move_embeddings_to_host, quantise_head
 from qaroma.engine.streaming import stream_layers
 from qaroma.engine.tiled import tile_tokenwise, untile
 
 
 def apply_level(
-    model: Any, level: int, *, quant_type: str = "nf4", double_quantization: bool = True, copy_out: ToHost = to_host
-) -> None:
+    model: Any, level: int, *, quant_type: str = "nf4", double_quantization: bool = True, copy_out: ToHost = to_host,
+    pieces: Pieces = every_piece,
+) -> None:  # fmt: skip
     """Put a model into a memory level; a later call may go further down.
 
     What a level saves comes at a price in time, and from level 3 on in exactness: the head's logits are
@@ -24,6 +26,7 @@ def apply_level(
         level: index into :data:`qaroma.config.levels.LEVELS`.
         quant_type, double_quantization: of the head from level 3 on.
         copy_out: brings to the host what levels keep there from 2 on.
+        pieces: which tiles are computed, where a level has them.
     """
     chosen = LEVELS[level]
     if chosen.packed_head:
@@ -33,7 +36,7 @@ def apply_level(
     if chosen.streamed:
         stream_layers(model, copy_out)
     if chosen.tiled:
-        tile_tokenwise(model)
+        tile_tokenwise(model, pieces=pieces)
     else:
         untile(model)
     if chosen.checkpointing:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qaroma.engine.pieces import Pieces, every_piece
 from qaroma.method.dequantise import block_maxima, dense_rows, dense_weight, product_in_fp32
 
 CHUNK_BYTES = 256 * 2**20  # that a chunk of tokens may take, however few there are
@@ -32,9 +33,11 @@ class LMHead:
 
     Args:
         model: a causal language model of transformers.
+        pieces: which chunks, slices and blocks are computed.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, pieces: Pieces = every_piece) -> None:
+        self.pieces = pieces
         config: Any = model.config
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.projection: nn.Module = model.get_output_embeddings()
@@ -45,15 +48,14 @@ class LMHead:
         self.multiplier /= float(getattr(config, "logits_scaling", None) or 1.0)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
 
-    def _rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        return dense_rows(self.projection, start, stop, dtype, self.absmax)
+    def _rows(self, block: slice, dtype: torch.dtype) -> Tensor:
+        return dense_rows(self.projection, block.start, block.stop, dtype, self.absmax)
 
     def logits(self, hidden_CD: Tensor) -> Tensor:
         """(C, D) -> (C, V) in fp32, block by block of the vocabulary."""
         logits_CV = torch.empty(hidden_CD.shape[0], self.vocabulary, device=hidden_CD.device)
-        for start in range(0, self.vocabulary, BLOCK_ROWS):
-            stop = min(start + BLOCK_ROWS, self.vocabulary)
-            logits_CV[:, start:stop] = F.linear(hidden_CD, self._rows(start, stop, hidden_CD.dtype))
+        for block in self.pieces(self.vocabulary, BLOCK_ROWS):
+            logits_CV[:, block] = F.linear(hidden_CD, self._rows(block, hidden_CD.dtype))
         bias: Any = getattr(self.projection, "bias", None)
         if bias is not None:
             logits_CV += bias
@@ -93,9 +95,8 @@ class LMHead:
             return grad_CV.to(dtype) @ dense_weight(self.projection, dtype)
         weight_columns = int(self.projection.in_features)  # type: ignore[arg-type]
         grad_CD = grad_CV.new_zeros(grad_CV.shape[0], weight_columns)
-        for start in range(0, self.vocabulary, BLOCK_ROWS):
-            stop = min(start + BLOCK_ROWS, self.vocabulary)
-            grad_CD += product_in_fp32(grad_CV[:, start:stop].to(dtype), self._rows(start, stop, dtype))
+        for block in self.pieces(self.vocabulary, BLOCK_ROWS):
+            grad_CD += product_in_fp32(grad_CV[:, block].to(dtype), self._rows(block, dtype))
         return grad_CD.to(dtype)
 
 
@@ -145,12 +146,13 @@ def _fill_chunk(losses_C: Tensor, grad_CD: Tensor | None, hidden_CD: Tensor, tar
     In fp16 these are :data:`FP16_SHIFT` times the gradients.
     """
     logits_CV = head.logits(hidden_CD)
-    size = math.ceil(targets_C1.shape[0] / SLICES)
+    tokens = targets_C1.shape[0]
+    size = math.ceil(tokens / SLICES)
     room_SV = torch.empty_like(logits_CV[:size])
-    for start in range(0, targets_C1.shape[0], size):
-        logits_SV, targets_S1 = logits_CV[start : start + size], targets_C1[start : start + size]
+    for part in head.pieces(tokens, size):
+        logits_SV, targets_S1 = logits_CV[part], targets_C1[part]
         log_softmax_SV = torch.log_softmax(logits_SV, dim=1, out=room_SV[: logits_SV.shape[0]])
-        torch.neg(log_softmax_SV.gather(1, targets_S1)[:, 0], out=losses_C[start : start + size])
+        torch.neg(log_softmax_SV.gather(1, targets_S1)[:, 0], out=losses_C[part])
         if grad_CD is not None:
             head.softmax_minus_one_hot(logits_SV, log_softmax_SV, targets_S1)
     if grad_CD is not None:
@@ -164,9 +166,7 @@ class _TokenLosses(torch.autograd.Function):
     def forward(ctx: Any, hidden_TD: Tensor, targets_T: Tensor, head: LMHead, wanted: bool) -> Tensor:
         losses_T = torch.empty(targets_T.shape, device=hidden_TD.device)
         grad_TD = torch.empty_like(hidden_TD) if wanted else None
-        chunk = head.chunk(hidden_TD)
-        for start in range(0, hidden_TD.shape[0], chunk):
-            rows = slice(start, start + chunk)
+        for rows in head.pieces(hidden_TD.shape[0], head.chunk(hidden_TD)):
             grad_CD = None if grad_TD is None else grad_TD[rows]
             _fill_chunk(losses_T[rows], grad_CD, hidden_TD[rows], targets_T[rows, None], head)
         ctx.save_for_backward(grad_TD)

@@ -8,7 +8,7 @@ Dimensions: T tokens of a micro-batch, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qaroma.engine.pieces import Pieces, every_piece
 from qaroma.method.dequantise import weights_kept_dense
 from qaroma.method.kept_input import KeptInput, keep_input
 
 TILE = 1024 * 4096  # values of a tile of the input: 1,024 tokens of an 8B model
 
 
-def tile_tokenwise(model: nn.Module, tile: int = TILE) -> list[str]:
+def tile_tokenwise(model: nn.Module, tile: int = TILE, pieces: Pieces = every_piece) -> list[str]:
     """Run every gated MLP and every RMSNorm of a model tile by tile.
 
     Names stay as they are: only ``forward`` of the instance changes.
@@ -30,6 +31,7 @@ def tile_tokenwise(model: nn.Module, tile: int = TILE) -> list[str]:
     Args:
         model: changed in place; a module that is tiled already stays so.
         tile: values of the input at a time; smaller inputs are not cut.
+        pieces: which tiles of an input are computed.
 
     Returns:
         Names of the modules found.
@@ -40,7 +42,7 @@ def tile_tokenwise(model: nn.Module, tile: int = TILE) -> list[str]:
         widened = hasattr(module, "up_proj") or hasattr(module, "gate_up_proj")
         gated = widened and isinstance(getattr(module, "down_proj", None), nn.Module)
         if (gated or type(module).__name__.endswith("RMSNorm")) and not hasattr(module.forward, "tile"):
-            run: Any = partial(tiled, module, module.forward, tile)
+            run: Any = partial(tiled, module, module.forward, tile, pieces)
             run.tile = tile
             module.forward = run
             found.append(name)
@@ -54,7 +56,7 @@ def untile(model: nn.Module) -> None:
             del module.forward
 
 
-def tiled(module: nn.Module, forward: Callable[[Tensor], Tensor], tile: int, x: Tensor) -> Tensor:
+def tiled(module: nn.Module, forward: Callable[[Tensor], Tensor], tile: int, pieces: Pieces, x: Tensor) -> Tensor:
     """``forward(x)`` for a module that maps each token by itself, with the activations of one tile.
 
     The backward pass runs each tile forward once more. Inside an activation checkpoint this costs no
@@ -65,6 +67,7 @@ def tiled(module: nn.Module, forward: Callable[[Tensor], Tensor], tile: int, x: 
         module: holds the parameters that train.
         forward: its own forward, (T, D) -> (T, D).
         tile: values of x at a time.
+        pieces: which tiles are computed.
         x: (..., D).
 
     Returns:
@@ -79,7 +82,7 @@ def tiled(module: nn.Module, forward: Callable[[Tensor], Tensor], tile: int, x: 
     ):  # as in a first layer whose attention trains nothing: autograd would not save it
         x = x.detach().requires_grad_()
     x_TD, kept = keep_input(x.flatten(0, -2))
-    tiles = _Tiles(module, forward, rows)
+    tiles = _Tiles(module, forward, rows, pieces)
     y_TD: Tensor = _Tiled.apply(x_TD, kept, tiles, *parameters)  # type: ignore[no-untyped-call]
     return y_TD.view_as(x)
 
@@ -90,9 +93,10 @@ class _Tiles(NamedTuple):
     module: nn.Module
     forward: Callable[[Tensor], Tensor]
     rows: int
+    pieces: Pieces
 
-    def slices(self, x_TD: Tensor) -> list[slice]:
-        return [slice(start, start + self.rows) for start in range(0, x_TD.shape[0], self.rows)]
+    def slices(self, x_TD: Tensor) -> Iterable[slice]:
+        return self.pieces(x_TD.shape[0], self.rows)
 
     def one_pass(self, x_TD: Tensor) -> AbstractContextManager[None]:
         """Inside, where there is room, weights that were unpacked for a tile are there for the next."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qaroma.engine.pieces import every_piece
+from qaroma.plan.weightless import KnownShapes
+from qaroma.plan.work import Kernel
 from qaroma.plan.workspaces import workspace_bytes
 
 WORKSPACE = "kernel_workspaces"
@@ -59,10 +62,6 @@ class _Entry:
     memory: Memory
 
 
-def _run(phase: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return func(*args, **kwargs)
-
-
 class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows every storage that an operation inside the block returns, until it dies.
 
@@ -75,15 +74,18 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         phase_now: name of the phase.
         device, host: the two memories; everything is on the device but what :meth:`copy_to_host` made.
         category: what new storages are booked under.
+        kernels: that ran in each phase on weightless tensors.
         sent, fetched: bytes that went from the device to the host, and from the host to the device, in each phase.
 
     Args:
-        run: calls an operation with its arguments; told the phase before them.
+        shapes: runs operations on weightless tensors; None runs them as they are, and counts no kernels.
     """
 
-    def __init__(self, run: Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any] = _run) -> None:
+    def __init__(self, shapes: KnownShapes | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._run = run
+        self.kernels: defaultdict[str, Counter[Kernel]] = defaultdict(Counter)
+        self._shapes = shapes
+        self._times = 1
         self.sent: Counter[str] = Counter()
         self.fetched: Counter[str] = Counter()
         self.device, self.host = Memory(), Memory()
@@ -93,7 +95,12 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = self._run(self.phase_now, func, args, kwargs or {})
+        if self._shapes is None:
+            result = func(*args, **(kwargs or {}))
+        else:
+            result, kernel = self._shapes.run(func, args, kwargs or {})
+            if kernel is not None:
+                self.kernels[self.phase_now][kernel] += self._times
         for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
@@ -131,13 +138,28 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         copy = room[:values].view(tensor.shape).copy_(tensor)
         entry = self._see(copy)
         self._move(entry, entry.category, self.host)
-        self.sent[self.phase_now] += size
+        self.sent[self.phase_now] += self._times * size
         return copy
+
+    def few_pieces(self, rows: int, size: int) -> Iterator[slice]:
+        """In place of :func:`qaroma.engine.pieces.every_piece` where nothing has contents: the pieces that differ.
+
+        The first two begin with less in memory than those that follow: what a loop has summed or not yet let go. The
+        last may be smaller. The third stands for all between.
+        """
+        pieces = list(every_piece(rows, size))
+        yield from pieces[:2]
+        alike = len(pieces[2:-1])
+        if alike:
+            self._times *= alike
+            yield pieces[2]
+            self._times //= alike
+        yield from pieces[2:][-1:]
 
     def _look_for_fetched(self, args: tuple[Any, ...], result: Tensor) -> None:
         source = self._see(args[min(1, len(args) - 1)])
         if source.memory is self.host and self._see(result).memory is self.device:
-            self.fetched[self.phase_now] += result.nbytes
+            self.fetched[self.phase_now] += self._times * result.nbytes
 
     def _see(self, tensor: Tensor) -> _Entry:
         storage = tensor.untyped_storage()

@@ -24,7 +24,7 @@ from qaroma.plan.gpus import PCIE3_X8, SharedStep, shared_table
 from qaroma.plan.search import LONGEST, Estimate, Planner
 from qaroma.plan.shapes import HUB_IDS, model_config
 from qaroma.plan.trace import StepSettings
-from qaroma.plan.weightless_model import adapter_parameters, weightless_model
+from qaroma.plan.weightless_model import adapter_parameters
 from qaroma.plan.work import BANDWIDTH, COPIES, LAUNCH, PRODUCTS, step_seconds
 from qaroma.plan.workspaces import workspaces_measured
 
@@ -117,7 +117,7 @@ class Plan:
             "gpus": self.shared.to_json(shown, self.fastest()) if self.shared.gpus > 1 else None,
             "levels": [
                 {"memory_level": e.settings.level, "peak_bytes": e.peak, "resident_bytes": e.resident,
-                 "host_bytes": e.host, "full_depth": e.exact,
+                 "host_bytes": e.host,
                  "seconds_by_arithmetic": {card.title: step_seconds(e.work, card) for card in self.cards}}
                 for e in self.levels
             ],
@@ -151,9 +151,9 @@ def make_plan(
             f"got a card of {memory_size(vram)}; expected more than the {memory_size(RESERVE)} that are kept free"
         )
     config = model_config(model, trust_remote_code=trust_remote_code)
-    with explained(model):
-        base = weightless_model(config, packed=False)
     planner = Planner(config)
+    with explained(model):
+        base = planner.base
     limit = None if vram is None else vram - RESERVE
     asked = range(len(LEVELS)) if memory == "auto" else (int(memory),)
     levels = []
@@ -163,8 +163,7 @@ def make_plan(
     fitting = [index for index, found in enumerate(levels) if limit is None or found.peak <= limit]
     chosen = None
     if fitting and (limit is not None or len(levels) == 1):
-        tell("tracing all layers")
-        chosen = levels[fitting[0]] = planner.verified(levels[fitting[0]].settings)
+        chosen = levels[fitting[0]]
     longest = None
     if limit is not None:
         tell(f"looking for the longest context at level {asked[-1]}")
@@ -337,8 +336,7 @@ def _context_lines(plan: Plan) -> list[str]:
         return ["No context fits. Name a smaller --model, or a larger card."]
     tokens = longest.settings.seq_len
     least = "at least " if tokens >= LONGEST else ""
-    depth = "" if longest.exact else "; extrapolated over the layers"
-    line = f"Longest context that fits: {least}{tokens:,} tokens, at level {longest.settings.level}{depth}"
+    line = f"Longest context that fits: {least}{tokens:,} tokens, at level {longest.settings.level}"
     lines = [f"{line}, with {memory_size(longest.host)} of host memory{_beside_this_machine(longest.host)}."]
     if plan.positions is not None and tokens > plan.positions:
         lines.append(f"The model was made for {plan.positions:,} tokens.")

@@ -1,29 +1,30 @@
 """From single traces to answers: the peak at full depth, the level that fits, the longest context.
 
-A model's layers are alike, so every figure of a phase is a straight line over their number: two
+A model's layers are alike, or of a few kinds, so every figure of a phase is a straight line over their numbers:
 shallow traces give it for any depth.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 from qaroma.config.levels import LEVELS
 from qaroma.plan.counter import WORKSPACE, Peak
+from qaroma.plan.layers import Sample, as_built, layer_kinds, with_layers
 from qaroma.plan.trace import StepSettings, Trace, trace_step
-from qaroma.plan.weightless_model import with_depth
+from qaroma.plan.weightless import KnownShapes
+from qaroma.plan.weightless_model import weightless_model
 from qaroma.plan.work import Work
 from qaroma.plan.workspaces import FIXED
 
 GRAIN = 256  # a context is found to so many tokens
 LONGEST = 2**18  # beyond it nobody looks
-SHALLOW = (2, 4)  # depths that a deeper model is extrapolated from
-PATIENCE_S = 4.0  # of the processor, that a trace at full depth may take
+SMALL = 4  # layers, that are all traced
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,6 @@ class Estimate:
         host: the most in host memory.
         breakdown: what the device holds at the peak; sums to ``peak``.
         phases: the peak of each phase of the step.
-        exact: traced at full depth, not extrapolated.
         streamed: bytes of the layers' weights that wait in host memory.
         work: of each phase.
     """
@@ -47,7 +47,6 @@ class Estimate:
     host: int
     breakdown: dict[str, int]
     phases: dict[str, int]
-    exact: bool
     streamed: int = 0
     work: dict[str, Work] = field(default_factory=dict)
 
@@ -67,41 +66,45 @@ class Planner:
     def __init__(self, config: Any) -> None:
         self.config = config
         self.layers: int = config.get_text_config().num_hidden_layers
-        self._traces: dict[tuple[StepSettings, int], Trace] = {}
-        self._seconds: dict[tuple[StepSettings, int], float] = {}
+        self._traces: dict[tuple[StepSettings, tuple[int, ...]], Trace] = {}
+        self._shapes = KnownShapes()
+
+    @cached_property
+    def base(self) -> Any:
+        """The model at full depth, in 16 bits and without contents."""
+        return weightless_model(self.config, packed=False)
 
     def estimate(self, settings: StepSettings) -> Estimate:
-        """A step's memory, extrapolated from shallow traces."""
-        if self.layers <= SHALLOW[1]:
+        """A step's memory, by a few of the layers where the others are like them."""
+        if self._sample is None:
             return self.exact(settings)
-        few, more = (self._trace(settings, depth) for depth in SHALLOW)
-        steps = (self.layers - SHALLOW[0]) / (SHALLOW[1] - SHALLOW[0])
-
-        def line(a: int, b: int) -> int:
-            return round(a + (b - a) * steps)
-
-        peaks = {name: _peak_line(few.peaks[name], more.peaks[name], line) for name in more.peaks}
+        traces = [self._trace(settings, layers) for layers in self._sample.models]
+        line = self._sample.line
         deep = Trace(
-            line(few.resident, more.resident),
-            peaks,
-            line(few.host, more.host),
-            line(few.streamed, more.streamed),
-            {phase: few.work[phase].along(more.work[phase], line) for phase in more.work},
+            line([trace.resident for trace in traces]),
+            {phase: _peak([trace.peaks[phase] for trace in traces], line) for phase in traces[0].peaks},
+            line([trace.host for trace in traces]),
+            line([trace.streamed for trace in traces]),
+            {phase: Work.along([trace.work[phase] for trace in traces], line) for phase in traces[0].work},
         )
-        return self._estimate(settings, deep, exact=False)
+        return self._estimate(settings, deep)
 
     def exact(self, settings: StepSettings) -> Estimate:
-        """A step's memory, traced at full depth."""
-        return self._estimate(settings, self._trace(settings, self.layers), exact=True)
+        """A step's memory, every layer traced."""
+        return self._estimate(settings, self._trace(settings, tuple(range(self.layers))))
 
-    def verified(self, settings: StepSettings) -> Estimate:
-        """Traced at full depth, unless that would take longer than anybody waits."""
-        estimate = self.estimate(settings)
-        if estimate.exact:
-            return estimate
-        few, more = (self._seconds[settings, depth] for depth in SHALLOW)
-        seconds = few + (more - few) / (SHALLOW[1] - SHALLOW[0]) * (self.layers - SHALLOW[0])
-        return self.exact(settings) if seconds < PATIENCE_S else estimate
+    @cached_property
+    def _sample(self) -> Sample | None:
+        """None where a model with some of the layers has not the same ones, or is not much shallower."""
+        if self.layers <= SMALL:
+            return None
+        kinds, built = layer_kinds(self.config, self.base), as_built(self.base)
+        sample = Sample.of(kinds)
+        for layers in sample.models:
+            model = weightless_model(with_layers(self.config, layers), packed=False)
+            if as_built(model) != [built[number] for number in layers]:
+                return None
+        return sample
 
     def fastest_level(self, settings: StepSettings, device_bytes: int, host_bytes: int | None) -> int | None:
         """The first level whose step fits: each costs time beside the one before, on every card that is known.
@@ -131,26 +134,18 @@ class Planner:
             device_bytes: that the step may take.
 
         Returns:
-            That step, verified at full depth where possible; None where not even ``GRAIN`` tokens fit.
+            That step; None where not even ``GRAIN`` tokens fit.
         """
-
         best = _longest(lambda tokens: self.estimate(replace(settings, seq_len=tokens)).phases, device_bytes)
-        while best:
-            found = self.verified(replace(settings, seq_len=best))
-            if found.peak <= device_bytes:
-                return found
-            best = best * 49 // 50 // GRAIN * GRAIN
-        return None
+        return self.estimate(replace(settings, seq_len=best)) if best else None
 
-    def _trace(self, settings: StepSettings, depth: int) -> Trace:
-        key = (settings, depth)
+    def _trace(self, settings: StepSettings, layers: tuple[int, ...]) -> Trace:
+        key = (settings, layers)
         if key not in self._traces:
-            start = time.process_time()
-            self._traces[key] = trace_step(with_depth(self.config, depth), settings)
-            self._seconds[key] = time.process_time() - start
+            self._traces[key] = trace_step(with_layers(self.config, layers), settings, self._shapes)
         return self._traces[key]
 
-    def _estimate(self, settings: StepSettings, trace: Trace, *, exact: bool) -> Estimate:
+    def _estimate(self, settings: StepSettings, trace: Trace) -> Estimate:
         phase = max(trace.peaks, key=lambda name: trace.peaks[name].bytes)
         breakdown = dict(trace.peaks[phase].categories)
         layer = breakdown.pop("layer", 0)
@@ -158,15 +153,13 @@ class Planner:
         breakdown[WORKSPACE] = breakdown.get(WORKSPACE, 0) + FIXED
         phases = {name: peak.bytes + FIXED for name, peak in trace.peaks.items()}
         resident = trace.resident + FIXED
-        return Estimate(
-            settings, phases[phase], resident, trace.host, breakdown, phases, exact, trace.streamed, trace.work
-        )
+        return Estimate(settings, phases[phase], resident, trace.host, breakdown, phases, trace.streamed, trace.work)
 
 
-def _peak_line(few: Peak, more: Peak, line: Callable[[int, int], int]) -> Peak:
-    names = {**few.categories, **more.categories}
-    categories = {name: line(few.categories.get(name, 0), more.categories.get(name, 0)) for name in names}
-    return Peak(line(few.bytes, more.bytes), categories)
+def _peak(peaks: Sequence[Peak], line: Callable[[Sequence[int]], int]) -> Peak:
+    names = {name: None for peak in peaks for name in peak.categories}
+    categories = {name: line([peak.categories.get(name, 0) for peak in peaks]) for name in names}
+    return Peak(line([peak.bytes for peak in peaks]), categories)
 
 
 def _longest(phases: Callable[[int], dict[str, int]], limit: int) -> int:

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qaroma.config.levels import LEVELS
 from qaroma.engine.levels import apply_level
+from qaroma.engine.loss import LMHead, linear_cross_entropy
+from qaroma.engine.pieces import Pieces, every_piece
 from qaroma.errors import QaromaError
 from qaroma.method.aroma import GrowthController
 from qaroma.method.attach import attach
@@ -24,7 +26,7 @@ from qaroma.plan.counter import LiveStorages, Peak
 from qaroma.plan.weightless import KnownShapes, weightless
 from qaroma.plan.weightless_model import materialise, tensors_of, weightless_model
 from qaroma.plan.work import Work
-from qaroma.tasks.causal_lm import CausalLM, TokenBatch
+from qaroma.tasks.causal_lm import TokenBatch, trained_states
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,13 @@ class Trace:
         return max(self.peaks.values(), key=lambda peak: peak.bytes)
 
 
-def trace_step(config: Any, settings: StepSettings) -> Trace:
+def trace_step(config: Any, settings: StepSettings, shapes: KnownShapes | None = None) -> Trace:
     """Run one training step on weightless tensors and count.
 
     Args:
         config: transformers' configuration of a causal language model.
         settings: of the step.
+        shapes: of traces before, which make this one faster.
 
     Raises:
         QaromaError: a model whose step depends on values, which weightless tensors do not have.
@@ -103,12 +106,11 @@ def trace_step(config: Any, settings: StepSettings) -> Trace:
         use_torchs_norms(model)
     if s.one_by_one:
         keep_documents_apart(model)
-    shapes = KnownShapes()
-    with weightless(), LiveStorages(shapes) as counter:
+    with weightless(), LiveStorages(shapes or KnownShapes()) as counter:
         counter.phase("load", "base")
         materialise(model)
         try:
-            resident = count_step(model, settings, counter)
+            resident = count_step(model, settings, counter, counter.few_pieces)
         except (NotImplementedError, RuntimeError) as error:
             raise QaromaError(
                 f"{type(model).__name__} cannot be planned: its training step needs more than shapes "
@@ -117,14 +119,14 @@ def trace_step(config: Any, settings: StepSettings) -> Trace:
     peaks = {phase: peak for phase, peak in counter.device.peaks.items() if phase != "load"}
     stream = getattr(model, "layer_stream", None)
     work = {
-        phase: Work(shapes.kernels[phase], counter.sent[phase], counter.fetched[phase])
+        phase: Work(counter.kernels[phase], counter.sent[phase], counter.fetched[phase])
         for phase in peaks
         if phase != "setup"
     }
     return Trace(resident, peaks, counter.host.peak.bytes, stream.bytes if stream else 0, work)
 
 
-def count_step(model: Any, settings: StepSettings, counter: LiveStorages) -> int:
+def count_step(model: Any, settings: StepSettings, counter: LiveStorages, pieces: Pieces = every_piece) -> int:
     """Set a base model up for training as ``finetune`` does, and run one step under a counter.
 
     Args:
@@ -132,23 +134,24 @@ def count_step(model: Any, settings: StepSettings, counter: LiveStorages) -> int
             counter under "base".
         settings: of the step.
         counter: entered.
+        pieces: which tiles and chunks are computed.
 
     Returns:
         Bytes that are on the device between steps.
     """
-    method = _set_up(model, settings, counter)
+    method = _set_up(model, settings, counter, pieces)
     resident = counter.device.now
     with _booked_by_place(model, counter):
-        _step(model, method, settings, counter)
+        _step(model, method, settings, counter, pieces)
     return resident
 
 
-def _set_up(model: Any, settings: StepSettings, counter: LiveStorages) -> GrowthController:
+def _set_up(model: Any, settings: StepSettings, counter: LiveStorages, pieces: Pieces) -> GrowthController:
     """What ``finetune`` has in memory before a step, some components later."""
     counter.adopt(tensors_of(model.get_output_embeddings()), "head")
     counter.adopt(tensors_of(model.get_input_embeddings()), "embeddings")  # where a table is both, it stands here
     counter.category = "layer_buffers"
-    apply_level(model, settings.level, copy_out=counter.copy_to_host)
+    apply_level(model, settings.level, copy_out=counter.copy_to_host, pieces=pieces)
     counter.phase("setup", "adapter")
     targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
     adapter = attach(model, targets, inner_rank=settings.inner_rank)
@@ -167,7 +170,7 @@ def _set_up(model: Any, settings: StepSettings, counter: LiveStorages) -> Growth
     return method
 
 
-def _step(model: Any, method: GrowthController, settings: StepSettings, counter: LiveStorages) -> None:
+def _step(model: Any, method: GrowthController, settings: StepSettings, counter: LiveStorages, pieces: Pieces) -> None:
     """Forward, loss, backward, update: what the loop does between two checks of growth."""
     counter.phase("forward", "checkpoints")
     shape = (settings.micro_batch * settings.sequences, settings.seq_len)
@@ -175,12 +178,18 @@ def _step(model: Any, method: GrowthController, settings: StepSettings, counter:
     positions = torch.arange(settings.seq_len).expand(shape)  # no bytes depend on where a sequence begins
     lengths = (shape[1] // 2, shape[1] - shape[1] // 2) if settings.one_by_one else (shape[1],)
     batch = TokenBatch(tokens, tokens, positions, (lengths,) * shape[0], torch.arange(1, tokens.numel()))
-    loss, count = CausalLM().loss(model, batch)
+    loss = _loss(model, batch, pieces)
     counter.phase("backward", "layer")
-    (loss / count).backward()  # type: ignore[no-untyped-call]
+    (loss / batch.counted).backward()  # type: ignore[no-untyped-call]
     del loss
     counter.phase("update", "optimiser")
     method.step()
+
+
+def _loss(model: Any, batch: TokenBatch, pieces: Pieces) -> Tensor:
+    """As :meth:`qaroma.tasks.causal_lm.CausalLM.loss` computes it."""
+    hidden_TD, targets_T = trained_states(model, batch)
+    return linear_cross_entropy(hidden_TD, LMHead(model, pieces), targets_T)
 
 
 @contextmanager

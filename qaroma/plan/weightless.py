@@ -7,7 +7,6 @@ whether a step of a hundred thousand tokens can be traced at all.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -55,23 +54,20 @@ class _AsOnADevice(TorchFunctionMode):
 
 
 class KnownShapes:
-    """Runs operations on weightless tensors, each only once for the same shapes, and counts them.
+    """Runs operations on weightless tensors, each only once for the same shapes.
 
     As ``func(*args, **kwargs)``, several times faster: what an operation returns follows from shapes alone, and
-    torch works that out in Python for each of the thousands that tiles and layers repeat. Views are left to torch.
-
-    Attributes:
-        kernels: that ran in each phase.
+    torch works that out in Python for each of the thousands that layers and steps repeat. Views are left to torch.
     """
 
     def __init__(self) -> None:
-        self.kernels: defaultdict[str, Counter[Kernel]] = defaultdict(Counter)
         self._known: dict[Any, tuple[Callable[[Any], Any], Kernel | None]] = {}
         self._views: set[Any] = set()
 
-    def __call__(self, phase: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Kernel | None]:
+        """What an operation returns, and the kernel that it is to a card."""
         if func in self._views:
-            return func(*args, **kwargs)
+            return func(*args, **kwargs), None
         key = (func, _shapes(args), _shapes(tuple(kwargs.items())) if kwargs else None)
         known = self._known.get(key)
         if known is None:
@@ -81,13 +77,10 @@ class KnownShapes:
             again = _again(result, args, before)
             if again is None:
                 self._views.add(func)
-                return result
+                return result, None
             known = self._known[key] = again, kernel_of(func, args, kwargs, result)
-        else:
-            result = known[0](args)
-        if known[1] is not None:
-            self.kernels[phase][known[1]] += 1
-        return result
+            return result, known[1]
+        return known[0](args), known[1]
 
 
 def _again(result: Any, args: tuple[Any, ...], before: dict[int, int]) -> Callable[[Any], Any] | None:
@@ -147,6 +140,8 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # what torch makes of it, which each layer keeps
+        attn_mask = torch.where(attn_mask, query.new_zeros(()), query.new_full((), -torch.inf))
     output, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )

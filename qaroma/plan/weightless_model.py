@@ -5,7 +5,6 @@ It is what :func:`qaroma.load_base` would load, without reading or computing any
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -22,16 +21,6 @@ from qaroma.model.bnb import bnb
 
 BLOCK = 64  # weights that share one quantisation constant (QLoRA, section 3)
 NESTED_BLOCK = 256  # such constants that share one of their own
-
-
-def with_depth(config: Any, layers: int) -> Any:
-    """The same architecture with so many decoder layers: the first ones, where they differ."""
-    changed = copy.deepcopy(config)
-    text = changed.get_text_config()
-    text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
-    return changed
 
 
 def weightless_model(
@@ -55,7 +44,7 @@ def weightless_model(
     with torch.device("meta"):
         model = _from_config(config, dtype)
         head = model.get_output_embeddings()
-        uncalled = uncalled_layers(model)
+        uncalled = uncalled_layers(model) if packed else frozenset()
         # As transformers does: neither subclasses of these two are put into 4 bits, nor is what needs its plain weight.
         linear = [(name, module) for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
         for name, plain in linear:

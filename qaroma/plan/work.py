@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,15 +72,16 @@ class Work:
         """The longer of computing and copying, which goes on beside it."""
         return max(self.computing(card), self.copying(card))
 
-    def along(self, more: Work, line: Callable[[int, int], int]) -> Work:
-        """The work on a line through this one and ``more``.
+    @classmethod
+    def along(cls, works: Sequence[Work], line: Callable[[Sequence[int]], int]) -> Work:
+        """The work on a line through those of shallow models.
 
-        A kernel whose size depends on the depth, as the optimiser's, has a negative count in one of its two sizes:
-        the sums are on the line.
+        A kernel whose size depends on the depth, as the optimiser's, has a negative count in one of its sizes: the
+        sums are on the line.
         """
-        names = {**self.kernels, **more.kernels}
-        kernels = Counter({name: line(self.kernels[name], more.kernels[name]) for name in names})
-        return Work(kernels, line(self.to_host, more.to_host), line(self.to_card, more.to_card))
+        names = {name: None for work in works for name in work.kernels}
+        kernels = Counter({name: line([work.kernels[name] for work in works]) for name in names})
+        return cls(kernels, line([work.to_host for work in works]), line([work.to_card for work in works]))
 
 
 def kernel_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Kernel | None:

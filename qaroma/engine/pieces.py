@@ -1,0 +1,17 @@
+"""Rows worked on some at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+
+class Pieces(Protocol):
+    """What rows are worked on one after the other: :func:`every_piece`, or fewer where the others are only counted."""
+
+    def __call__(self, rows: int, size: int) -> Iterable[slice]: ...
+
+
+def every_piece(rows: int, size: int) -> Iterable[slice]:
+    """Rows 0 .. ``rows``, so many at a time; the last piece has what is left."""
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
