@@ -205,6 +205,16 @@ def test_a_real_step_takes_the_bytes_of_a_weightless_one(tiny_folder: Path, leve
     assert (planned.host > 0) == (level >= 2)
 
 
+def test_muon_keeps_no_second_moment() -> None:
+    planner = Planner(tiny_config(num_hidden_layers=3))
+    adamw = StepSettings(1, seq_len=64, inner_rank=8)
+    muon = replace(adamw, optimizer="muon")
+    factors = attach(weightless_model(tiny_config(num_hidden_layers=3), packed=False), inner_rank=8)
+    values = FactorTrainer(factors, optimizer="muon", max_grad_norm=1.0, weight_decay=0.0, max_update=None)
+    assert planner.exact(adamw).resident - planner.exact(muon).resident == values.optimiser.values.nbytes
+    assert planner.estimate(muon).phases["update"] < planner.estimate(adamw).phases["update"]
+
+
 @pytest.mark.parametrize("level", range(len(LEVELS)))
 def test_shallow_traces_tell_the_bytes_of_a_deep_model(level: int) -> None:
     planner = Planner(tiny_config(num_hidden_layers=9, tie_word_embeddings=False))

@@ -38,6 +38,7 @@ class StepSettings:
         seq_len, micro_batch: tokens of a sequence, all of them trained, and examples.
         sequences: of one example; a preference has two.
         inner_rank, frozen_rank: of the component that trains, and of the frozen ones, in every layer.
+        optimizer: of the adapter; AdamW takes the more.
         targets: layers that have an adapter.
         quantized, double_quantization: whether linear layers lie in 4 bits, and their constants in 8.
         dtype: compute dtype.
@@ -53,6 +54,7 @@ class StepSettings:
     sequences: int = 1
     inner_rank: int = 1
     frozen_rank: int = 16
+    optimizer: str = "adamw"
     targets: str | tuple[str, ...] = "all-linear"
     quantized: bool = True
     double_quantization: bool = True
@@ -160,7 +162,9 @@ def _set_up(model: Any, settings: StepSettings, counter: LiveStorages, pieces: P
         layer.load_factors(A, B, [1] * settings.frozen_rank)
     counter.category = "optimiser"
     growth = GrowthSettings(t_in=1000)
-    method = GrowthController(adapter, growth, learning_rate=1e-4, total_steps=growth.t_in)
+    method = GrowthController(
+        adapter, growth, learning_rate=1e-4, total_steps=growth.t_in, optimizer=settings.optimizer
+    )
     counter.adopt((factor for layer in adapter.layers.values() for factor in (layer.A, layer.B)), "adapter")
     stream = getattr(model, "layer_stream", None)
     if stream is not None:  # holds the first two, as the backward pass of the step before leaves them

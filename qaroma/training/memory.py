@@ -243,6 +243,7 @@ def step_settings(config: ResolvedConfig, base: FoundModel, device: torch.device
         micro_batch=config.training.micro_batch,
         sequences=config.sequences,
         inner_rank=config.largest_training_rank,
+        optimizer=config.training.optimizer,
         targets=targets if isinstance(targets, str) else tuple(targets),
         quantized=config.model.quantization != "none",
         double_quantization=config.model.double_quantization,
