@@ -17,7 +17,8 @@ from qaroma.cli import main
 from qaroma.config.decisions import DataFacts, Decision
 from qaroma.config.load import read_settings
 from qaroma.config.presets import resolve
-from qaroma.config.schema import Config, ResolvedConfig
+from qaroma.config.resolved import ResolvedConfig
+from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
 from qaroma.plan.configure import Room, Start, fit_step, letters, make_start, room_for, start_yaml
 from qaroma.plan.search import Estimate, Planner

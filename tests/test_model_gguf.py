@@ -112,6 +112,7 @@ def test_the_tokenizer_of_a_gguf(llama_file, tokenizer):
     path, _ = llama_file
     assert metadata_string(path, "tokenizer.ggml.pre") == "smollm"
     assert metadata_string(path, "tokenizer.ggml.none") is None
+    tokenizer.save_pretrained(path.parent)  # beside it, as an export has them
     loaded = load_tokenizer(path)
     assert loaded.chat_template == tokenizer.chat_template
     assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (1, 2, 2)

@@ -11,14 +11,14 @@ from qaroma.config.decisions import DataFacts
 from qaroma.config.growth_presets import CRITERIA
 from qaroma.config.growth_settings import growth_settings
 from qaroma.config.presets import resolve
-from qaroma.config.schema import (
+from qaroma.config.resolved import (
     BudgetGrowthSection,
-    Config,
     GrowingSection,
     MeasuredGrowthSection,
     ResolvedConfig,
     ResolvedGrowthSection,
 )
+from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
 
 

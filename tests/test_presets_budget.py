@@ -8,7 +8,8 @@ from qaroma.config.decisions import DataFacts, ModelFacts
 from qaroma.config.growth_presets import BLOCK, LARGE_BUDGET, SMALL_BUDGET, TRIM
 from qaroma.config.growth_settings import growth_settings
 from qaroma.config.presets import BITS_A_TOKEN, resolve, warm_up_notes
-from qaroma.config.schema import BudgetGrowthSection, Config, ResolvedConfig
+from qaroma.config.resolved import BudgetGrowthSection, ResolvedConfig
+from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
 from qaroma.method.budget import BudgetSettings
 

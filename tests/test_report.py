@@ -312,7 +312,8 @@ def test_key_figures_and_settings_are_the_runs(tmp_path: Path) -> None:
         "Best validation loss": "0.8 at step 12",
         "Rank of the best adapter": "1.83 on average, 0 to 3",
         "Effective rank": "1.50 on average, 81.8 % of the rank",
-        "Trainable parameters": "950 at first, 675 on average, 400 at the end",
+        # Eleven directions of an 8 x 12 module each, and a head of 2 x 8.
+        "Trainable parameters": "950 at first, 675 on average, 400 at the end; 236 in the adapter",
         "Time": "1 min 05 s",
         "Speed": "106 tokens a second",
         "Most memory": "1.00 GiB",

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 from test_training import make_config
 
 from qaroma.cli import main
 from qaroma.errors import QaromaError
+from qaroma.method.factors import Factors
 from qaroma.report.run_table import state_sentence
 from qaroma.report.side_by_side import compare_runs
+from qaroma.runs.adapter import read_adapter, write_adapter
 from qaroma.runs.adapter_info import AdapterInfo
 from qaroma.runs.figures import figures_of
 from qaroma.runs.finding import list_runs
@@ -81,6 +84,16 @@ def test_a_finished_run_gives_its_figures(tmp_path: Path) -> None:
     assert (figures.trainable_start, figures.trainable_mean, figures.trainable_end) == (90, 75, 60)
     assert run.bytes == sum(file.stat().st_size for file in (tmp_path / "one").rglob("*") if file.is_file())
     assert run.resume is None
+
+
+def test_the_parameters_of_an_adapter_are_the_numbers_that_its_modules_hold(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "one")
+    assert figures_of(read_run(path)).adapter_parameters is None  # there are no numbers beside what it remembers
+    for rank, held in ((3, 3 * (4 + 5)), (0, 0)):
+        update = {"a": Factors(torch.ones(rank, 4), torch.ones(rank, 5)), "b": Factors.zero((5, 4))}
+        info = AdapterInfo({"a": [1] * rank, "b": []}, inner_rank=1, alpha=1.0)
+        write_adapter(path / "adapter", update, info, base=None)
+        assert figures_of(read_run(path)).adapter_parameters == held
 
 
 def test_an_unfinished_run_says_where_it_stands_and_how_to_go_on(
@@ -332,6 +345,8 @@ def test_a_real_run_is_read_like_its_own_figures(
     assert (found.rank_min, found.rank_max) == (figures["rank_min"], figures["rank_max"])
     assert found.trainable_start == figures["trainable_parameters_start"]
     assert found.trainable_mean == figures["trainable_parameters_mean"]
+    update = read_adapter(path / "adapter").update.values()
+    assert found.adapter_parameters == sum(factors.rank * sum(factors.shape) for factors in update) > 0
     shutil.rmtree(path / "adapter_last")
     (path / "summary.json").unlink(missing_ok=True)
     assert read_run(path).state == "stopped"

@@ -31,6 +31,7 @@ RUN = RunSummary(
         trainable_start=1_234_567,
         trainable_mean=98_765.4,
         trainable_end=0,
+        adapter_parameters=54_321,
         seconds=125.4,
     ),
     scores=(Score("exact match", 0.0, 0.97, metric="exact_match"), Score("validation loss", None, 0.01234)),
@@ -121,7 +122,7 @@ def test_all_ranks_zero_can_be_shown() -> None:
 
 
 def test_summary_shows_scores_examples_ranks_and_parameters() -> None:
-    text = summary_text(RUN)
+    text = summary_text(RUN, width=120)
     for part in [
         "0.0 % before, 97.0 % after",
         "not measured before, 0.01234 after",
@@ -129,7 +130,7 @@ def test_summary_shows_scores_examples_ranks_and_parameters() -> None:
         '{"a": [1]}',
         "I will.",
         "smallest 0, mean 2.0, largest 4, of the best adapter",
-        "1,234,567 at the start, 98,765 on average, 0 at the end",
+        "1,234,567 at the start, 98,765 on average, 0 at the end; 54,321 in the adapter",
         "90 steps, 2 min 05 s",
         "the training rows are learnt",
         "runs/x/adapter",
@@ -138,6 +139,11 @@ def test_summary_shows_scores_examples_ranks_and_parameters() -> None:
         assert part in text
     # The expected answer stands only beside a wrong one.
     assert text.count("expected") == 1
+
+
+def test_what_trimming_left_out_of_the_adapter_is_not_counted_in_it() -> None:
+    figures = Figures(trainable_start=90, trainable_mean=90.0, trainable_end=90, adapter_parameters=60)
+    assert "90 throughout; 60 in the adapter" in summary_text(dataclasses.replace(RUN, figures=figures))
 
 
 def test_summary_without_scores_examples_and_ranks_still_prints() -> None:

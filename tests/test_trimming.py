@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from qaroma.config.schema import BudgetGrowthSection
+from qaroma.config.resolved import BudgetGrowthSection
 from qaroma.method.adapter import Adapter
 from qaroma.method.budget import BudgetSettings
 from qaroma.method.factors import Factors

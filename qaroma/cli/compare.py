@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import click
@@ -101,22 +102,19 @@ def command(
         from qaroma.compare.suite.suite import run_suite
 
         typed = context.get_parameter_source("seeds") == click.core.ParameterSource.COMMANDLINE
-        with figures_only(json_output) as write:
-            results = run_suite(
-                folder=output,
-                data=_data_folder(parameters),
-                command=_typed(context),
-                ours=ours,
-                beds=beds,
-                tables=tables,
-                seeds=tuple(parse_seeds(seeds)) if typed else None,
-                jobs=jobs,
-                table_only=table_only,
-            )
-            if json_output:
-                write(results)
-                return
-        click.echo(results["table"])
+        judged = partial(
+            run_suite,
+            folder=output,
+            data=_data_folder(parameters),
+            command=_typed(context),
+            ours=ours,
+            beds=beds,
+            tables=tables,
+            seeds=tuple(parse_seeds(seeds)) if typed else None,
+            jobs=jobs,
+            table_only=table_only,
+        )
+        _tell(judged, json_output)
         return
     if methods is None:
         raise click.UsageError("Missing option '--methods'.")
@@ -135,16 +133,23 @@ def command(
 
     from qaroma.compare.compare import compare
 
+    judged = partial(
+        compare,
+        make_config,
+        methods=methods,
+        seeds=seeds,
+        folder=output,
+        command=_typed(context),
+        gpus=gpus,
+        table_only=table_only,
+    )
+    _tell(judged, json_output)
+
+
+def _tell(judged: Callable[[], Mapping[str, Any]], json_output: bool) -> None:
+    """Judge, and write the table, or all figures as JSON."""
     with figures_only(json_output) as write:
-        results = compare(
-            make_config,
-            methods=methods,
-            seeds=seeds,
-            folder=output,
-            command=_typed(context),
-            gpus=gpus,
-            table_only=table_only,
-        )
+        results = judged()
         if json_output:
             write(results)
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qaroma.config.schema import BudgetGrowthSection, GrowingSection, MeasuredGrowthSection, ResolvedGrowthSection
+from qaroma.config.resolved import BudgetGrowthSection, GrowingSection, MeasuredGrowthSection, ResolvedGrowthSection
 from qaroma.errors import QaromaError
 from qaroma.method.budget import BudgetSettings
 from qaroma.method.growth import GrowthSettings

@@ -14,14 +14,14 @@ from qaroma.config.decisions import DataFacts, Decide, Decision
 from qaroma.config.growth_presets import CRITERIA, PAPER, PRESETS
 from qaroma.config.growth_settings import growth_settings
 from qaroma.config.methods import METHODS
-from qaroma.config.schema import (
+from qaroma.config.resolved import (
     BudgetGrowthSection,
-    Config,
     GrowingSection,
     MeasuredGrowthSection,
     ResolvedConfig,
     ResolvedGrowthSection,
 )
+from qaroma.config.schema import Config
 from qaroma.config.tasks import PREFERENCE, TaskName
 from qaroma.errors import QaromaError
 

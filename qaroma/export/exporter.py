@@ -129,14 +129,7 @@ def export(
     if options.ollama is not None:
         check_name(options.ollama)
     subject = open_subject(run, base=base, trust_remote_code=trust_remote_code)
-    update, compression = subject.update, None
-    if options.compress is not None:
-        update, compression = compress(subject.update, options.compress)
-        say(
-            f"compressed: ranks sum to {compression.after} instead of {compression.before}, largest "
-            f"{compression.largest_after} instead of {compression.largest_before}, "
-            f"relative error {compression.reached:.2g}"
-        )
+    update, compression = _compressed(subject.update, options.compress, say)
     chosen = _possible(formats, subject, update, options, say)
     if options.ollama is not None and all(one.name != "gguf" for one in chosen):
         raise QaromaError("Ollama takes a whole GGUF model, which is not among the formats; type --format gguf")
@@ -162,6 +155,20 @@ def _in_ollama(exported: Exported, tuned: LiveModel, name: str, say: Callable[[s
     if exported.format != "gguf":
         return exported
     return replace(exported, ollama=hand_over(tuned, exported.folder, name, say))
+
+
+def _compressed(
+    update: dict[str, Factors], error: float | None, say: Callable[[str], None]
+) -> tuple[dict[str, Factors], Compression | None]:
+    """The update within a relative error, and what was dropped; None leaves it as it is."""
+    if error is None:
+        return update, None
+    smaller, told = compress(update, error)
+    say(
+        f"compressed: ranks sum to {told.after} instead of {told.before}, largest {told.largest_after} instead of "
+        f"{told.largest_before}, relative error {told.reached:.2g}"
+    )
+    return smaller, told
 
 
 def _possible(

@@ -12,6 +12,7 @@ import copy
 import hashlib
 import json
 import logging
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,35 +193,25 @@ def load_base(
     if not isinstance(model, FoundModel):
         model = find_model(model, revision=revision, trust_remote_code=trust_remote_code)
     dtype = compute_dtype if compute_dtype is not None else resolve_dtype("auto", target, model.config)
+    config, classifier = copy.deepcopy(model.config), num_labels is not None
+    if classifier:
+        config.num_labels = num_labels
     # Read as the usual arithmetic reads it: the same packed bytes, and a fingerprint that fp16's short range spares.
     read_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
-    place, config = model.place, copy.deepcopy(model.config)
-    if num_labels is not None:
-        config.num_labels = num_labels
     stored = stored_quantization(config, model.name)
+    bnb_config = None
     if stored is not None:
         _tell_stored(model.name, stored, quantization, double_quantization)
-    bnb_config = None
-    if stored is None and quantization != "none":
-        bnb_config = _bnb_config(quantization, double_quantization, read_dtype)
-        with explained(model.name, gguf=place.gguf_file is not None):
-            bnb_config.llm_int8_skip_modules = _left_dense(model, config, quantize_head, num_labels is not None)
-    apart = host_embeddings and num_labels is None and stored is None and place.gguf_file is None
-    staying = layers_go_to_host(target) if host_layers else nullcontext()
-    with explained(model.name, gguf=place.gguf_file is not None), FreedMemoryGoesBack(), staying:
-        implementation = _implementation(attention)
-        devices = device_map(config, target, host_embeddings=apart, trust_remote_code=model.trust_remote_code)
-        if bnb_config is not None:
-            bnb_config.llm_int8_enable_fp32_cpu_offload = len(devices) > 1  # or any part on the CPU is refused
-        network, info = _read(
-            model, config, bnb_config, read_dtype, devices, implementation,
-            classifier=num_labels is not None, host_layers=host_layers,
-        )  # fmt: skip
-    missing = sorted(info["missing_keys"])
-    if num_labels is not None:
-        network.new_parameters = [name for name in missing if may_be_new(network, name)]
-        missing = [name for name in missing if name not in network.new_parameters]
-    _require_complete(model.name, missing)
+    elif quantization != "none":
+        with explained(model.name, gguf=model.place.gguf_file is not None):
+            dense = _left_dense(model, config, quantize_head, classifier)
+        bnb_config = _bnb_config(quantization, double_quantization, read_dtype, dense)
+    apart = host_embeddings and not classifier and stored is None and model.place.gguf_file is None
+    network, info = _read(
+        model, config, bnb_config, read_dtype, target, _implementation(attention),
+        classifier=classifier, host_embeddings=apart, host_layers=host_layers,
+    )  # fmt: skip
+    _require_complete(model.name, network, info["missing_keys"], classifier=classifier)
     _settle(network, dtype)
     if attention == "sdpa" and wants_repeated_keys(config, target, dtype):
         repeat_keys(network)
@@ -229,7 +220,7 @@ def load_base(
     return network
 
 
-def _bnb_config(quantization: str, double_quantization: bool, dtype: torch.dtype) -> Any:
+def _bnb_config(quantization: str, double_quantization: bool, dtype: torch.dtype, dense: list[str]) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -237,6 +228,7 @@ def _bnb_config(quantization: str, double_quantization: bool, dtype: torch.dtype
         bnb_4bit_quant_type=quantization,
         bnb_4bit_use_double_quant=double_quantization,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=dense,
     )
 
 
@@ -253,18 +245,32 @@ def _left_dense(found: FoundModel, config: Any, quantize_head: bool, classifier:
 
 
 def _read(
+    found: FoundModel, config: Any, bnb_config: Any, dtype: torch.dtype, target: torch.device,
+    attention: str | None, *, classifier: bool, host_embeddings: bool, host_layers: bool,
+) -> tuple[Any, Any]:  # fmt: skip
+    """The model with its weights, and what transformers tells of reading them."""
+    place = found.place
+    staying = layers_go_to_host(target) if host_layers else nullcontext()
+    with explained(found.name, gguf=place.gguf_file is not None), FreedMemoryGoesBack(), staying:
+        if place.gguf_file is not None:
+            network, info = load_gguf(
+                place.folder_or_id, place.gguf_file, config,
+                dtype=dtype, device=target, attention=attention, bnb_config=bnb_config, host_layers=host_layers,
+            )  # fmt: skip
+            return (classifier_around(network, config, target), info) if classifier else (network, info)
+        devices = device_map(config, target, host_embeddings=host_embeddings, trust_remote_code=found.trust_remote_code)
+        if bnb_config is not None:
+            bnb_config.llm_int8_enable_fp32_cpu_offload = len(devices) > 1  # or any part on the CPU is refused
+        return _read_checkpoint(found, config, bnb_config, dtype, devices, attention, classifier=classifier)
+
+
+def _read_checkpoint(
     found: FoundModel, config: Any, bnb_config: Any, dtype: torch.dtype, devices: dict[str, Any],
-    attention: str | None, *, classifier: bool, host_layers: bool,
+    attention: str | None, *, classifier: bool,
 ) -> tuple[Any, Any]:  # fmt: skip
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    place, device = found.place, devices[""]
-    if place.gguf_file is not None:
-        network, info = load_gguf(
-            place.folder_or_id, place.gguf_file, config,
-            dtype=dtype, device=device, attention=attention, bnb_config=bnb_config, host_layers=host_layers,
-        )  # fmt: skip
-        return (classifier_around(network, config, device), info) if classifier else (network, info)
+    place = found.place
     require_safetensors(found.name, Path(place.folder_or_id))
     # A checkpoint of a classifier with other labels keeps its backbone.
     options: dict[str, Any] = {"ignore_mismatched_sizes": True} if classifier else {}
@@ -299,8 +305,12 @@ def _tell_stored(model: str, stored: dict[str, Any], quantization: str, double_q
         logger.warning("'%s' is stored in %s and is used so, though %s was asked for.", model, has, asked)
 
 
-def _require_complete(model: str, missing: list[str]) -> None:
-    """transformers fills missing tensors with random numbers and only warns."""
+def _require_complete(model: str, network: Any, missing: Iterable[str], *, classifier: bool) -> None:
+    """transformers fills missing tensors with random numbers and only warns; those of a new head are to be new."""
+    missing = sorted(missing)
+    if classifier:
+        network.new_parameters = [name for name in missing if may_be_new(network, name)]
+        missing = [name for name in missing if name not in network.new_parameters]
     if missing:
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise QaromaError(

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -224,12 +226,30 @@ def load_gguf_tokenizer(folder: str, file: str) -> Any:
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    with _alone(Path(folder) / file) as apart:
+        tokenizer = AutoTokenizer.from_pretrained(apart, gguf_file=file)
+    tokenizer.name_or_path = folder
     if metadata_string(Path(folder) / file, "tokenizer.ggml.pre") == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
     return tokenizer
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[Path]:
+    """A folder that holds a file and nothing beside it, by a link.
+
+    Where a tokenizer.json lies beside a GGUF file, as in every export, transformers takes its vocabulary and no
+    special token from anywhere.
+    """
+    with TemporaryDirectory() as folder:
+        try:
+            (Path(folder) / path.name).symlink_to(path.resolve())
+        except OSError:  # Windows has links for some users only
+            yield path.parent
+        else:
+            yield Path(folder)
 
 
 def metadata_string(path: Path, key: str) -> str | None:

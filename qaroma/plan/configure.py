@@ -23,7 +23,8 @@ from qaroma.config.growth_presets import LARGE_BUDGET
 from qaroma.config.levels import LEVELS
 from qaroma.config.load import config_fields, require_model_and_data
 from qaroma.config.presets import resolve
-from qaroma.config.schema import Config, DataSource, ResolvedConfig
+from qaroma.config.resolved import ResolvedConfig
+from qaroma.config.schema import Config, DataSource
 from qaroma.config.tasks import PREFERENCE
 from qaroma.config.words import memory_size
 from qaroma.data.encode import Encoded, limit_length

@@ -98,6 +98,8 @@ def _cost(run: Run, figures: Figures) -> dict[str, str]:
         course = f"{figures.trainable_start:,} at first, {mean} on average, {figures.trainable_end:,} {last}"
         changed = len(set(run.series("trainable_parameters").values)) > 1
         found["Trainable parameters"] = course if changed else f"{mean} throughout"
+        if figures.adapter_parameters is not None:
+            found["Trainable parameters"] += f"; {figures.adapter_parameters:,} in the adapter"
     if figures.seconds:
         found["Time"] = duration(figures.seconds)
     if run.device is not None:

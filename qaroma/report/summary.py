@@ -206,12 +206,20 @@ def _figures(run: RunSummary) -> Table:
         spread = f"smallest {figures.rank_min}, mean {figures.rank_mean:.1f}, largest {figures.rank_max}"
         table.add_row("rank", f"{spread}, of the best adapter")
     if figures.trainable_start is not None:
-        course = f"{figures.trainable_start:,} at the start, {figures.trainable_mean or 0:,.0f} on average"
-        table.add_row("trainable parameters", f"{course}, {figures.trainable_end or 0:,} at the end")
+        table.add_row("trainable parameters", _parameters(figures))
     table.add_row("run", Text(f"{run.steps} steps, {duration(figures.seconds or 0.0)}"))
     table.add_row("ended", Text(run.ended.text, style="green" if run.ended.success else "yellow"))
     table.add_row("adapter", Text(Path(run.adapter).as_posix()))
     return table
+
+
+def _parameters(figures: Figures) -> str:
+    """How many were trained, and how many the adapter holds: frozen ones too, and none that trimming left out."""
+    start, mean, end = figures.trainable_start, figures.trainable_mean or 0, figures.trainable_end or 0
+    changed = f"{start:,} at the start, {mean:,.0f} on average, {end:,} at the end"
+    trained = f"{start:,} throughout" if start == mean == end else changed
+    held = figures.adapter_parameters
+    return trained if held is None else f"{trained}; {held:,} in the adapter"
 
 
 def _score(score: Score) -> str:

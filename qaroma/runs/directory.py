@@ -21,7 +21,7 @@ from pathlib import Path
 
 import yaml
 
-from qaroma.config.schema import ResolvedConfig
+from qaroma.config.resolved import ResolvedConfig
 from qaroma.errors import QaromaError
 from qaroma.runs.files import (
     cut_in_two,

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from math import prod
 from statistics import fmean, median
 from typing import Any
 
 from qaroma.config.metrics import METRICS, metric_facts
+from qaroma.runs.directory import WEIGHTS, RunDirectory
 from qaroma.runs.reading import Run
 
 _LARGEST = 1e18  # of a figure that anybody means; no NaN and no infinity is below it
@@ -37,6 +39,7 @@ class Figures:
         exact_match_before, exact_match: share of held-out requests answered exactly, of the base and the last answers.
         rank_min, rank_mean, rank_max: over the modules of the best adapter; as last logged before there is one.
         trainable_start, trainable_mean, trainable_end, trainable_most: trainable parameters over the steps.
+        adapter_parameters: numbers that the best adapter holds, after what trimming left out of it.
         step_seconds: median step.
         training_seconds: of all steps, and of what chooses directions between them, over all commands.
         seconds: of the run: its last command, or its training where that took longer (a run that was resumed).
@@ -54,6 +57,7 @@ class Figures:
     trainable_mean: float | None = None
     trainable_end: int | None = None
     trainable_most: int | None = None
+    adapter_parameters: int | None = None
     step_seconds: float | None = None
     training_seconds: float | None = None
     seconds: float | None = None
@@ -78,6 +82,7 @@ def figures_of(run: Run) -> Figures:
         exact_match=_exact_match(run, "after"),
         **_ranks(run),
         **_trainable(run),
+        adapter_parameters=_adapter_parameters(run),
         **_seconds(run),
         memory_bytes=int(max(memory)) if memory else None,
         growth_events=len(run.growth),
@@ -126,6 +131,22 @@ def _trainable(run: Run) -> dict[str, Any]:
         "trainable_end": counts[-1] if counts else None,
         "trainable_most": max(before + counts, default=None),
     }
+
+
+def _adapter_parameters(run: Run) -> int | None:
+    from safetensors import SafetensorError, safe_open
+
+    ranks = run.adapter_ranks()
+    if not ranks:
+        return None
+    try:
+        # numpy's shapes: torch would take seconds to import.
+        with safe_open(RunDirectory(run.path).adapter / WEIGHTS, framework="np") as file:
+            sizes: dict[str, int] = {name: prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None
+    # Where no module has a rank, the one pair that is there was written for PEFT's sake, all zeros.
+    return sum(size for name, size in sizes.items() if any(ranks.values()) or ".lora_" not in name)
 
 
 def _seconds(run: Run) -> dict[str, Any]:

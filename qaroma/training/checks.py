@@ -11,7 +11,8 @@ from pathlib import Path
 from qaroma.config.growth_presets import CRITERIA
 from qaroma.config.load import require_model_and_data
 from qaroma.config.methods import METHODS
-from qaroma.config.schema import Config, ResolvedGrowthSection
+from qaroma.config.resolved import ResolvedGrowthSection
+from qaroma.config.schema import Config
 from qaroma.data.sources import require_source
 from qaroma.errors import QaromaError
 from qaroma.model.builtin import require_model

@@ -16,7 +16,8 @@ from rich.console import Console
 
 from qaroma.config.decisions import Decision
 from qaroma.config.levels import LEVELS
-from qaroma.config.schema import BudgetGrowthSection, Config, GrowingSection, ResolvedConfig
+from qaroma.config.resolved import BudgetGrowthSection, GrowingSection, ResolvedConfig
+from qaroma.config.schema import Config
 from qaroma.config.words import file_size, memory_size, rough_time
 from qaroma.errors import QaromaError
 from qaroma.model.base import resolve_device

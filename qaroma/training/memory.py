@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from qaroma.config.levels import LEVELS
-from qaroma.config.schema import ResolvedConfig
+from qaroma.config.resolved import ResolvedConfig
 from qaroma.config.tasks import PREFERENCE
 from qaroma.config.words import memory_size
 from qaroma.engine.levels import apply_level

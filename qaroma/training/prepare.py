@@ -13,7 +13,8 @@ from qaroma.config.decisions import DataFacts, Decision
 from qaroma.config.load import require_model_and_data
 from qaroma.config.metrics import metrics_of
 from qaroma.config.presets import BITS_A_TOKEN, resolve, validation_notes, warm_up_notes
-from qaroma.config.schema import Config, ResolvedConfig
+from qaroma.config.resolved import ResolvedConfig
+from qaroma.config.schema import Config
 from qaroma.config.tasks import PREFERENCE
 from qaroma.data.encode import Encoded, limit_length
 from qaroma.data.glue import dev_file, glue_task, read_glue, read_train

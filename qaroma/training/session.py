@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from qaroma.config.schema import ResolvedConfig
+from qaroma.config.resolved import ResolvedConfig
 from qaroma.engine.placement import head_quantization
 from qaroma.method.base import Method
 from qaroma.method.head import TrainedHead

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from qaroma.config.growth_settings import growth_settings
 from qaroma.config.levels import LEVELS
 from qaroma.config.methods import METHODS
-from qaroma.config.schema import ResolvedConfig
+from qaroma.config.resolved import ResolvedConfig
 from qaroma.config.tasks import PREFERENCE
 from qaroma.errors import QaromaError
 from qaroma.method.base import AdapterMethod, Method, MethodOptions

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 
 from qaroma.config.metrics import metric_facts
-from qaroma.config.schema import BudgetGrowthSection, ResolvedGrowthSection
+from qaroma.config.resolved import BudgetGrowthSection, ResolvedGrowthSection
 from qaroma.method.base import Method
 from qaroma.method.trim import trim
 from qaroma.training.fit import validation_metrics

@@ -18,7 +18,7 @@ from qaroma.compare.suite.bench import Bench
 from qaroma.compare.suite.cells import Cell, Figures
 from qaroma.config.load import read_settings
 from qaroma.config.presets import resolve
-from qaroma.config.schema import ResolvedConfig
+from qaroma.config.resolved import ResolvedConfig
 from qaroma.method.base import Method
 from qaroma.method.factors import Factors, Update
 from qaroma.method.head import TrainedHead
