@@ -35,6 +35,11 @@ def test_of_labels_the_last_within_a_standard_error_is_chosen(metric: str) -> No
     assert observed(choice, metric, [0.755, 0.74], loss=1.0, loss_error=0.1, examples=64) == [True, False]
 
 
+def test_equal_losses_leave_the_first_one_and_equal_shares_the_last() -> None:
+    assert observed(Choice(), "loss", [0.5, 0.5], loss_error=0.1) == [True, False]
+    assert observed(Choice(), "accuracy", [1.0, 1.0], loss=1.0, loss_error=0.1, examples=64) == [True, True]
+
+
 def test_with_many_rows_the_best_is_chosen() -> None:
     choice = Choice()
     assert observed(choice, "accuracy", [0.8, 0.79], loss=1.0, loss_error=0.1, examples=100_000) == [True, False]

@@ -82,18 +82,17 @@ def uncalled_layers(model: Any) -> frozenset[str]:
 
 @lru_cache(maxsize=64)
 def _uncalled(kind: Any, config_kind: Any, said: str) -> frozenset[str]:
-    names: dict[nn.Module, str] = {}
+    layers: list[str] = []
     called: set[str] = set()
     try:
         with torch.device("meta"), torch.no_grad(), _ConditionsHold():
             model = kind._from_config(config_kind.from_dict(json.loads(said)), dtype=torch.bfloat16).train()
-            names.update((module, name) for name, module in model.named_modules())
-            for module in names:
-                module.register_forward_hook(lambda one, *_: called.add(names[one]))
+            layers = [name for name, module in model.named_modules() if has_matrix(module)]
+            for name, module in model.named_modules():  # a hook that knew the model would keep it alive
+                module.register_forward_hook(lambda *_, name=name: called.add(name))
             backbone(model)(input_ids=torch.ones(1, _TOKENS, dtype=torch.int64))
     except Exception:  # a step that depends on values ends here: what ran until then is judged
         pass
-    layers = [name for module, name in names.items() if has_matrix(module)]
     return frozenset(name for name in layers if name not in called and name.rpartition(".")[0] in called)
 
 

@@ -51,7 +51,10 @@ class Choice:
             self.record, self.without_gain = value, 0
         elif metric != "loss" or counts_as_lost(value, self._record, error=figures["loss_error"], done=done):
             self.without_gain += 1
-        chosen = gained or abs(value - self._record) <= facts.error(self._record, figures.get("examples", 0))
+        if facts.estimates is None:
+            chosen = gained
+        else:
+            chosen = gained or abs(value - self._record) <= facts.error(self._record, figures["examples"])
         if chosen:
             self.best, self.best_step = value, step
         return chosen
