@@ -74,14 +74,14 @@ def check(folder: Path, largest: int, total: int, *wanted: str) -> None:
     for one in told:
         print(f"\n{one}; largest tensor {largest}, model {total}")
         # Beside the tensors there are the blocks of rows in hand, which are of one size for every model.
-        allowed = 2 * largest + 74e6
+        allowed = 2 * largest + 82e6
         assert allowed < 0.7 * total  # else this would prove nothing
         assert one["peak"] < allowed, one
 
 
 def test_a_merge_holds_two_tensors_at_most(tmp_path: Path) -> None:
     total, _ = save_random(
-        tmp_path, "50MB", hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12,
+        tmp_path, "50MB", hidden_size=768, intermediate_size=2048, num_hidden_layers=10, num_attention_heads=12,
         num_key_value_heads=12, vocab_size=2048,
     )  # fmt: skip
     check(tmp_path, 2 * 2048 * 768, total, "original:merged", "dequantised:merged")
