@@ -108,17 +108,14 @@ class FlatAdamW:
             self.steps[name] = steps = [t + 1 for t in steps]
             rows += [(rate, 1 - beta1**t, 1 - beta2**t) for rate, t in zip(learning_rates[name], steps, strict=True)]
         per_part = torch.tensor(rows, dtype=torch.float32).view(-1, 3).to(self.values.device, non_blocking=True)
-        lr, correction1, correction2 = (
-            torch.repeat_interleave(column, self._sizes, output_size=self.values.numel())
-            for column in per_part[self._owners].T
-        )
+        lr, correction1, correction2 = per_part[self._owners].T
         self.first_moment.lerp_(self.gradients, 1 - beta1)
         update = self._direction(correction1, correction2)
         if self.max_update is not None:
             update.clamp_(-self.max_update, self.max_update)
         if self.weight_decay:
             update.add_(self.values, alpha=self.weight_decay)
-        update.mul_(lr)
+        update.mul_(self._spread(lr))
         self.values.sub_(update)
         if self.last_update is not None:
             self.last_update = update
@@ -126,16 +123,20 @@ class FlatAdamW:
     def _needs_second_moment(self) -> bool:
         return True
 
+    def _spread(self, per_run: Tensor) -> Tensor:
+        """A figure for every element, from one for each run of elements that share a learning rate."""
+        return torch.repeat_interleave(per_run, self._sizes, output_size=self.values.numel())
+
     def _direction(self, correction1: Tensor, correction2: Tensor) -> Tensor:
         """The update in learning rates; the gradients are in the first moment already.
 
         Args:
-            correction1, correction2: of each element's moments, for the steps it was trained.
+            correction1, correction2: of the moments of each run of elements, for the steps it was trained.
         """
         assert self.second_moment is not None
         self.second_moment.mul_(self.betas[1]).addcmul_(self.gradients, self.gradients, value=1 - self.betas[1])
-        denominator = (self.second_moment / correction2).sqrt_().add_(self.eps)
-        return (self.first_moment / correction1).div_(denominator)
+        denominator = (self.second_moment / self._spread(correction2)).sqrt_().add_(self.eps)
+        return (self.first_moment / self._spread(correction1)).div_(denominator)
 
     def keep_updates(self, wanted: bool) -> None:
         """Whether each update is kept until the next one, for :meth:`agreement`."""
@@ -269,7 +270,7 @@ class FlatMuon(FlatAdamW):
 
     def _direction(self, correction1: Tensor, correction2: Tensor) -> Tensor:
         """Elements of a factor have a root mean square of :data:`MUON_SIZE`."""
-        momentum = (self.first_moment / correction1).lerp_(self.gradients, 1 - self.betas[0])
+        momentum = (self.first_moment / self._spread(correction1)).lerp_(self.gradients, 1 - self.betas[0])
         if self.second_moment is None:
             update = momentum
         else:

@@ -18,7 +18,7 @@ NOISE_SIZE = 0.025
 SMALL_START, AIM, WIDTH, LARGEST_FACTOR = 0.5, -0.025, 0.05, 64.0
 CLIMB, LEAST_CLIMB, FASTEST, SLOWEST, LEAST_OF_LARGEST = 10.0, 0.1, 0.4, 0.07, 0.5
 RISEN = 1.2  # of the first losses: above it, the rate was too large
-FIRST, LAST = 5, 3  # losses that are compared, each by their mean: one batch may be half as hard again as another
+FIRST, LAST = 5, 3  # losses: the mean of the last is compared with the median of the first, for batches differ
 _COSINE = 0.404  # mean square of a cosine that ends at a tenth
 
 
