@@ -91,7 +91,7 @@ def test_from_a_file_to_an_answer(browser: Any, tiny_folder: Path, tmp_path: Pat
         one.sees("How the model reads the first rows")
         assert one.tab.locator("mark").all_inner_texts()[1:] == [f"it is {n}<|im_end|>" for n in range(3)]
         one.click("Go on")
-        one.tab.get_by_text("Another one").click()  # in the place of the built-in model, which takes minutes
+        one.tab.get_by_text("Another model").click()  # in the place of the built-in model, which takes minutes
         one.tab.locator("input[name=other]").fill(str(tiny_folder))
         one.click("Go on")
         one.sees("learns from")
@@ -116,7 +116,7 @@ def test_from_a_file_to_an_answer(browser: Any, tiny_folder: Path, tmp_path: Pat
         answers.nth(1).wait_for()
         assert one.clicks + other.clicks <= MOST_CLICKS
         assert answers.nth(0).inner_text() != answers.nth(1).inner_text()
-        other.click("Export")
+        other.click("Export it")
         other.tab.locator(".export", has_text="vLLM, SGLang").get_by_role("button").click()
         other.sees("Written")
         other.asked_nothing_elsewhere()

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from urllib.parse import urlencode
 
 from qaroma.data.files import Remarks, read_file
 from qaroma.data.forms import recognise
@@ -70,10 +69,6 @@ class Choice:
     def fields(self) -> dict[str, str]:
         """What :meth:`read` takes."""
         return {"data": self.data, **self.columns, "model": self.model}
-
-    @property
-    def query(self) -> str:
-        return urlencode(self.fields)
 
     def preview(self) -> list[str]:
         return ["data", "preview", *self._words(), "--examples", "3"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -20,7 +19,26 @@ from qaroma.runs.directory import quoted
 from qaroma.runs.files import make_directory, read_json
 from qaroma.runs.lock import LOCK, owner_is_gone
 
+LONGEST_ANSWER = 256  # tokens
 _TAIL = 4000  # bytes of a log that are shown
+_OWN_GROUP = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # on Windows, where there are no sessions
+EXPORTS = {
+    "gguf": ("Ollama, LM Studio, llama.cpp", "one file that holds the whole model"),
+    "padded": ("vLLM, SGLang", "a small adapter beside the model"),
+    "merged": ("Anything else", "the whole model as an ordinary folder"),
+}
+
+
+def of_run(run: Path) -> dict[str, list[str]]:
+    """What is typed after ``qaroma`` for the buttons of a run that there is, by their names."""
+    folder = run.as_posix()
+    return {
+        "resume": ["finetune", "--resume", "--output", folder],
+        "chat": ["chat", folder, "--max-new-tokens", str(LONGEST_ANSWER)],
+        "gguf": ["export", folder, "--format", "gguf", "--outtype", "q8_0"],
+        "padded": ["export", folder, "--format", "padded"],
+        "merged": ["export", folder, "--format", "merged"],
+    }
 
 
 def shown(words: Sequence[str]) -> str:
@@ -57,9 +75,6 @@ class Jobs:
 
     def start(self, name: str, words: Sequence[str]) -> None:
         """Run a command, unless the one of that name is at work."""
-        own_group: dict[str, Any] = {"start_new_session": True}
-        if os.name == "nt":
-            own_group = {"creationflags": 0x200}  # CREATE_NEW_PROCESS_GROUP
         make_directory(LOGS)
         with self._starting:
             if self.working(name):
@@ -67,8 +82,10 @@ class Jobs:
             with _log(name).open("wb") as log:
                 log.write(f"{shown(words)}\n".encode())
                 log.flush()
-                child = subprocess.Popen(argv(words), stdin=subprocess.DEVNULL, stdout=log, stderr=log, **own_group)
-            self._children[name] = child
+                self._children[name] = subprocess.Popen(
+                    argv(words), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    start_new_session=True, creationflags=_OWN_GROUP,
+                )  # fmt: skip
 
     def working(self, name: str) -> bool:
         """Whether this page began it, and it goes on; whether a run is at work is known to its folder."""

@@ -19,8 +19,8 @@ _HEADERS = {
 }
 
 
-class Guard:
-    """Refuses what does not come from the page itself, before anything of it is read.
+def guarded(app: ASGIApp, token: str, hosts: frozenset[str]) -> ASGIApp:
+    """An application that refuses what does not come from the page itself, before anything of it is read.
 
     The token stands in the path and not in a cookie, which a browser would send to every port of this machine.
 
@@ -30,10 +30,19 @@ class Guard:
         hosts: values of the header Host that are ours; another is a name that leads here from elsewhere.
     """
 
-    def __init__(self, app: ASGIApp, token: str, hosts: frozenset[str]) -> None:
-        self._app, self._token, self._hosts = app, token, hosts
+    def refusal(scope: Scope) -> str | None:
+        headers = Headers(scope=scope)
+        host, origin, site = (headers.get(name) for name in ("host", "origin", "sec-fetch-site"))
+        if host not in hosts:
+            return "this page answers at 127.0.0.1 alone"
+        if not secrets.compare_digest(scope["path"][1:].partition("/")[0].encode(), token.encode()):
+            return "open the address that 'qaroma page' printed, whole"
+        unnamed = origin is None and scope["method"] in ("GET", "HEAD")  # where nothing changes
+        if not (unnamed or origin == f"http://{host}") or site not in (None, "none", "same-origin"):
+            return "asked for by another page"
+        return None
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
@@ -41,18 +50,8 @@ class Guard:
                     headers.setdefault(name, value)
             await send(message)
 
-        refused = self._refusal(scope) if scope["type"] == "http" else None
-        answer: ASGIApp = self._app if refused is None else PlainTextResponse(f"refused: {refused}", 403)
-        await answer(scope, receive, send_guarded)
+        refused = refusal(scope) if scope["type"] == "http" else None
+        answering = app if refused is None else PlainTextResponse(f"refused: {refused}", 403)
+        await answering(scope, receive, send_guarded)
 
-    def _refusal(self, scope: Scope) -> str | None:
-        headers = Headers(scope=scope)
-        host, origin, site = (headers.get(name) for name in ("host", "origin", "sec-fetch-site"))
-        if host not in self._hosts:
-            return "this page answers at 127.0.0.1 alone"
-        if not secrets.compare_digest(scope["path"][1:].partition("/")[0].encode(), self._token.encode()):
-            return "open the address that 'qaroma page' printed, whole"
-        unnamed = origin is None and scope["method"] in ("GET", "HEAD")  # where nothing changes
-        if not (unnamed or origin == f"http://{host}") or site not in (None, "none", "same-origin"):
-            return "asked for by another page"
-        return None
+    return answer

@@ -45,9 +45,6 @@ class Machine:
     memory: int
     gpu: str | None
 
-    def holds(self, model: Model) -> bool:
-        return model.memory <= self.memory and (self.gpu is not None or model.parameters <= _CPU_PARAMETERS)
-
 
 def this_machine() -> Machine:
     """Look for a GPU, in a process that ends: to look takes some of a card's memory for as long as it lives."""
@@ -66,7 +63,9 @@ def models_for(machine: Machine, cache: Path | None = None) -> list[Model]:
     names = {SMOLLM2_HUB_ID, *(model.name for model in cached)}
     known = [_model(HUB_IDS[name], shape, here=False) for name, shape in SHAPES.items() if name != SMOLLM2_NAME]
     fetched = sorted((one for one in known if one.name not in names), key=lambda model: model.parameters)
-    return [built_in, *(model for model in (*cached, *fetched) if machine.holds(model))]
+    most = float("inf") if machine.gpu else _CPU_PARAMETERS
+    fits = (one for one in (*cached, *fetched) if one.memory <= machine.memory and one.parameters <= most)
+    return [built_in, *fits]
 
 
 def _cached(cache: Path | None) -> Iterator[tuple[str, dict[str, Any]]]:

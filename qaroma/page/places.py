@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qaroma.data.files import SUFFIXES, data_suffix
 from qaroma.errors import QaromaError
-from qaroma.runs.files import make_directory
+from qaroma.runs.files import make_directory, unused
 
 UPLOADS, LOGS, RUNS = Path("qaroma-page/data"), Path("qaroma-page/logs"), Path("runs")
 LARGEST_UPLOAD = 256 * 2**20  # bytes
@@ -33,10 +33,7 @@ async def receive(name: str, pieces: AsyncIterator[bytes]) -> str:
         raise QaromaError(f"got '{name[:80]}'; expected a file of the kind {', '.join(SUFFIXES)}, or such a .gz")
     make_directory(UPLOADS)
     stem, _, kind = re.sub(r"[^\w.-]+", "-", name).strip("-").partition(".")
-    path, number = inside(UPLOADS, f"{stem}.{kind}"), 1
-    while path.exists():
-        number += 1
-        path = UPLOADS / f"{stem}-{number}.{kind}"
+    path = unused(inside(UPLOADS, stem), f".{kind}")
     size, aside = 0, path.with_name(f"{path.name}.part")
     try:
         with aside.open("xb") as file:

@@ -1,10 +1,9 @@
-"""The screens, in the order in which a person meets them: data, model, plan, run, chat, export."""
+"""The screens, in the order in which a person meets them: data, model, plan, run, chat."""
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 from urllib.parse import urlencode
 
@@ -12,13 +11,13 @@ import jinja2
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
 
-from qaroma.config.words import duration, file_size, memory_size
+from qaroma.config.words import duration, memory_size
 from qaroma.errors import QaromaError
 from qaroma.page.choices import DEMO, FORMS, MEANINGS, Choice
-from qaroma.page.commands import Jobs, answer_of, shown
+from qaroma.page.commands import EXPORTS, Jobs, answer_of, of_run, shown
 from qaroma.page.models import Machine, models_for
 from qaroma.page.places import LARGEST_UPLOAD, RUNS, UPLOADS, inside, receive
-from qaroma.page.talk import Talk, chat_words
+from qaroma.page.talk import Talk
 from qaroma.runs.directory import RunDirectory, find_adapter
 from qaroma.runs.finding import list_runs, looks_like_run
 from qaroma.runs.reading import Run, read_run
@@ -26,11 +25,9 @@ from qaroma.runs.reading import Run, read_run
 TEMPLATES = Path(__file__).parent / "templates"
 # The report is drawn from what models and data say: it may show itself and do nothing.
 _REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'self'; sandbox"
-_EXPORTS = {
-    "gguf": ("Ollama, LM Studio, llama.cpp", "one file that holds the whole model"),
-    "padded": ("vLLM, SGLang", "a small adapter beside the model"),
-    "merged": ("Anything else", "the whole model as an ordinary folder"),
-}
+_HTML = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
+_HTML.filters.update(memory=memory_size, duration=duration, command=shown)
+_HTML.globals.update(demo=DEMO, forms=FORMS, meanings=MEANINGS, exports=EXPORTS, limit=LARGEST_UPLOAD, uploads=UPLOADS)
 
 
 class Screens:
@@ -45,8 +42,7 @@ class Screens:
         self._jobs, self._talk = Jobs(), Talk()
 
     def home(self, request: Request) -> Response:
-        runs = [run for run in _runs() if "/" not in run.name]
-        return _show("home", request, runs=runs, limit=LARGEST_UPLOAD, demo=DEMO, uploads=UPLOADS.as_posix())
+        return _show("home", request, runs=[run for run in _runs() if "/" not in run.name])
 
     async def upload(self, request: Request) -> Response:
         try:
@@ -57,7 +53,7 @@ class Screens:
 
     def data(self, request: Request) -> Response:
         choice = Choice.read(request.query_params)
-        return _show("data", request, choice.preview(), choice=choice, forms=FORMS, meanings=MEANINGS)
+        return _show("data", request, choice.preview(), choice=choice)
 
     def model(self, request: Request) -> Response:
         choice, models = Choice.read(request.query_params), models_for(self._machine)
@@ -72,78 +68,39 @@ class Screens:
         return _show("plan", request, [*words, "--dry-run"], [words], choice=choice, run=run.name, busy=busy)
 
     def run(self, request: Request) -> Response:
-        run = _run(request)
-        now = self._now(run.name)
-        line = {"stopped": _resume(run), "finished": chat_words(run)}.get(now["state"])
-        return _show("run", request, lines=[line] if line else [], name=run.name, now=now)
+        path = _run(request)
+        run = read_run(path) if looks_like_run(path) else Run(path, path.name, "broken")
+        state = "starting" if self._jobs.working(run.name) and run.state != "running" else run.state
+        tuned = find_adapter(path) is not None
+        next_ones = {"stopped": ["resume"], "finished": ["chat"]}.get(state, [])
+        lines = [of_run(path)[button] for button in (*next_ones, *(EXPORTS if tuned and next_ones else ()))]
+        report = path / "report.html"  # it has something to say once there is an adapter
+        drawn = report.stat().st_mtime_ns if tuned and report.is_file() else 0
+        return _show("run", request, lines=lines, run=run, state=state, tuned=tuned, drawn=drawn, jobs=self._jobs)
 
     def report(self, request: Request) -> Response:
-        page = _run(request) / "report.html"
-        if page.is_symlink() or not page.is_file():
-            raise QaromaError("the report appears with the first steps")
+        page = inside(_run(request), "report.html")
         return HTMLResponse(page.read_bytes(), headers={"Content-Security-Policy": _REPORT_POLICY})
 
-    def export(self, request: Request) -> Response:
+    def press(self, button: str, request: Request) -> Response:
+        """A button of a run: its command begins, or the one at work is asked to stop."""
         run = _run(request)
-        now, lines = self._now(f"{run.name}.export"), [_export(run, form) for form in _EXPORTS]
-        return _show("export", request, lines=lines, name=run.name, now=now, exports=_EXPORTS)
-
-    def start(self, request: Request) -> Response:
-        run = _run(request)
-        return self._begin(request, run.name, Choice.read(request.query_params).finetune(run), f"run/{run.name}")
-
-    def resume(self, request: Request) -> Response:
-        run = _run(request)
-        return self._begin(request, run.name, _resume(run), f"run/{run.name}")
-
-    def write(self, request: Request) -> Response:
-        run, form = _run(request), request.path_params["form"]
-        if form not in _EXPORTS:
-            raise QaromaError(f"got the form '{form}'; expected one of {', '.join(_EXPORTS)}")
-        return self._begin(request, f"{run.name}.export", _export(run, form), f"run/{run.name}/export")
-
-    def stop(self, request: Request) -> Response:
-        run = _run(request)
-        self._jobs.stop(run)
-        return _to(request, f"run/{run.name}")
-
-    def _begin(self, request: Request, job: str, words: list[str], place: str) -> Response:
-        self._talk.end()  # its model would take the memory
-        self._jobs.start(job, words)
-        return _to(request, place)
+        if button == "stop":
+            self._jobs.stop(run)
+        else:
+            words = Choice.read(request.query_params).finetune(run) if button == "start" else of_run(run)[button]
+            self._talk.end()  # its model would take the memory
+            self._jobs.start(f"{run.name}.export" if button in EXPORTS else run.name, words)
+        return RedirectResponse(f"../{run.name}", 303)
 
     def chat(self, request: Request) -> Response:
         run = _run(request)
-        return _show("chat", request, lines=[chat_words(run)], name=run.name)
+        return _show("chat", request, lines=[of_run(run)["chat"]], name=run.name)
 
     async def talk(self, request: Request) -> Response:
         """Without a message the model is loaded; with one it is answered, in lines of JSON as they come."""
         message = (await request.body()).decode("utf-8", "replace")
         return StreamingResponse(self._talk.answer(_run(request), message), media_type="application/x-ndjson")
-
-    def _now(self, name: str) -> dict[str, Any]:
-        """How a run stands, or an export."""
-        path, working, failure = inside(RUNS, name), self._jobs.working(name), self._jobs.failure(name)
-        run = read_run(path) if looks_like_run(path) else None
-        state: str = run.state if run else "failed" if failure else "ended"
-        report = path / "report.html"
-        return {
-            "state": "starting" if working and state != "running" else state,
-            "said": self._jobs.said(name),
-            "failure": failure or (run and run.problem),
-            "report": report.stat().st_mtime_ns if report.is_file() else 0,
-            "tuned": run is not None and find_adapter(path) is not None,
-            **_progress(run or Run(path, name)),
-        }
-
-
-def _progress(run: Run) -> dict[str, Any]:
-    """How far a run is, in figures for people."""
-    seconds, losses = run.series("seconds").values, run.series("loss").values
-    left = (run.budget or run.step) - run.step
-    words = [f"loss {losses[-1]:.3f} (lower is better)"] if losses else []
-    words += [f"about {duration(median(seconds[-20:]) * left)} left"] if len(seconds) > 1 and left else []
-    return {"step": run.step, "steps": run.budget or 0, "words": words}
 
 
 def _run(request: Request) -> Path:
@@ -153,14 +110,6 @@ def _run(request: Request) -> Path:
 
 def _runs() -> list[Run]:
     return list_runs(RUNS) if RUNS.is_dir() else []
-
-
-def _resume(run: Path) -> list[str]:
-    return ["finetune", "--resume", "--output", run.as_posix()]
-
-
-def _export(run: Path, form: str) -> list[str]:
-    return ["export", run.as_posix(), "--format", form, *(["--outtype", "q8_0"] if form == "gguf" else [])]
 
 
 def failed(request: Request, error: Exception) -> Response:
@@ -175,22 +124,7 @@ def _show(
     """A screen with the command lines of its buttons; of one that is asked, what stands before its answer is sent while
     the command works."""
     lines = lines or ([asked] if asked else [])
-    values |= {"root": _root(request), "lines": lines, "answer": partial(answer_of, asked or [])}
-    template = _html().get_template(f"{screen}.html")
-    pieces = template.generate(values) if asked else [template.render(values)]
-    return StreamingResponse(pieces, status, media_type="text/html")
-
-
-def _to(request: Request, place: str) -> Response:
-    return RedirectResponse(f"{_root(request)}{place}", 303)
-
-
-def _root(request: Request) -> str:
-    return f"/{request.url.path.split('/')[1]}/"
-
-
-@cache
-def _html() -> jinja2.Environment:
-    html = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
-    html.filters.update(memory=memory_size, files=file_size, command=shown)
-    return html
+    root = f"/{request.url.path.split('/')[1]}/"
+    values |= {"screen": screen, "root": root, "lines": lines, "answer": partial(answer_of, asked or [])}
+    page = _HTML.get_template("base.html")
+    return StreamingResponse(page.generate(values) if asked else [page.render(values)], status, media_type="text/html")

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp
 
 from qaroma.errors import QaromaError
-from qaroma.page.guard import Guard
+from qaroma.page.commands import EXPORTS
+from qaroma.page.guard import guarded
 from qaroma.page.models import Machine, this_machine
 from qaroma.page.screens import TEMPLATES, Screens, failed
 
 HOME = "127.0.0.1"
+BUTTONS = ("start", "stop", "resume", *EXPORTS)
 
 
-def make_app(token: str, port: int, machine: Machine) -> Guard:
+def make_app(token: str, port: int, machine: Machine) -> ASGIApp:
     """The page as an ASGI application.
 
     Args:
@@ -37,18 +42,14 @@ def make_app(token: str, port: int, machine: Machine) -> Guard:
         Route("/plan", screens.plan),
         Route("/run/{name}", screens.run),
         Route("/run/{name}/report", screens.report),
-        Route("/run/{name}/export", screens.export),
         Route("/run/{name}/chat", screens.chat),
         Route("/run/{name}/talk", screens.talk, methods=["POST"]),
-        Route("/run/{name}/start", screens.start, methods=["POST"]),
-        Route("/run/{name}/stop", screens.stop, methods=["POST"]),
-        Route("/run/{name}/resume", screens.resume, methods=["POST"]),
-        Route("/run/{name}/write/{form}", screens.write, methods=["POST"]),
+        *(Route(f"/run/{{name}}/{button}", partial(screens.press, button), methods=["POST"]) for button in BUTTONS),
         Mount("/static", StaticFiles(directory=TEMPLATES / "static")),
     ]
     refusals: Any = {QaromaError: failed, OSError: failed}
     app = Starlette(routes=[Mount(f"/{token}", routes=routes)], exception_handlers=refusals)
-    return Guard(app, token, frozenset({f"{HOME}:{port}", f"localhost:{port}"}))
+    return guarded(app, token, frozenset({f"{HOME}:{port}", f"localhost:{port}"}))
 
 
 def serve(port: int, tell: Callable[[str], None]) -> None:
@@ -59,19 +60,16 @@ def serve(port: int, tell: Callable[[str], None]) -> None:
         tell: called with the address, once it answers.
 
     Raises:
-        QaromaError: the port is taken.
+        QaromaError: the port is taken, or not this user's to take.
     """
-    listening = socket.socket()
     try:
-        listening.bind((HOME, port))
+        listening = socket.create_server((HOME, port))
     except OSError as error:
-        listening.close()
-        raise QaromaError(f"port {port} is taken ({error.strerror}); leave --port out to take a free one") from error
-    port = listening.getsockname()[1]
-    token, machine = secrets.token_urlsafe(24), this_machine()
-    listening.listen(128)  # what asks from now on is answered as soon as the server runs
+        why = os.strerror(error.errno or 0)
+        raise QaromaError(f"port {port} cannot be had ({why}); leave --port out to take a free one") from error
+    port, token = listening.getsockname()[1], secrets.token_urlsafe(24)
+    app = make_app(token, port, this_machine())
     tell(f"http://{HOME}:{port}/{token}/")
-    app = make_app(token, port, machine)
     # Addresses hold the token: none is logged.
-    options: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}
-    uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=5, **options)).run(sockets=[listening])
+    quiet = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5)
+    uvicorn.Server(quiet).run(sockets=[listening])

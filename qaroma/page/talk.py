@@ -8,17 +8,11 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from qaroma.page.commands import argv, own_words
+from qaroma.page.commands import argv, of_run, own_words
 from qaroma.page.places import LOGS
 from qaroma.runs.files import make_directory
 
 _LOG = LOGS / "chat.log"  # what the command writes beside its answers
-LONGEST_ANSWER = 256  # tokens
-
-
-def chat_words(run: Path) -> list[str]:
-    """What is typed after ``qaroma`` to talk to a run, on the page and to copy from it."""
-    return ["chat", run.as_posix(), "--max-new-tokens", str(LONGEST_ANSWER)]
 
 
 class Talk:
@@ -40,7 +34,14 @@ class Talk:
             Lines of JSON, as the help of ``qaroma chat`` has them.
         """
         async with self._turn:
-            process, ended = await self._loaded(run), False
+            if self._process is None or self._run != run or self._process.returncode is not None:
+                self.end()
+                make_directory(LOGS)
+                with _LOG.open("wb") as log:
+                    command = argv([*of_run(run)["chat"], "--json"])
+                    self._process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, stderr=log)
+                self._run = run
+            process, ended = self._process, False
             asked = {"message": message, "base": True} if message else {"reset": True}
             try:
                 assert process.stdin is not None
@@ -56,16 +57,6 @@ class Talk:
             finally:
                 if not ended:  # whoever asked has gone: the rest of the answer would be taken for the next one's
                     self.end()
-
-    async def _loaded(self, run: Path) -> Process:
-        if self._process is None or self._run != run or self._process.returncode is not None:
-            self.end()
-            make_directory(LOGS)
-            with _LOG.open("wb") as log:
-                command = argv([*chat_words(run), "--json"])
-                self._process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, stderr=log)
-            self._run = run
-        return self._process
 
     def end(self) -> None:
         """Let go of the model."""

@@ -30,6 +30,7 @@ from qaroma.runs.files import (
     make_directory,
     read_json,
     remove_leftovers,
+    unused,
     write_atomically,
 )
 from qaroma.runs.lock import LOCK, locked
@@ -144,11 +145,7 @@ class RunDirectory:
     def unused(cls, name: str) -> RunDirectory:
         """``runs/<name>``, or ``runs/<name>-2`` and so on where that is taken."""
         slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
-        number, run = 1, cls(Path("runs") / slug)
-        while run.path.exists():
-            number += 1
-            run = cls(Path("runs") / f"{slug}-{number}")
-        return run
+        return cls(unused(Path("runs") / slug))
 
 
 def adapter_folder(run: str | Path) -> Path:

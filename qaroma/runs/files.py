@@ -176,12 +176,12 @@ def copy_files(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def unused(path: Path) -> Path:
-    """``path``, or ``path-2`` and so on where that is taken."""
-    number, found = 1, path
+def unused(path: Path, ending: str = "") -> Path:
+    """``path`` with an ending, or ``path-2`` with it and so on where that is taken."""
+    number, found = 1, path.with_name(f"{path.name}{ending}")
     while found.exists():
         number += 1
-        found = path.with_name(f"{path.name}-{number}")
+        found = path.with_name(f"{path.name}-{number}{ending}")
     return found
 
 
