@@ -29,11 +29,12 @@ def fingerprints(run: Path) -> dict[str, str]:
     return {str(f.relative_to(run)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
-def config_for(model: Path, data: Path, run: Path):
+def config_for(model: Path, data: Path, run: Path, *, report: bool = False):
     return make_config(
         model, data, run,
         growth__eps_out=0.05, growth__dropout=0.1, growth__inner_criterion="product",
         training__max_steps=STEPS, training__evaluate_every=4, checkpoint__every=5, checkpoint__keep=2,
+        evaluation__report=report,
     )  # fmt: skip
 
 
@@ -95,7 +96,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 ) -> None:
     run = tmp_path / "run"
     file = tmp_path / "config.yaml"
-    file.write_text(dump_config(config_for(tiny_folder, data_file, run)), encoding="utf-8")
+    file.write_text(dump_config(config_for(tiny_folder, data_file, run, report=True)), encoding="utf-8")
     command = [sys.executable, "-m", "qaroma", "finetune"]
     process = subprocess.Popen([*command, "--config", str(file)], stderr=subprocess.PIPE, text=True, encoding="utf-8")
     metrics = run / "metrics.jsonl"
@@ -108,6 +109,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert "Traceback" not in error
     stopped_at = max(json.loads(line)["step"] for line in metrics.read_text(encoding="utf-8").splitlines())
     assert (run / "checkpoints" / f"step-{stopped_at:08d}").is_dir()
+    assert "It stopped before its end" in (run / "report.html").read_text(encoding="utf-8")
     resumed = subprocess.run([*command, "--resume", "--output", str(run), "--json"], capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads(resumed.stdout)["steps"] == STEPS

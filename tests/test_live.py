@@ -78,8 +78,8 @@ def test_the_page_can_be_opened_at_any_moment_and_follows(
     run, seen = tmp_path / "run", []
     original = page_module.write_page
 
-    def watched(path: Path) -> Path:
-        written = original(path)
+    def watched(path: Path, *, stopped: bool) -> Path:
+        written = original(path, stopped=stopped)
         seen.append('http-equiv="refresh"' in written.read_text(encoding="utf-8"))
         return written
 
@@ -91,7 +91,7 @@ def test_the_page_can_be_opened_at_any_moment_and_follows(
 def test_a_page_that_fails_costs_no_run(
     tiny_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(path: Path) -> Path:
+    def broken(path: Path, *, stopped: bool) -> Path:
         raise RuntimeError("no font")
 
     monkeypatch.setattr(page_module, "write_page", broken)

@@ -230,7 +230,12 @@ def test_a_run_is_shown_as_it_stands(page: Any) -> None:
     LOGS.mkdir(parents=True)
     (LOGS / "done.export.log").write_text("qaroma export runs/done\nwrote it")
     assert "Written</h2><pre>qaroma export runs/done\nwrote it" in page.get("run/done").text
+    assert '<iframe title="Report of the run" sandbox' in finished
+    (half / "report.html").touch()
     stopped = page.get("run/half").text
+    assert "too little to chat with yet" in stopped
+    assert "Use it elsewhere" not in stopped
+    assert "<iframe" not in stopped  # it would say that nothing is learnt
     assert "Stopped at step 4 of 8<" in stopped
     assert f"qaroma finetune --resume --output {half.as_posix()}" in stopped
     assert "There is no run of this name." in page.get("run/none").text
@@ -292,6 +297,9 @@ def test_an_error_of_a_command_is_shown_as_it_is(page: Any, monkeypatch: pytest.
     assert "There is no folder &#39;./nowhere&#39;" in screen
     assert "Go on" not in screen
     assert "Choose another file" in screen
+    plan = page.get("plan?data=a.csv&model=./nowhere").text
+    assert "There is no folder &#39;./nowhere&#39;" in plan
+    assert 'href="model?data=a.csv&amp;model=.%2Fnowhere">Choose another model<' in plan
 
 
 def test_models_that_fit_the_ones_here_first(tmp_path: Path) -> None:
@@ -395,7 +403,7 @@ def test_a_taken_port_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert main(["page", "--no-browser", "--port", str(taken.getsockname()[1])]) == 2
-    assert "leave --port out to take a free one" in capsys.readouterr().err
+    assert "leave --port out for a free one" in capsys.readouterr().err
 
 
 def test_a_screen_is_sent_as_far_as_it_is_known_while_its_command_works(

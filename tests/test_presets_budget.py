@@ -69,6 +69,8 @@ def test_data_that_fills_a_block_begins_with_more() -> None:
     config, reasons = decided(1000, tokens=400, training={"epochs": 3})
     assert (config.growth.start_rank, config.growth.max_rank) == (LARGE_BUDGET // 2, LARGE_BUDGET)
     assert reasons["growth.start_rank"].startswith("rank 30 takes in 1,200,000 bits in 189 steps")
+    _, reasons = decided(1000, tokens=400, model=ModelFacts(component_parameters=17_000, width=64, weight_std=0.02))
+    assert reasons["growth.start_rank"].startswith("rank 560 takes in")  # no 5.6e+02
     bounded, _ = decided(1000, tokens=400, growth={"max_rank": 12})
     assert (bounded.growth.start_rank, bounded.growth.max_rank) == (6, 12)
 

@@ -129,7 +129,7 @@ def _needed_rank(config: Config, steps: int, facts: DataFacts) -> tuple[float, s
     examples = steps * config.training.micro_batch * config.training.grad_accum
     bits = facts.trained_bits * min(1.0, examples / max(facts.rows, 1))
     needed = bits * max(STEPS_FOR_A_BIT / steps, 1 / BITS_A_NUMBER) / facts.model.component_parameters
-    return needed, f"rank {needed:.2g} takes in {bits:,.0f} bits in {steps} steps"
+    return needed, f"rank {float(f'{needed:.2g}'):g} takes in {bits:,.0f} bits in {steps} steps"
 
 
 def _decide_rate(config: Config, rate: float, reason: str, decide: Decide) -> float:

@@ -89,8 +89,8 @@ def _look(file: Path) -> tuple[str | None, tuple[str, ...]]:
         raise QaromaError(f"there is no file {file.name} in {UPLOADS.as_posix()}; choose it again")
     rows: list[Row] = []
     try:
-        for line, value in islice(read_file(file, Remarks([], [])), _LOOKED_AT):
-            rows.append(Row(value, file.as_posix(), line))
+        read = islice(read_file(file, Remarks([], [])), _LOOKED_AT)
+        rows.extend(Row(value, file.as_posix(), line) for line, value in read)
         if rows:
             return recognise(rows), ()
     except QaromaError:  # the preview will say what is wrong

@@ -65,8 +65,7 @@ def serve(port: int, tell: Callable[[str], None]) -> None:
     try:
         listening = socket.create_server((HOME, port))
     except OSError as error:
-        why = os.strerror(error.errno or 0)
-        raise QaromaError(f"port {port} cannot be had ({why}); leave --port out to take a free one") from error
+        raise QaromaError(f"port {port}: {os.strerror(error.errno or 0)}; leave --port out for a free one") from error
     port, token = listening.getsockname()[1], secrets.token_urlsafe(24)
     app = make_app(token, port, this_machine())
     tell(f"http://{HOME}:{port}/{token}/")

@@ -7,6 +7,7 @@ text of models and data is escaped.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ _VERDICTS = {"running": "It is still training", "stopped": "It stopped before it
 _WIDE, _NARROW = (11.2, 3.1), (3.4, 2.7)  # inches of a figure; a phone shows the narrow one as large as it is
 
 
-def write_page(run: Path) -> Path:
+def write_page(run: Path, *, stopped: bool = False) -> Path:
     """Write ``report.html`` of one run, finished or not, into its directory; of a finished one ``report.png`` too.
 
     Made to be called at every validation: of a run that goes on, the page follows the run in an open
@@ -46,6 +47,7 @@ def write_page(run: Path) -> Path:
 
     Args:
         run: a run directory.
+        stopped: the process that has the run's lock is about to give it back, before the run's end.
 
     Returns:
         The page's path.
@@ -54,7 +56,7 @@ def write_page(run: Path) -> Path:
         QaromaError: no run there.
         OSError: the page cannot be written.
     """
-    read = open_run(run)
+    read = replace(open_run(run), state="stopped") if stopped else open_run(run)
     spectra = read_spectra(read) if read.finished else None
     page = Path(run) / PAGE
     write_atomically(page, build_page([read], [spectra], follow=not read.finished))

@@ -131,6 +131,7 @@ def _train(
     page = LivePage(run.path, console, wanted=data.config.evaluation.report and ranks.is_first)
     ending = _fitted(session, state, page, console)
     if ending == "interrupted":
+        page.update(stopped=True)
         console.print(f"saved at step {state.step}; go on with: {run.resume_command}", soft_wrap=True)
         raise KeyboardInterrupt
     session.ranks = Ranks()  # what is left is one process's work

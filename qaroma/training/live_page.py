@@ -21,11 +21,11 @@ class LivePage:
     def __init__(self, run: Path, console: Console, *, wanted: bool = True) -> None:
         self.run, self.console, self.wanted = run, console, wanted
 
-    def update(self) -> None:
+    def update(self, *, stopped: bool = False) -> None:
         if not self.wanted:
             return
         try:
-            write_page(self.run)
+            write_page(self.run, stopped=stopped)
         except Exception as error:  # whatever drawing raises, training goes on
             self.wanted = False
             self.console.print(f"report.html is not kept up to date: {error}", style="yellow", markup=False)
