@@ -229,7 +229,7 @@ def test_a_run_is_shown_as_it_stands(page: Any) -> None:
     assert "script-src" not in report.headers["content-security-policy"]
     LOGS.mkdir(parents=True)
     (LOGS / "done.export.log").write_text("qaroma export runs/done\nwrote it")
-    assert "Written</h2><pre>qaroma export runs/done\nwrote it" in page.get("run/done").text
+    assert "Written</b></p><pre>qaroma export runs/done\nwrote it" in page.get("run/done").text
     assert '<iframe title="Report of the run" sandbox' in finished
     (half / "report.html").touch()
     stopped = page.get("run/half").text
