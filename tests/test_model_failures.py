@@ -123,6 +123,20 @@ def test_missing_tensors_are_not_filled_with_noise(folder):
             load_base(folder, device="cpu", quantization=quantization)
 
 
+def test_tensors_of_another_shape_are_refused_whatever_put_them_there():
+    from transformers import LlamaForCausalLM
+
+    from qaroma.model.complete import require_shapes
+
+    network = LlamaForCausalLM(tiny_config(tie_word_embeddings=False))
+    require_shapes("m", network)
+    for module, shape in ((network.model.embed_tokens, (500, 64)), (network.model.layers[0].mlp.up_proj, (128, 32))):
+        whole, module.weight = module.weight, torch.nn.Parameter(torch.zeros(shape))
+        with pytest.raises(QaromaError, match=f"{shape[0]} x {shape[1]}, expected"):
+            require_shapes("m", network)
+        module.weight = whole
+
+
 def test_weights_of_another_shape(folder):
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 500}), encoding="utf-8")

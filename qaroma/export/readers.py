@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qaroma.engine.placement import compute_device
 from qaroma.errors import QaromaError
 from qaroma.method.factors import Update
-from qaroma.model.gguf import metadata_string
+from qaroma.model.gguf import metadata_string, read_dense
 
 # (token ids, first position wanted) -> logits (positions, vocabulary), fp32 on the CPU.
 Logits = Callable[[Sequence[int], int], Tensor]
@@ -97,7 +97,7 @@ def load_gguf_model(path: Path, device: torch.device) -> Any:
     Raises:
         QaromaError: a family that transformers does not read from GGUF.
     """
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     family = metadata_string(path, "general.architecture")
@@ -110,8 +110,8 @@ def load_gguf_model(path: Path, device: torch.device) -> Any:
         str(path.parent),
         gguf_file=path.name,
         dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
         device_map={"": device},
+        **read_dense(),
     )
     return model.eval()
 

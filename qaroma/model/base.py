@@ -12,7 +12,6 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +20,12 @@ import torch
 from torch import Tensor
 
 from qaroma.errors import QaromaError
-from qaroma.method.head import classifier_around, classifier_head, may_be_new, unsaid_about_the_head
+from qaroma.method.head import classifier_around, classifier_head, unsaid_about_the_head
 from qaroma.method.linear import uncalled_layers
 from qaroma.model.attention import repeat_keys, wants_repeated_keys
 from qaroma.model.bnb import bnb
 from qaroma.model.builtin import ResolvedModel, resolve_model
+from qaroma.model.complete import require_complete, require_shapes
 from qaroma.model.devices import device_map, layers_go_to_host, without_hooks
 from qaroma.model.failures import explained, readable
 from qaroma.model.found import FoundModel, find_model, loader_keywords, stored_quantization
@@ -211,7 +211,8 @@ def load_base(
         model, config, bnb_config, read_dtype, target, _implementation(attention),
         classifier=classifier, host_embeddings=apart, host_layers=host_layers,
     )  # fmt: skip
-    _require_complete(model.name, network, info["missing_keys"], classifier=classifier)
+    require_complete(model.name, network, info["missing_keys"], classifier=classifier)
+    require_shapes(model.name, network)
     _settle(network, dtype)
     if attention == "sdpa" and wants_repeated_keys(config, target, dtype):
         repeat_keys(network)
@@ -303,20 +304,6 @@ def _tell_stored(model: str, stored: dict[str, Any], quantization: str, double_q
         asked = quantization + (" with double quantisation" if double_quantization and quantization != "none" else "")
         has = kind + (" with double quantisation" if double else " without double quantisation")
         logger.warning("'%s' is stored in %s and is used so, though %s was asked for.", model, has, asked)
-
-
-def _require_complete(model: str, network: Any, missing: Iterable[str], *, classifier: bool) -> None:
-    """transformers fills missing tensors with random numbers and only warns; those of a new head are to be new."""
-    missing = sorted(missing)
-    if classifier:
-        network.new_parameters = [name for name in missing if may_be_new(network, name)]
-        missing = [name for name in missing if name not in network.new_parameters]
-    if missing:
-        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise QaromaError(
-            f"The checkpoint '{model}' lacks {len(missing)} of its model's tensors ({names}); expected all of them. "
-            "Download or copy it again, or name a causal language model"
-        )
 
 
 def _settle(network: Any, dtype: torch.dtype) -> None:

@@ -130,10 +130,12 @@ def _in_one_kernel(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    grouped: dict[str, Any] = {}
+    if key_TGD.shape[1] != query_THD.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        grouped = {"enable_gqa": True}  # torch 2.10 to 2.12 need not be told
     found: Any = varlen_attn(
-        query_THD, key_TGD, value_TGD, starts, starts, longest, longest,
-        scale=scale, window_size=(-1, 0), enable_gqa=key_TGD.shape[1] != query_THD.shape[1],
-    )  # fmt: skip
+        query_THD, key_TGD, value_TGD, starts, starts, longest, longest, scale=scale, window_size=(-1, 0), **grouped
+    )
     return found  # type: ignore[no-any-return]
 
 

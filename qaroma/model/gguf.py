@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +27,9 @@ from qaroma.model.devices import matrix_to_host, move_all_but_layers
 # llama's query and key rows. Experts are fused in the file: a name is then missing, and transformers' reader is taken.
 _STREAMED = frozenset({"llama", "qwen2", "qwen3"})
 _CHUNK_ELEMENTS = 1 << 22
+_UINT32, _STRING = 4, 8  # types of the format's metadata
+# transformers' name of a special token, and llama.cpp's.
+_SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 
 
 class LazyTensor:
@@ -143,14 +146,12 @@ def load_gguf(
             None, config=config, state_dict=lazy, device_map={"": device}, quantization_config=bnb_config, **settings
         )
     else:
-        from transformers import GgufConfig
-
         model, info = model_class.from_pretrained(
             folder,
             gguf_file=file,
             config=config,
             device_map={"": "cpu"},
-            quantization_config=GgufConfig(dequantize=True),
+            **read_dense(),
             **settings,
         )
         _leave_gguf(model)
@@ -162,6 +163,16 @@ def load_gguf(
             model.to(device)
     model.config.name_or_path = str(Path(folder) / file)
     return model, info
+
+
+def read_dense() -> dict[str, Any]:
+    """Options of ``from_pretrained`` that have transformers dequantise a GGUF file; before it knew others it always
+    did."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def _leave_gguf(model: Any) -> None:
@@ -210,11 +221,11 @@ def quantise_linears(model: Any, bnb_config: Any, device: torch.device, *, host_
 
 
 def load_gguf_tokenizer(folder: str, file: str) -> Any:
-    """Load the tokenizer that a GGUF file carries, with the digits of SmolLM's put right.
+    """Load the tokenizer that a GGUF file carries, with its special tokens and the digits of SmolLM's put right.
 
-    transformers does not follow `tokenizer.ggml.pre` of the files it converts as GPT-2's. SmolLM's
-    tokenizer cuts digits off before all else ('smollm' in llama.cpp), which decides how white space
-    before a number is cut.
+    transformers before 5.18 takes the token that ends an answer from the key of the one that begins a text. No version
+    follows `tokenizer.ggml.pre` of the files that it converts as GPT-2's: SmolLM's tokenizer cuts digits off before all
+    else ('smollm' in llama.cpp), which decides how white space before a number is cut.
 
     Args:
         folder: where the file lies.
@@ -229,6 +240,10 @@ def load_gguf_tokenizer(folder: str, file: str) -> Any:
     with _alone(Path(folder) / file) as apart:
         tokenizer = AutoTokenizer.from_pretrained(apart, gguf_file=file)
     tokenizer.name_or_path = folder
+    for name, key in _SPECIAL_TOKENS.items():
+        number = metadata_number(Path(folder) / file, f"tokenizer.ggml.{key}_token_id")
+        if number is not None and number != getattr(tokenizer, f"{name}_id"):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
     if metadata_string(Path(folder) / file, "tokenizer.ggml.pre") == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -262,13 +277,23 @@ def metadata_string(path: Path, key: str) -> str | None:
     Returns:
         The string, or None where there is none under that key.
     """
+    found = _metadata(path, key, _STRING, lambda content, at: (at + 8, *struct.unpack_from("<Q", content, at)))
+    return None if found is None else found.decode()
+
+
+def metadata_number(path: Path, key: str) -> int | None:
+    """Read one number of a GGUF file's metadata, as :func:`metadata_string` does; None where there is none."""
+    found = _metadata(path, key, _UINT32, lambda content, at: (at, 4))
+    return None if found is None else int.from_bytes(found, "little")
+
+
+def _metadata(path: Path, key: str, kind: int, place: Callable[[Any, int], tuple[int, int]]) -> bytes | None:
+    """The value of a key; as the format has it: length of the key, key, type, value. ``place`` finds it from there."""
     name = key.encode()
-    # As the format has it: length of the key, key, type (8 is a string), length of the value, value.
-    entry = struct.pack("<Q", len(name)) + name + struct.pack("<I", 8)
+    entry = struct.pack("<Q", len(name)) + name + struct.pack("<I", kind)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         at = content.find(entry)
         if at < 0:
             return None
-        at += len(entry)
-        (length,) = struct.unpack_from("<Q", content, at)
-        return content[at + 8 : at + 8 + length].decode()
+        start, length = place(content, at + len(entry))
+        return content[start : start + length]
