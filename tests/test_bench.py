@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from torch import nn
 
 from qaroma.bench.contestants import examples, peft_step, qaroma_step, random_base, twin
 from qaroma.bench.measure import seconds_per_step, step_flops
-from qaroma.bench.sheet import LENGTHS, _Bench, cells_of, fill_sheet
+from qaroma.bench.sheet import LENGTHS, SheetPlan, _Bench, cells_of, fill_sheet
 from qaroma.cli import main
 from qaroma.plan.search import Planner
 from qaroma.plan.shapes import model_config
+from qaroma.plan.weightless_model import tensors_of
 
 CPU = torch.device("cpu")
 
@@ -35,7 +37,9 @@ def test_a_twin_has_other_modules_and_the_same_weights() -> None:
     model = random_base(tiny_config(), dtype=torch.float32, device=CPU)
     other = twin(model)
     assert other.model.layers[0] is not model.model.layers[0]
-    assert [p.data_ptr() for p in other.parameters()] == [p.data_ptr() for p in model.parameters()]
+    held, twins = ({tensor.data_ptr() for tensor in tensors_of(one)} for one in (model, other))
+    assert held == twins  # constants of the 4-bit weights too
+    assert len(held) > 3 * 14
 
 
 def test_both_contestants_train(tiny_folder: Path) -> None:
@@ -52,6 +56,15 @@ def test_both_contestants_train(tiny_folder: Path) -> None:
     assert all(not torch.equal(p, weights[n]) for n, p in other.named_parameters() if "lora_B" in n)
     assert not torch.equal(method.trainer.optimiser.values, before)
     assert method.adapter.layers["model.layers.0.mlp.up_proj"].rank == 4
+
+
+def test_the_step_that_is_timed_never_runs_out_of_components() -> None:
+    model = random_base(tiny_config(num_hidden_layers=1), dtype=torch.float32, device=CPU)
+    step, method = qaroma_step(model, examples(512, rows=1, length=8), level=0)
+    for _ in range(60):  # the sixth check and more: on random tokens little is left to learn
+        step()
+    assert {layer.rank for layer in method.adapter.layers.values()} == {1}
+    assert not method.finished
 
 
 def test_contestants_take_turns() -> None:
@@ -110,15 +123,21 @@ def test_a_sheet_is_filled_and_goes_on_where_it_was_cut(tmp_path: Path, monkeypa
         return measure(self, cell)
 
     monkeypatch.setattr(_Bench, "measured", watched)
+
+    def longest(self, settings, room):  # of a tiny model it would take a CPU hours
+        return self.estimate(replace(settings, seq_len=64 if room < 6 * 2**30 else 80))
+
+    monkeypatch.setattr(Planner, "longest_context", longest)
     with pytest.raises(KeyboardInterrupt):
         fill_sheet(str(tmp_path), folder, device="cpu", lengths=lengths)
-    assert sorted(path.stem for path in folder.iterdir()) == sorted(measured)
+    assert sorted(path.stem for path in folder.iterdir()) == sorted([*measured, "plan"])
     cut_after = 10**6
     table = fill_sheet(str(tmp_path), folder, device="cpu", lengths=lengths)
     levels = [f"level-{level}-{length}" for level in range(5) for length in lengths]
     cards = [f"card-{gib}-{length}" for gib in (6, 8, 12, 16, 24) for length in (32, 48)]
-    assert sorted(measured) == sorted([*levels, *cards, "frozen-1-32", "growth-1-32"])  # each once
     figures = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    longest = ["longest-6-64", "longest-8-80"]
+    assert sorted(measured) == sorted([*levels, *cards, *longest, "frozen-1-32", "growth-1-32"])  # each once
     for name in levels:
         assert figures[name]["peak"] == pytest.approx(figures[name]["planned"], rel=0.1)
         assert ("peft" in figures[name]["tokens_per_second"]) == (int(name[6]) < 2)
@@ -126,13 +145,13 @@ def test_a_sheet_is_filled_and_goes_on_where_it_was_cut(tmp_path: Path, monkeypa
     assert set(figures["frozen-1-32"]["tokens_per_second"]) == {"1", "64"}
     assert {figures[name]["outcome"] for name in cards} == {"ran"}
     assert (folder / "table.md").read_text() == table
-    assert table.count("\n| ") == 2 + len(levels) + 2 + len(cards)
+    assert table.count("\n| ") == 2 + len(levels) + 2 + len(cards) + 2 + len(longest)
 
 
 @pytest.mark.slow
 def test_the_cells_of_a_sheet_are_those_that_fit() -> None:
     """LLaMA-3-8B on an H100: level 0 keeps too much at 32,768 tokens, and small cards need the lower levels."""
-    cells = cells_of(Planner(model_config("llama3-8b")), 78 * 2**30, dtype=torch.bfloat16, lengths=LENGTHS[:3])
+    cells = cells_of(SheetPlan.of(Planner(model_config("llama3-8b")), torch.bfloat16, LENGTHS[:3]), 78 * 2**30)
     assert [(c.level, c.length) for c in cells if c.kind == "level"] == [(a, b) for a in range(5) for b in LENGTHS[:3]]
     cards = {(cell.gib, cell.length): cell.level for cell in cells if cell.kind == "card"}
     assert cards == {

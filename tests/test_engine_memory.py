@@ -124,6 +124,18 @@ def test_a_tile_is_computed_again_with_the_dropout_of_its_first_time(tiny_folder
     assert (after - before) / (2 * step) == pytest.approx(slope, rel=0.02)
 
 
+def test_what_a_card_has_to_spare_leaves_room_for_what_lies_between_tensors(monkeypatch) -> None:
+    """On a card of 6 GiB two weights that were kept took it, and a step that was planned to fit did not."""
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * gib, 8 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 5 * gib)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 4 * gib)
+    for share, spare in ((1.0, 3 * gib), (0.75, 2 * gib)):
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _, share=share: share)
+        assert tiled_module.spare_bytes(torch.device("cuda")) == spare - gib // 4
+    assert tiled_module.spare_bytes(torch.device("cpu")) == 0
+
+
 def test_weights_kept_dense_for_a_pass_change_no_bit_and_are_unpacked_once(tiny_folder, monkeypatch) -> None:
     seen = []
     for spare in (0, 2**40):

@@ -65,7 +65,7 @@ def test_on_a_card_that_is_known_the_time_is_told_by_arithmetic(
     rows = training.max_steps * training.micro_batch
     mean = sum(example.tokens for example in data.train) / len(data.train)
     settings = StepSettings(
-        told.level, math.ceil(mean), training.micro_batch, inner_rank=1, dtype=torch.float32, fused_norms=False
+        told.level, math.ceil(mean), training.micro_batch, inner_rank=1, dtype=torch.float32, card=False
     )
     plan = make_plan(str(tiny_folder), settings, memory=str(told.level), cards=(parse_card("rtx3060"),), rows=rows)
     assert told.seconds == pytest.approx(plan.run_seconds(plan.shown, plan.cards[0]) / EPOCHS, rel=1e-6)

@@ -19,7 +19,7 @@ from qaroma.method.attach import attach
 from qaroma.method.growth import GrowthSettings
 from qaroma.model.bnb import bnb
 from qaroma.model.norms import use_torchs_norms
-from qaroma.plan.weightless_model import weightless_model
+from qaroma.plan.weightless_model import tensors_of, weightless_model
 from qaroma.tasks.causal_lm import CausalLM
 
 Step = Callable[[], None]
@@ -39,7 +39,7 @@ def random_base(config: Any, *, dtype: torch.dtype, device: torch.device) -> Any
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             dense = torch.empty(module.out_features, module.in_features, dtype=dtype, device=device).normal_(std=0.02)
-            packed = bnb.nn.Params4bit(dense.cpu(), requires_grad=False, quant_type="nf4", module=module)
+            packed = bnb.nn.Params4bit(dense, requires_grad=False, quant_type="nf4", module=module)
             module.weight = packed.to(device)
             module.support_avx512bf16_for_cpu = False
     for module in list(model.modules()):
@@ -56,8 +56,8 @@ def random_base(config: Any, *, dtype: torch.dtype, device: torch.device) -> Any
 
 
 def twin(model: Any) -> Any:
-    """The same model a second time: other modules, the very same weights."""
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    """The same model a second time: other modules, the very same weights and quantisation constants."""
+    shared = {id(tensor): tensor for tensor in tensors_of(model)}
     return copy.deepcopy(model, shared)
 
 
@@ -69,7 +69,7 @@ def examples(vocabulary: int, *, rows: int, length: int) -> list[Example]:
 
 
 def growing(model: Any, *, frozen: int = 0) -> GrowthController:
-    """Put qaroma's adapter on a base: growth with a check every 10 steps.
+    """Put qaroma's adapter on a base: growth with a check every 10 steps, none of which ends anything.
 
     Args:
         model: base.
@@ -81,7 +81,7 @@ def growing(model: Any, *, frozen: int = 0) -> GrowthController:
             A = torch.randn(frozen, layer.in_features, dtype=layer.A.dtype) * 0.01
             B = torch.randn(frozen, layer.out_features, dtype=layer.B.dtype) * 0.01
             layer.load_factors(A, B, [1] * frozen)
-    settings = GrowthSettings(t_in=10_000, warmup=1, restart_warmup=1, max_update=1.0)
+    settings = GrowthSettings(t_in=10**9, eps_in=0.0, warmup=1, restart_warmup=1, max_update=1.0)
     return GrowthController(adapter, settings, learning_rate=1e-4, total_steps=1_000_000)
 
 

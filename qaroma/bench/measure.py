@@ -34,20 +34,21 @@ class Spread:
 
 
 def seconds_per_step(
-    steps: dict[str, Step], *, count: int, rounds: int, device: torch.device
+    steps: dict[str, Step], *, count: int, rounds: int, device: torch.device, warm: int = 2
 ) -> dict[str, list[float]]:
     """Mean seconds of a step in each round; in a round every contestant has its turn of ``count`` steps.
 
     Args:
-        steps: name -> step; each runs twice first, uncounted.
+        steps: name -> step.
         count: steps of one turn.
         rounds: turns of each.
         device: synchronised around every turn.
+        warm: steps of each that run first, uncounted.
     """
     measured: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
-        step()
-        step()
+        for _ in range(warm):
+            step()
     for _ in range(rounds):
         for name, step in steps.items():
             synchronise(device)
@@ -84,6 +85,30 @@ def peak_bytes(step: Step, device: torch.device, resident: Sequence[torch.Tensor
         counter.phase("step", "step")
         step()
     return int(counter.device.peak.bytes)
+
+
+def busy_seconds(step: Step, device: torch.device) -> float:
+    """How long a card computes and copies during one step, without the pauses in which it waits for the host.
+
+    A fast card waits for the host's next kernel in a short step; a slower one, or a longer step, does not. On a CPU it
+    is the step's time.
+
+    Args:
+        step: run once.
+        device: where it runs.
+    """
+    if device.type != "cuda":
+        return seconds_per_step({"": step}, count=1, rounds=1, device=device, warm=0)[""][0]
+    synchronise(device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        step()
+        synchronise(device)
+    busy, until = 0.0, 0.0  # microseconds; what overlaps counts once
+    events = (e for e in profiler.events() if e.device_type.name == "CUDA" and not e.is_user_annotation)
+    for span in sorted((event.time_range for event in events), key=lambda span: span.start):
+        busy += max(0.0, span.end - max(until, span.start))
+        until = max(until, span.end)
+    return busy / 1e6
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -1,7 +1,8 @@
 """Every table that waits for a card, filled in one go: ``qaroma bench --sheet FOLDER``.
 
 One base is made and taken down the memory levels, so that its weights are packed once. Each cell is a JSON file,
-written as soon as it is measured: a sheet that was cut goes on where it was.
+written as soon as it is measured: a sheet that was cut goes on where it was. So is the plan that all are held against,
+which can be made before there is a card.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ from typing import Any
 
 import torch
 
-from qaroma.bench.contestants import examples, growing, peft_step, random_base, step_of, twin
-from qaroma.bench.measure import Spread, peak_bytes, seconds_per_step, synchronise
+from qaroma.bench.contestants import Step, examples, growing, peft_step, random_base, step_of, twin
+from qaroma.bench.measure import Spread, busy_seconds, peak_bytes, seconds_per_step, synchronise
 from qaroma.bench.sheet_table import sheet_table
 from qaroma.config.levels import LEVELS
 from qaroma.engine.levels import apply_level
-from qaroma.engine.no_memory import card_is_full
+from qaroma.engine.no_memory import FRAGMENTS, card_is_full
 from qaroma.method.aroma import GrowthController
 from qaroma.model.base import device_name, resolve_device
+from qaroma.model.norms import use_torchs_norms
 from qaroma.model.precision import resolve_dtype
-from qaroma.plan.card import CONTEXT, FRAGMENTS, RESERVE
-from qaroma.plan.search import Planner
+from qaroma.plan.card import CONTEXT, RESERVE
+from qaroma.plan.search import GRAIN, Estimate, Planner
 from qaroma.plan.shapes import model_config
 from qaroma.plan.trace import StepSettings
 from qaroma.plan.weightless_model import tensors_of
@@ -38,8 +40,43 @@ from qaroma.training.memory import free_bytes
 
 LENGTHS = (512, 2048, 8192, 32_768)
 EMULATED = (6, 8, 12, 16, 24)  # GiB
+LONGEST_AT, LONGEST_ON = 3, (6, 8)  # memory level, and GiB of the cards
 FROZEN = 64  # ranks beside 1
+LONG = 16_384  # tokens from which on a step takes seconds, and only one is timed
 GPU_TESTS = Path(__file__).resolve().parents[2] / "tests" / "test_gpu.py"
+
+
+@dataclass(frozen=True)
+class SheetPlan:
+    """What the cells are held against.
+
+    Attributes:
+        peaks: tokens -> bytes of a step at each level.
+        longest: GiB of a card -> the longest context at level :data:`LONGEST_AT`, in tokens, and its bytes.
+    """
+
+    peaks: dict[int, list[int]]
+    longest: dict[int, tuple[int, int]]
+
+    @classmethod
+    def of(cls, planner: Planner, dtype: torch.dtype, lengths: tuple[int, ...] = LENGTHS) -> SheetPlan:
+        """The plan of a model, which takes a minute or so for a deep one."""
+
+        def settings(level: int, length: int) -> StepSettings:
+            return StepSettings(level, length, frozen_rank=0, dtype=dtype)
+
+        def longest(gib: int) -> Estimate | None:
+            return planner.longest_context(settings(LONGEST_AT, GRAIN), gib * 2**30 - RESERVE)
+
+        peaks = {n: [planner.estimate(settings(level, n)).peak for level in range(len(LEVELS))] for n in lengths}
+        found = {gib: longest(gib) for gib in LONGEST_ON}
+        return cls(peaks, {gib: (step.settings.seq_len, step.peak) for gib, step in found.items() if step})
+
+    @classmethod
+    def read(cls, path: Path) -> SheetPlan:
+        """A plan that was written as JSON, where numbers cannot be keys."""
+        peaks, longest = read_json(path)["peaks"], read_json(path)["longest"]
+        return cls({int(n): one for n, one in peaks.items()}, {int(n): (one[0], one[1]) for n, one in longest.items()})
 
 
 @dataclass(frozen=True)
@@ -47,7 +84,8 @@ class Cell:
     """One measurement.
 
     Attributes:
-        kind: ``level``; ``card``, a card that is emulated; ``frozen``; or ``growth``.
+        kind: ``level``; ``card``, a card that is emulated; ``longest``, the longest context there; ``frozen``; or
+            ``growth``.
         level, length: memory level and tokens.
         planned: peak by :class:`~qaroma.plan.search.Planner`, in bytes.
         gib: of the emulated card.
@@ -64,27 +102,24 @@ class Cell:
         return f"{self.kind}-{self.gib or self.level}-{self.length}"
 
 
-def cells_of(planner: Planner, room: int, *, dtype: torch.dtype, lengths: tuple[int, ...] = LENGTHS) -> list[Cell]:
+def cells_of(plan: SheetPlan, room: int) -> list[Cell]:
     """What is measured, from the first level down: every level and length that fits, then what hangs on them.
 
     Args:
-        planner: of the model.
+        plan: of the model.
         room: bytes that a step may take.
-        dtype: compute dtype.
-        lengths: tokens.
     """
-    cells, usual = [], lengths[:3][1:]  # a card is emulated at the two in the middle
-    for length in lengths:
-        plans = [
-            planner.estimate(StepSettings(level, length, frozen_rank=0, dtype=dtype)) for level in range(len(LEVELS))
-        ]
-        cells += [Cell("level", e.settings.level, length, e.peak) for e in plans if e.peak <= room]
+    cells, usual = [], list(plan.peaks)[1:3]  # a card is emulated at the two in the middle
+    for length, peaks in plan.peaks.items():
+        cells += [Cell("level", level, length, peak) for level, peak in enumerate(peaks) if peak <= room]
         for gib in EMULATED if length in usual else ():
-            held = [e for e in plans if e.peak <= min(gib * 2**30 - RESERVE, room)]
-            cells += [Cell("card", e.settings.level, length, e.peak, gib) for e in held[:1]]
-        if length == usual[0] and plans[1].peak <= room:
-            cells += [Cell(kind, 1, length, plans[1].peak) for kind in ("frozen", "growth")]
-    return sorted(cells, key=lambda cell: cell.level)
+            held = [n for n, peak in enumerate(peaks) if peak <= min(gib * 2**30 - RESERVE, room)]
+            cells += [Cell("card", level, length, peaks[level], gib) for level in held[:1]]
+        if length == usual[0] and peaks[1] <= room:
+            cells += [Cell(kind, 1, length, peaks[1]) for kind in ("frozen", "growth")]
+    for gib, (length, peak) in plan.longest.items():
+        cells += [Cell("longest", LONGEST_AT, length, peak, gib)] if peak <= room else []
+    return sorted(cells, key=lambda cell: (cell.level, cell.length))
 
 
 def fill_sheet(
@@ -107,8 +142,10 @@ def fill_sheet(
     config = model_config(model)
     dtype = resolve_dtype("auto", target, config)
     folder.mkdir(parents=True, exist_ok=True)
-    room = free_bytes(target) - FRAGMENTS
-    cells = cells_of(Planner(config), room, dtype=dtype, lengths=lengths)
+    planned = folder / "plan.json"
+    if not planned.exists():
+        write_atomically(planned, json.dumps(asdict(SheetPlan.of(Planner(config), dtype, lengths))))
+    cells = cells_of(SheetPlan.read(planned), free_bytes(target) - FRAGMENTS)
     missing = [cell for cell in cells if not (folder / f"{cell.name}.json").exists()]
     bench: _Bench | None = _Bench(config, target, dtype) if missing else None
     for cell in missing:
@@ -136,8 +173,13 @@ class _Bench:
         self.device, self.vocabulary = device, int(config.get_text_config().vocab_size)
         self.base = random_base(config, dtype=dtype, device=device)
         self.plain: Any = twin(self.base)  # the same weights without an adapter, while they lie on the device
-        self.method = growing(self.base)
+        self.method = self._growing(self.base)
         self.level = -1
+
+    def _growing(self, model: Any, frozen: int = 0) -> GrowthController:
+        if self.device.type == "cuda":  # as load_base does
+            use_torchs_norms(model)
+        return growing(model, frozen=frozen)
 
     def measured(self, cell: Cell) -> dict[str, Any]:
         """Figures of a cell; where there is no memory for it, that alone."""
@@ -160,10 +202,12 @@ class _Bench:
 
     def _level(self, cell: Cell) -> dict[str, Any]:
         ours = step_of(self.base, self.method, self._rows(cell))
-        ours()
-        figures = {"peak": peak_bytes(ours, self.device, self._resident(self.base, self.method))}
-        if self.device.type == "cuda":
-            figures["reserved"] = torch.cuda.max_memory_reserved(self.device)
+        if cell.length <= LONG:
+            ours()  # makes what the others find
+        figures = self._where_there_is(cell.planned + FRAGMENTS, ours)
+        if not figures:  # more than was planned: how much, and how fast all the same
+            _clean(self.device)
+            figures = {"beyond": True, **self._peak(ours)}
         steps = {"qaroma": ours}
         if self.plain is not None:
             theirs = twin(self.plain)
@@ -175,27 +219,45 @@ class _Bench:
                 steps.pop("peft", None)
                 del theirs
                 _clean(self.device)
-        return {**figures, "tokens_per_second": self._rates(cell, steps)}
+        figures["tokens_per_second"] = self._rates(cell, steps)
+        if cell.length <= LONG:
+            figures["busy"] = {name: busy_seconds(step, self.device) for name, step in steps.items()}
+        return figures
 
-    def _rates(self, cell: Cell, steps: Any) -> dict[str, Any]:
-        seconds = seconds_per_step(steps, count=1, rounds=3, device=self.device)
+    def _where_there_is(self, room: int, step: Step) -> dict[str, Any]:
+        """What a step takes on a card of which it may have so much and that has no room to spare; nothing if more."""
+        _clean(self.device)  # what torch holds already it would give
+        with _where_memory_lasts(), _emulated(self.device, room):
+            return self._peak(step)
+        self.base.zero_grad(set_to_none=True)
+        return {}
+
+    def _peak(self, step: Step) -> dict[str, Any]:
+        figures = {"peak": peak_bytes(step, self.device, self._resident(self.base, self.method))}
+        if self.device.type == "cuda":
+            figures["reserved"] = torch.cuda.max_memory_reserved(self.device)
+        return figures
+
+    def _rates(self, cell: Cell, steps: Any, warm: int = 0) -> dict[str, Any]:
+        rounds = 1 if cell.length > LONG else 3
+        seconds = seconds_per_step(steps, count=1, rounds=rounds, device=self.device, warm=warm)
         return {name: asdict(Spread.of([cell.length / one for one in times])) for name, times in seconds.items()}
 
     def _card(self, cell: Cell) -> dict[str, Any]:
         step = step_of(self.base, self.method, self._rows(cell))
-        with _emulated(self.device, cell.gib):
-            step()
-            peak = peak_bytes(step, self.device, self._resident(self.base, self.method))
-        held = peak <= cell.gib * 2**30 - CONTEXT
-        return {"outcome": "ran" if held else "no memory", "peak": peak}
+        figures = self._where_there_is(cell.gib * 2**30 - CONTEXT, step)
+        held = bool(figures) and figures["peak"] <= cell.gib * 2**30 - CONTEXT  # a CPU has no limit to run against
+        return {**figures, "outcome": "ran" if held else "no memory"}
+
+    _longest = _card
 
     def _frozen(self, cell: Cell) -> dict[str, Any]:
         other = twin(self.plain)
-        method = growing(other, frozen=FROZEN)
+        method = self._growing(other, FROZEN)
         apply_level(other, cell.level)
         rows = self._rows(cell)
         steps = {"1": step_of(self.base, self.method, rows), str(FROZEN): step_of(other, method, rows)}
-        return {"tokens_per_second": self._rates(cell, steps)}
+        return {"tokens_per_second": self._rates(cell, steps, warm=1)}
 
     def _growth(self, cell: Cell) -> dict[str, Any]:
         """The share of a step that is the method's own: update, checks, growth."""
@@ -234,13 +296,13 @@ def _where_memory_lasts() -> Iterator[None]:
 
 
 @contextmanager
-def _emulated(device: torch.device, gib: int) -> Iterator[None]:
-    """Let a card have no more memory than a smaller one has beside CUDA's context; on a CPU nothing is limited."""
+def _emulated(device: torch.device, room: int) -> Iterator[None]:
+    """Let torch take no more of a card than ``room`` bytes, as on a smaller one; on a CPU nothing is limited."""
     if device.type != "cuda":
         yield
         return
     whole = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (gib * 2**30 - CONTEXT) / whole), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, room / whole), device)
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qaroma.engine.no_memory import FRAGMENTS
 from qaroma.engine.pieces import Pieces, every_piece
 from qaroma.method.dequantise import weights_kept_dense
 from qaroma.method.kept_input import KeptInput, keep_input
@@ -131,13 +132,13 @@ class _Tiled(torch.autograd.Function):
 
 
 def spare_bytes(device: torch.device) -> int:
-    """What a card could still give; nothing elsewhere, since a host's memory is not this program's alone."""
+    """What a card could still give in whole pieces; nothing elsewhere, since a host's memory is not this program's."""
     if device.type != "cuda":
         return 0
     free, total = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
     allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
-    return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
+    return min(free, allowed) + reserved - torch.cuda.memory_allocated(device) - FRAGMENTS
 
 
 class RandomState:

@@ -7,10 +7,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from qaroma.engine.no_memory import FRAGMENTS
 from qaroma.errors import QaromaError
 
 CONTEXT = int(0.4 * 2**30)  # of a card's memory: what CUDA takes in a process before its first tensor
-FRAGMENTS = int(0.25 * 2**30)  # what lies between tensors and fits none; of memory that was free beside the context
 RESERVE = CONTEXT + FRAGMENTS  # of a whole card
 
 _UNITS = {"": 2**30, "g": 2**30, "m": 2**20, "t": 2**40}

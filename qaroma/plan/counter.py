@@ -79,12 +79,13 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         shapes: runs operations on weightless tensors; None runs them as they are, and counts no kernels.
+        card: whether what kernels take inside themselves on a card is counted.
     """
 
-    def __init__(self, shapes: KnownShapes | None = None) -> None:
+    def __init__(self, shapes: KnownShapes | None = None, *, card: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.kernels: defaultdict[str, Counter[Kernel]] = defaultdict(Counter)
-        self._shapes = shapes
+        self._shapes, self._card = shapes, card
         self._times = 1
         self.sent: Counter[str] = Counter()
         self.fetched: Counter[str] = Counter()
@@ -106,7 +107,7 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._see(leaf)
         if func in _COPIES:
             self._look_for_fetched(args, result)
-        inside = workspace_bytes(func, args)
+        inside = workspace_bytes(func, args) if self._card else 0
         if inside:
             self.device.add(WORKSPACE, inside)
             self._note()

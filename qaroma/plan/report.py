@@ -19,14 +19,12 @@ from qaroma.errors import QaromaError
 from qaroma.model.failures import explained
 from qaroma.model.precision import dtype_name, overflows
 from qaroma.plan.card import RESERVE, Card
-from qaroma.plan.counter import WORKSPACE
 from qaroma.plan.gpus import PCIE3_X8, SharedStep, shared_table
 from qaroma.plan.search import LONGEST, Estimate, Planner
 from qaroma.plan.shapes import HUB_IDS, model_config
 from qaroma.plan.trace import StepSettings
 from qaroma.plan.weightless_model import adapter_parameters
 from qaroma.plan.work import BANDWIDTH, COPIES, LAUNCH, PRODUCTS, step_seconds
-from qaroma.plan.workspaces import workspaces_measured
 
 CHECKPOINTS = 3  # on disk at a time: two are kept while a third is written
 EPOCHS = 3  # of a run, as settings decide where the data is not small
@@ -274,9 +272,7 @@ def _breakdown_table(plan: Plan) -> Table:
     table.add_column(min_width=20)
     table.add_column(justify="right")
     for name, size in sorted(plan.shown.breakdown.items(), key=lambda item: -item[1]):
-        if name == WORKSPACE and not workspaces_measured():
-            table.add_row("kernel workspaces", "not measured")
-        elif size >= 2**20:
+        if size >= 2**20:
             table.add_row(name.replace("_", " "), memory_size(size))
     table.add_row("together", memory_size(plan.shown.peak))
     return table

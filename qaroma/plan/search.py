@@ -14,13 +14,12 @@ from itertools import pairwise
 from typing import Any
 
 from qaroma.config.levels import LEVELS
-from qaroma.plan.counter import WORKSPACE, Peak
+from qaroma.plan.counter import Peak
 from qaroma.plan.layers import Sample, as_built, layer_kinds, with_layers
 from qaroma.plan.trace import StepSettings, Trace, trace_step
 from qaroma.plan.weightless import KnownShapes
 from qaroma.plan.weightless_model import weightless_model
 from qaroma.plan.work import Work
-from qaroma.plan.workspaces import FIXED
 
 GRAIN = 256  # a context is found to so many tokens
 LONGEST = 2**18  # beyond it nobody looks
@@ -150,10 +149,10 @@ class Planner:
         breakdown = dict(trace.peaks[phase].categories)
         layer = breakdown.pop("layer", 0)
         breakdown["layer_recompute" if LEVELS[settings.level].checkpointing else "activations"] = layer
-        breakdown[WORKSPACE] = breakdown.get(WORKSPACE, 0) + FIXED
-        phases = {name: peak.bytes + FIXED for name, peak in trace.peaks.items()}
-        resident = trace.resident + FIXED
-        return Estimate(settings, phases[phase], resident, trace.host, breakdown, phases, trace.streamed, trace.work)
+        phases = {name: peak.bytes for name, peak in trace.peaks.items()}
+        return Estimate(
+            settings, phases[phase], trace.resident, trace.host, breakdown, phases, trace.streamed, trace.work
+        )
 
 
 def _peak(peaks: Sequence[Peak], line: Callable[[Sequence[int]], int]) -> Peak:

@@ -22,10 +22,11 @@ from qaroma.method.head import backbone
 from qaroma.model.attention import repeat_keys
 from qaroma.model.documents import keep_documents_apart
 from qaroma.model.norms import use_torchs_norms
-from qaroma.plan.counter import LiveStorages, Peak
+from qaroma.plan.counter import WORKSPACE, LiveStorages, Peak
 from qaroma.plan.weightless import KnownShapes, weightless
 from qaroma.plan.weightless_model import materialise, tensors_of, weightless_model
 from qaroma.plan.work import Work
+from qaroma.plan.workspaces import FIXED
 from qaroma.tasks.causal_lm import TokenBatch, trained_states
 
 
@@ -45,7 +46,8 @@ class StepSettings:
         repeated_keys: whether key heads are repeated for attention (:mod:`qaroma.model.attention`).
         one_by_one: whether rows are packed, and attention reads one sequence of them after the other
             (:mod:`qaroma.model.documents`); in one kernel they take what a row of one sequence does.
-        fused_norms: whether norms are torch's (:mod:`qaroma.model.norms`), as on a card.
+        card: whether it runs on a card: norms are torch's (:mod:`qaroma.model.norms`), and kernels take room inside
+            themselves (:mod:`qaroma.plan.workspaces`).
     """
 
     level: int
@@ -61,7 +63,7 @@ class StepSettings:
     dtype: torch.dtype = torch.bfloat16
     repeated_keys: bool = False
     one_by_one: bool = False
-    fused_norms: bool = True
+    card: bool = True
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,13 @@ def trace_step(config: Any, settings: StepSettings, shapes: KnownShapes | None =
     model = weightless_model(config, dtype=s.dtype, packed=s.quantized, double=s.double_quantization, packed_head=head)
     if s.repeated_keys:
         repeat_keys(model)
-    if s.fused_norms:
+    if s.card:
         use_torchs_norms(model)
     if s.one_by_one:
         keep_documents_apart(model)
-    with weightless(), LiveStorages(shapes or KnownShapes()) as counter:
+    with weightless(), LiveStorages(shapes or KnownShapes(), card=s.card) as counter:
         counter.phase("load", "base")
+        counter.device.add(WORKSPACE, FIXED if s.card else 0)
         materialise(model)
         try:
             resident = count_step(model, settings, counter, counter.few_pieces)

@@ -17,14 +17,13 @@ from qaroma.config.resolved import ResolvedConfig
 from qaroma.config.tasks import PREFERENCE
 from qaroma.config.words import memory_size
 from qaroma.engine.levels import apply_level
-from qaroma.engine.no_memory import card_is_full
+from qaroma.engine.no_memory import FRAGMENTS, card_is_full
 from qaroma.engine.streaming import bytes_of_layers
 from qaroma.errors import QaromaError
 from qaroma.model.attention import wants_repeated_keys
 from qaroma.model.documents import head_size, one_kernel_for_all
 from qaroma.model.found import FoundModel
 from qaroma.model.precision import resolve_dtype
-from qaroma.plan.card import FRAGMENTS
 from qaroma.plan.search import Planner
 from qaroma.plan.shapes import plannable
 from qaroma.plan.trace import StepSettings
@@ -249,7 +248,7 @@ def step_settings(config: ResolvedConfig, base: FoundModel, device: torch.device
         double_quantization=config.model.double_quantization,
         dtype=dtype,
         repeated_keys=fused and wants_repeated_keys(base.config, device, dtype),
-        fused_norms=device.type == "cuda",
+        card=device.type == "cuda",
         one_by_one=fused and config.data.packing and not one_kernel_for_all(device, dtype, head_size(base.config)),
     )
 
