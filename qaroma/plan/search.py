@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from qaroma.config.levels import LEVELS
+from qaroma.engine.host import pinned_for
 from qaroma.plan.counter import WORKSPACE, Peak
 from qaroma.plan.layers import Sample, as_built, layer_kinds, with_layers
 from qaroma.plan.trace import StepSettings, Trace, trace_step
@@ -80,11 +81,13 @@ class Planner:
             return self.exact(settings)
         traces = [self._trace(settings, layers) for layers in self._sample.models]
         line = self._sample.line
+        parked = line([trace.parked for trace in traces])
         deep = Trace(
             line([trace.resident for trace in traces]),
             {phase: _peak([trace.peaks[phase] for trace in traces], line) for phase in traces[0].peaks},
-            line([trace.host for trace in traces]),
+            line([trace.host - pinned_for(trace.parked) for trace in traces]) + pinned_for(parked),
             line([trace.streamed for trace in traces]),
+            parked,
             {phase: Work.along([trace.work[phase] for trace in traces], line) for phase in traces[0].work},
         )
         return self._estimate(settings, deep)

@@ -74,6 +74,7 @@ class Trace:
             ``forward``, ``loss``, ``backward``, ``update``. Loading the base is no part of it.
         host: the most in host memory.
         streamed: of which the layers' weights wait there.
+        parked: of which the layers' inputs wait there, without what torch rounds up.
         work: of each phase of the step itself, from ``forward`` on.
     """
 
@@ -81,6 +82,7 @@ class Trace:
     peaks: dict[str, Peak]
     host: int
     streamed: int = 0
+    parked: int = 0
     work: dict[str, Work] = field(default_factory=dict)
 
     @property
@@ -125,7 +127,7 @@ def trace_step(config: Any, settings: StepSettings, shapes: KnownShapes | None =
         for phase in peaks
         if phase != "setup"
     }
-    return Trace(resident, peaks, counter.host.peak.bytes, stream.bytes if stream else 0, work)
+    return Trace(resident, peaks, counter.host.peak.bytes, stream.bytes if stream else 0, counter.parked, work)
 
 
 def count_step(model: Any, settings: StepSettings, counter: LiveStorages, pieces: Pieces = every_piece) -> int:
@@ -153,7 +155,7 @@ def _set_up(model: Any, settings: StepSettings, counter: LiveStorages, pieces: P
     counter.adopt(tensors_of(model.get_output_embeddings()), "head")
     counter.adopt(tensors_of(model.get_input_embeddings()), "embeddings")  # where a table is both, it stands here
     counter.category = "layer_buffers"
-    apply_level(model, settings.level, copy_out=counter.copy_to_host, pieces=pieces)
+    apply_level(model, settings.level, host=counter, pieces=pieces)
     counter.phase("setup", "adapter")
     targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
     adapter = attach(model, targets, inner_rank=settings.inner_rank)
