@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,6 +126,13 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._note()
         self.phase_now, self.category = name, category
         self._note()
+
+    def forget_phases(self, but: Container[str]) -> None:
+        """Forget what was counted in all phases but these, and what was asked of :meth:`pinned_bytes`."""
+        for of_phases in (self.device.peaks, self.host.peaks, self.kernels, self.sent, self.fetched):
+            for phase in [phase for phase in of_phases if phase not in but]:
+                del of_phases[phase]
+        self.parked = 0
 
     def adopt(self, tensors: Iterable[Tensor], category: str) -> None:
         """Count tensors that were made outside the block, or book known ones under another category."""

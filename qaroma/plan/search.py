@@ -17,7 +17,7 @@ from qaroma.config.levels import LEVELS
 from qaroma.engine.host import pinned_for
 from qaroma.plan.counter import WORKSPACE, Peak
 from qaroma.plan.layers import Sample, as_built, layer_kinds, with_layers
-from qaroma.plan.trace import StepSettings, Trace, trace_step
+from qaroma.plan.trace import StepSettings, Trace, WeightlessTraining
 from qaroma.plan.weightless import KnownShapes
 from qaroma.plan.weightless_model import weightless_model
 from qaroma.plan.work import Work
@@ -68,6 +68,7 @@ class Planner:
         self.config = config
         self.layers: int = config.get_text_config().num_hidden_layers
         self._traces: dict[tuple[StepSettings, tuple[int, ...]], Trace] = {}
+        self._trainings: dict[tuple[StepSettings, tuple[int, ...]], WeightlessTraining] = {}
         self._shapes = KnownShapes()
 
     @cached_property
@@ -145,7 +146,11 @@ class Planner:
     def _trace(self, settings: StepSettings, layers: tuple[int, ...]) -> Trace:
         key = (settings, layers)
         if key not in self._traces:
-            self._traces[key] = trace_step(with_layers(self.config, layers), settings, self._shapes)
+            alike = replace(settings, seq_len=0, micro_batch=0, sequences=0), layers
+            if alike not in self._trainings:
+                config = with_layers(self.config, layers)
+                self._trainings[alike] = WeightlessTraining(config, settings, self._shapes)
+            self._traces[key] = self._trainings[alike].trace(settings)
         return self._traces[key]
 
     def _estimate(self, settings: StepSettings, trace: Trace) -> Estimate:
