@@ -61,7 +61,7 @@ def test_both_contestants_train(tiny_folder: Path) -> None:
 def test_the_step_that_is_timed_never_runs_out_of_components() -> None:
     model = random_base(tiny_config(num_hidden_layers=1), dtype=torch.float32, device=CPU)
     step, method = qaroma_step(model, examples(512, rows=1, length=8), level=0)
-    for _ in range(60):  # the sixth check and more: on random tokens little is left to learn
+    for _ in range(130):  # with the usual settings a component ends at the twelfth check
         step()
     assert {layer.rank for layer in method.adapter.layers.values()} == {1}
     assert not method.finished

@@ -15,7 +15,6 @@ from qaroma.config.levels import LEVELS
 from qaroma.data.encode import Example
 from qaroma.engine import levels as levels_module
 from qaroma.engine import tiled as tiled_module
-from qaroma.engine.checkpointing import enable_checkpointing
 from qaroma.engine.levels import apply_level
 from qaroma.engine.placement import HostEmbedding
 from qaroma.method.aroma import GrowthController
@@ -190,26 +189,6 @@ def test_the_embedding_lies_on_the_host_only_where_the_head_does_not_share_it(ti
         assert isinstance(model.get_input_embeddings(), HostEmbedding)
         loss, _ = TASK.loss(model, batch())
         loss.backward()
-
-
-def test_layer_inputs_go_through_the_host_and_one_layer_comes_back_ahead(tiny_folder) -> None:
-    booked: list[torch.Size] = []
-
-    def copy_out(tensor: torch.Tensor, stream=None, *, pinned: bool = True) -> torch.Tensor:
-        booked.append(tensor.shape)
-        return tensor.clone()
-
-    model, controller = trained(tiny_folder, 2)
-    enable_checkpointing(model, offload=True, copy_out=copy_out)
-    loss, count = TASK.loss(model, batch())
-    (loss / count).backward()
-    assert booked == [torch.Size((3, 40, 64))] * 2  # two layers
-    gradients = controller.trainer.optimiser.gradients.clone()
-    controller.trainer.optimiser.zero_grad()
-    enable_checkpointing(model, offload=True)
-    loss, count = TASK.loss(model, batch())
-    (loss / count).backward()
-    assert torch.equal(controller.trainer.optimiser.gradients, gradients)
 
 
 def test_a_checkpointed_tiled_mlp_runs_forward_twice_not_three_times(tiny_folder) -> None:

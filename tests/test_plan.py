@@ -36,7 +36,7 @@ from qaroma.plan.layers import Sample, with_layers
 from qaroma.plan.report import make_plan
 from qaroma.plan.search import GRAIN, LONGEST, Planner, _longest
 from qaroma.plan.shapes import HUB_IDS, SHAPES, model_config
-from qaroma.plan.trace import StepSettings, Trace, count_step, trace_step
+from qaroma.plan.trace import StepSettings, Trace, WeightlessTraining, count_step, trace_step
 from qaroma.plan.weightless import weightless
 from qaroma.plan.weightless_model import adapter_parameters, materialise, tensors_of, weightless_model
 from qaroma.plan.work import step_seconds
@@ -276,16 +276,32 @@ def test_a_model_that_some_of_its_layers_do_not_tell_of_is_traced_whole(monkeypa
 def test_a_plan_within_a_card_traces_few_layers_and_each_step_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def counted(config: Any, settings: StepSettings, shapes: Any) -> Trace:
-        asked.append((config.num_hidden_layers, settings))
-        return trace_step(config, settings, shapes)
+    class Counted(WeightlessTraining):
+        def __init__(self, config: Any, settings: StepSettings, shapes: Any) -> None:
+            self.layers = config.num_hidden_layers
+            asked.append((self.layers, "set up", settings.level))
+            super().__init__(config, settings, shapes)
 
-    monkeypatch.setattr("qaroma.plan.search.trace_step", counted)
+        def trace(self, settings: StepSettings) -> Trace:
+            asked.append((self.layers, settings))
+            return super().trace(settings)
+
+    monkeypatch.setattr("qaroma.plan.search.WeightlessTraining", Counted)
     monkeypatch.setattr("qaroma.plan.report.model_config", lambda *_, **__: tiny_config(num_hidden_layers=40))
     plan = make_plan("tiny", StepSettings(0, 2048), vram=RESERVE + 100 * MIB)
     assert plan.longest is not None
-    assert max(layers for layers, _ in asked) == 3
-    assert len(set(asked)) == len(asked) <= 2 * (len(LEVELS) + 7)
+    assert max(layers for layers, *_ in asked) == 3
+    assert len(set(asked)) == len(asked) <= 2 * len(LEVELS) + 2 * (len(LEVELS) + 7)
+
+
+@pytest.mark.parametrize("level", range(len(LEVELS)))
+def test_steps_of_other_lengths_leave_nothing_behind(level: int) -> None:
+    """What a model's step takes, though it took longer and shorter ones before."""
+    config, settings = tiny_config(num_hidden_layers=3, tie_word_embeddings=False), StepSettings(level, seq_len=1500)
+    training = WeightlessTraining(config, settings)
+    for tokens, rows in ((1500, 1), (90_000, 2), (300, 3), (1500, 1)):
+        step = replace(settings, seq_len=tokens, micro_batch=rows)
+        assert training.trace(step) == trace_step(config, step)
 
 
 @pytest.mark.parametrize(("key_heads", "repeated"), [(2, 4), (4, 0)])

@@ -20,7 +20,7 @@ from qaroma.config.schema import Config
 from qaroma.data.forms import Message
 from qaroma.engine.levels import apply_level
 from qaroma.engine.placement import HostEmbedding
-from qaroma.engine.streaming import LayerStream, _piece_sizes, bytes_of_layers
+from qaroma.engine.streaming import LayerStream, bytes_of_layers
 from qaroma.errors import QaromaError
 from qaroma.inference import open as open_module
 from qaroma.inference.generate import generate
@@ -290,13 +290,6 @@ def test_matrices_of_layers_stay_on_the_host_while_the_rest_goes_to_the_device(t
     assert torch.equal(projection.weight, before)
     assert type(projection.weight) is type(before)
     assert projection.weight.quant_state is before.quant_state
-
-
-def test_pinned_memory_is_taken_in_powers_of_two() -> None:
-    mib = 2**20
-    assert _piece_sizes(112 * mib + 5) == [64 * mib, 32 * mib, 16 * mib, 5]
-    assert _piece_sizes(3) == [3]
-    assert _piece_sizes(0) == []
 
 
 def test_peft_is_not_measured_beside_a_streamed_base() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from qaroma.config.levels import LEVELS
-from qaroma.engine.checkpointing import ToHost, disable_checkpointing, enable_checkpointing, to_host
+from qaroma.engine.checkpointing import disable_checkpointing, enable_checkpointing
+from qaroma.engine.host import THIS_HOST, Host
 from qaroma.engine.pieces import Pieces, every_piece
 from qaroma.engine.placement import move_embeddings_to_host, quantise_head
 from qaroma.engine.streaming import stream_layers
@@ -13,7 +14,7 @@ from qaroma.engine.tiled import tile_tokenwise, untile
 
 
 def apply_level(
-    model: Any, level: int, *, quant_type: str = "nf4", double_quantization: bool = True, copy_out: ToHost = to_host,
+    model: Any, level: int, *, quant_type: str = "nf4", double_quantization: bool = True, host: Host = THIS_HOST,
     pieces: Pieces = every_piece,
 ) -> None:  # fmt: skip
     """Put a model into a memory level; a later call may go further down.
@@ -25,21 +26,21 @@ def apply_level(
         model: transformers model, with or without an adapter on; changed in place.
         level: index into :data:`qaroma.config.levels.LEVELS`.
         quant_type, double_quantization: of the head from level 3 on.
-        copy_out: brings to the host what levels keep there from 2 on.
+        host: whose memory levels use from 2 on.
         pieces: which tiles are computed, where a level has them.
     """
     chosen = LEVELS[level]
     if chosen.packed_head:
         quantise_head(model, quant_type, double_quantization=double_quantization)
     if chosen.host_embeddings:
-        move_embeddings_to_host(model, copy_out)
+        move_embeddings_to_host(model, host)
     if chosen.streamed:
-        stream_layers(model, copy_out)
+        stream_layers(model, host)
     if chosen.tiled:
         tile_tokenwise(model, pieces=pieces)
     else:
         untile(model)
     if chosen.checkpointing:
-        enable_checkpointing(model, offload=chosen.offload, copy_out=copy_out)
+        enable_checkpointing(model, offload=chosen.offload, host=host)
     else:
         disable_checkpointing(model)

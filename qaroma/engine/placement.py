@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qaroma.engine.checkpointing import ToHost, to_host
+from qaroma.engine.host import THIS_HOST, Host
 from qaroma.model.devices import to_device
 
 
@@ -21,7 +21,7 @@ class HostEmbedding(nn.Module):
     Args:
         inner: the embedding; moved to the host.
         device: where its output goes.
-        copy_out: brings the table to the host.
+        host: where the table goes.
 
     Attributes:
         at_hand: ids of the pass to come, (B, L) on the host already; None where only the device has them.
@@ -29,10 +29,10 @@ class HostEmbedding(nn.Module):
 
     at_hand: Tensor | None
 
-    def __init__(self, inner: nn.Module, device: torch.device, copy_out: ToHost = to_host) -> None:
+    def __init__(self, inner: nn.Module, device: torch.device, host: Host = THIS_HOST) -> None:
         super().__init__()
         table: nn.Parameter = inner.weight  # type: ignore[assignment]
-        inner.weight = nn.Parameter(copy_out(table.data, pinned=False), requires_grad=False)
+        inner.weight = nn.Parameter(host.copy_to_host(table.data, pinned=False), requires_grad=False)
         inner.to("cpu")
         self._unregistered, self.device, self.at_hand = (inner,), device, None
 
@@ -69,12 +69,12 @@ def ids_at_hand(model: Any, ids: Tensor | None) -> Iterator[None]:
         embeddings.at_hand = None
 
 
-def move_embeddings_to_host(model: Any, copy_out: ToHost = to_host) -> bool:
+def move_embeddings_to_host(model: Any, host: Host = THIS_HOST) -> bool:
     """Put the input embeddings into host memory.
 
     Args:
         model: transformers model; changed in place.
-        copy_out: brings the table there.
+        host: where the table goes.
 
     Returns:
         Whether it was done: not where the head shares the table and must have it on the device.
@@ -85,7 +85,7 @@ def move_embeddings_to_host(model: Any, copy_out: ToHost = to_host) -> bool:
     head = model.get_output_embeddings()
     if head is not None and getattr(head, "weight", None) is embedding.weight:
         return False
-    model.set_input_embeddings(HostEmbedding(embedding, compute_device(model), copy_out))
+    model.set_input_embeddings(HostEmbedding(embedding, compute_device(model), host))
     return True
 
 

@@ -15,12 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qaroma.engine.checkpointing import ToHost, to_host
+from qaroma.engine.host import THIS_HOST, Host, aligned, piece_sizes
 from qaroma.engine.placement import compute_device
 from qaroma.model.layers import decoder_layers, layer_matrices, with_data
-
-ALIGNMENT = 256  # bytes, as of an allocation of CUDA's own
-SMALLEST_PIECE = 2**20
 
 
 def constants_of(parameter: Tensor) -> Iterator[tuple[Any, str]]:
@@ -34,7 +31,7 @@ def constants_of(parameter: Tensor) -> Iterator[tuple[Any, str]]:
 def streamed_bytes(parameter: Tensor) -> int:
     """That a parameter and its constants take in a buffer."""
     tensors = [parameter, *(getattr(*place) for place in constants_of(parameter))]
-    return sum(_room(tensor) for tensor in tensors)
+    return sum(aligned(tensor.nbytes) for tensor in tensors)
 
 
 class LayerStream:
@@ -63,12 +60,12 @@ class LayerStream:
         """In host memory."""
         return sum(piece.nbytes for pieces in self.waiting for piece in pieces)
 
-    def add(self, parameters: Sequence[Tensor], copy_out: ToHost) -> list[Tensor]:
+    def add(self, parameters: Sequence[Tensor], host: Host) -> list[Tensor]:
         """Take the next layer: its bytes move to host memory.
 
         Args:
             parameters: frozen, wherever they lie; the constants of 4-bit ones go along.
-            copy_out: brings bytes to the host.
+            host: where the bytes go.
 
         Returns:
             Parameters for these ones' places, that view the layer's buffer.
@@ -81,7 +78,7 @@ class LayerStream:
         def moved(tensor: Tensor) -> Tensor:
             nonlocal start
             place = slice(start, start + tensor.nbytes)
-            start += _room(tensor)
+            start += aligned(tensor.nbytes)
             packed[place].view(tensor.dtype).view(tensor.shape).copy_(tensor)
             return buffer[place].view(tensor.dtype).view(tensor.shape)
 
@@ -92,7 +89,7 @@ class LayerStream:
                 setattr(*place, moved(getattr(*place)))
             visitor.ask = partial(self.ask, number)
             taken.append(visitor)
-        self.waiting.append([copy_out(piece) for piece in torch.split(packed, _piece_sizes(len(packed)))])
+        self.waiting.append([host.copy_to_host(piece) for piece in torch.split(packed, piece_sizes(len(packed)))])
         return taken
 
     def ask(self, layer: int) -> None:
@@ -133,7 +130,7 @@ class LayerStream:
             start += len(piece)
 
 
-def stream_layers(model: Any, copy_out: ToHost = to_host) -> LayerStream:
+def stream_layers(model: Any, host: Host = THIS_HOST) -> LayerStream:
     """Stream a model's decoder layers from host memory.
 
     Their frozen matrices and the constants of these wait there; norms, biases and whatever trains stay. A
@@ -144,7 +141,7 @@ def stream_layers(model: Any, copy_out: ToHost = to_host) -> LayerStream:
     Args:
         model: transformers model, with or without an adapter on, its matrices on the host or on its device;
             changed in place.
-        copy_out: brings bytes to the host.
+        host: whose memory they wait in.
 
     Returns:
         The stream, which the model keeps too, as ``layer_stream``. Called again, the same.
@@ -165,7 +162,7 @@ def stream_layers(model: Any, copy_out: ToHost = to_host) -> LayerStream:
     stream = LayerStream(compute_device(model), [sum(map(streamed_bytes, parameters)) for parameters in new])
     while new:
         parameters = new.pop(0)  # so that nothing here holds what has moved
-        for parameter, visitor in zip(parameters, stream.add(parameters, copy_out), strict=True):
+        for parameter, visitor in zip(parameters, stream.add(parameters, host), strict=True):
             for module, name in owners[id(parameter)]:
                 setattr(module, name, visitor)
                 module.register_forward_pre_hook(partial(_ask_first, visitor.ask))  # type: ignore[attr-defined]
@@ -182,16 +179,3 @@ def bytes_of_layers(model: nn.Module) -> int:
 
 def _ask_first(ask: Callable[[], None], *_: Any) -> None:
     ask()
-
-
-def _room(tensor: Tensor) -> int:
-    return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def _piece_sizes(size: int) -> list[int]:
-    """Powers of two that add up to a size, largest first, and a small rest: torch rounds pinned memory up to such."""
-    sizes = []
-    while size > SMALLEST_PIECE:
-        sizes.append(2 ** (size.bit_length() - 1))
-        size -= sizes[-1]
-    return [*sizes, size] if size else sizes

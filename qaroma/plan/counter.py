@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qaroma.engine.host import as_torch_takes_it
 from qaroma.engine.pieces import every_piece
 from qaroma.plan.weightless import KnownShapes
 from qaroma.plan.work import Kernel
@@ -72,7 +73,9 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         phase_now: name of the phase.
-        device, host: the two memories; everything is on the device but what :meth:`copy_to_host` made.
+        device, host: the two memories; everything is on the device but what :meth:`copy_to_host` and
+            :meth:`pinned_bytes` made, which take the place of :class:`qaroma.engine.host.ThisHost`'s.
+        parked: bytes that were asked of :meth:`pinned_bytes`.
         category: what new storages are booked under.
         kernels: that ran in each phase on weightless tensors.
         sent, fetched: bytes that went from the device to the host, and from the host to the device, in each phase.
@@ -89,24 +92,25 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._times = 1
         self.sent: Counter[str] = Counter()
         self.fetched: Counter[str] = Counter()
-        self.device, self.host = Memory(), Memory()
+        self.device, self.host, self.parked = Memory(), Memory(), 0
         self.category, self.phase_now = "other", "setup"
         self._entries: dict[int, _Entry] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kernel = None
         if self._shapes is None:
             result = func(*args, **(kwargs or {}))
         else:
             result, kernel = self._shapes.run(func, args, kwargs or {})
-            if kernel is not None:
-                self.kernels[self.phase_now][kernel] += self._times
         for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
-        if func in _COPIES:
-            self._look_for_fetched(args, result)
+        if func in _COPIES and self._crosses(args, result):
+            kernel = None
+        if kernel is not None:
+            self.kernels[self.phase_now][kernel] += self._times
         inside = workspace_bytes(func, args) if self._card else 0
         if inside:
             self.device.add(WORKSPACE, inside)
@@ -124,23 +128,40 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.phase_now, self.category = name, category
         self._note()
 
+    def forget_phases(self, but: Container[str]) -> None:
+        """Forget what was counted in all phases but these, and what was asked of :meth:`pinned_bytes`."""
+        for of_phases in (self.device.peaks, self.host.peaks, self.kernels, self.sent, self.fetched):
+            for phase in [phase for phase in of_phases if phase not in but]:
+                del of_phases[phase]
+        self.parked = 0
+
     def adopt(self, tensors: Iterable[Tensor], category: str) -> None:
         """Count tensors that were made outside the block, or book known ones under another category."""
         for tensor in tensors:
             entry = self._see(tensor)
             self._move(entry, category, entry.memory)
 
-    def copy_to_host(self, tensor: Tensor, stream: Any = None, *, pinned: bool = True) -> Tensor:
-        """In place of :func:`qaroma.engine.checkpointing.to_host` where there is no GPU: a copy on the tensor's own
-        device that counts in the host's memory, with all that torch takes for a pinned one."""
+    def copy_to_host(self, tensor: Tensor, *, pinned: bool = True) -> Tensor:
+        """A copy on the tensor's own device that counts in the host's memory, with all that torch takes for a pinned
+        one."""
         values = tensor.numel()
         size = values * tensor.element_size()
-        room = tensor.new_empty((1 << max(0, size - 1).bit_length()) // tensor.element_size() if pinned else values)
-        copy = room[:values].view(tensor.shape).copy_(tensor)
-        entry = self._see(copy)
+        room = tensor.new_empty(as_torch_takes_it(size) // tensor.element_size() if pinned else values)
+        return self._on_host(room)[:values].view(tensor.shape).copy_(tensor)
+
+    def is_apart(self, device: torch.device) -> bool:
+        """Every device, whatever it is."""
+        return True
+
+    def pinned_bytes(self, size: int, device: torch.device) -> Tensor:
+        """Bytes on a device that count in the host's memory, with all that torch takes for pinned ones."""
+        self.parked += size
+        return self._on_host(torch.empty(as_torch_takes_it(size), dtype=torch.uint8, device=device))[:size]
+
+    def _on_host(self, tensor: Tensor) -> Tensor:
+        entry = self._see(tensor)
         self._move(entry, entry.category, self.host)
-        self.sent[self.phase_now] += self._times * size
-        return copy
+        return tensor
 
     def few_pieces(self, rows: int, size: int) -> Iterator[slice]:
         """In place of :func:`qaroma.engine.pieces.every_piece` where nothing has contents: the pieces that differ.
@@ -157,10 +178,14 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._times //= alike
         yield from pieces[2:][-1:]
 
-    def _look_for_fetched(self, args: tuple[Any, ...], result: Tensor) -> None:
-        source = self._see(args[min(1, len(args) - 1)])
-        if source.memory is self.host and self._see(result).memory is self.device:
-            self.fetched[self.phase_now] += self._times * result.nbytes
+    def _crosses(self, args: tuple[Any, ...], result: Tensor) -> bool:
+        """Whether a copy goes over the bus, where it is counted, and not by a kernel."""
+        source, target = self._see(args[min(1, len(args) - 1)]).memory, self._see(result).memory
+        if source is target:
+            return False
+        way = self.sent if target is self.host else self.fetched
+        way[self.phase_now] += self._times * result.nbytes
+        return True
 
     def _see(self, tensor: Tensor) -> _Entry:
         storage = tensor.untyped_storage()

@@ -14,9 +14,10 @@ from itertools import pairwise
 from typing import Any
 
 from qaroma.config.levels import LEVELS
+from qaroma.engine.host import pinned_for
 from qaroma.plan.counter import Peak
 from qaroma.plan.layers import Sample, as_built, layer_kinds, with_layers
-from qaroma.plan.trace import StepSettings, Trace, trace_step
+from qaroma.plan.trace import StepSettings, Trace, WeightlessTraining
 from qaroma.plan.weightless import KnownShapes
 from qaroma.plan.weightless_model import weightless_model
 from qaroma.plan.work import Work
@@ -66,6 +67,7 @@ class Planner:
         self.config = config
         self.layers: int = config.get_text_config().num_hidden_layers
         self._traces: dict[tuple[StepSettings, tuple[int, ...]], Trace] = {}
+        self._trainings: dict[tuple[StepSettings, tuple[int, ...]], WeightlessTraining] = {}
         self._shapes = KnownShapes()
 
     @cached_property
@@ -79,11 +81,13 @@ class Planner:
             return self.exact(settings)
         traces = [self._trace(settings, layers) for layers in self._sample.models]
         line = self._sample.line
+        parked = line([trace.parked for trace in traces])
         deep = Trace(
             line([trace.resident for trace in traces]),
             {phase: _peak([trace.peaks[phase] for trace in traces], line) for phase in traces[0].peaks},
-            line([trace.host for trace in traces]),
+            line([trace.host - pinned_for(trace.parked) for trace in traces]) + pinned_for(parked),
             line([trace.streamed for trace in traces]),
+            parked,
             {phase: Work.along([trace.work[phase] for trace in traces], line) for phase in traces[0].work},
         )
         return self._estimate(settings, deep)
@@ -141,7 +145,11 @@ class Planner:
     def _trace(self, settings: StepSettings, layers: tuple[int, ...]) -> Trace:
         key = (settings, layers)
         if key not in self._traces:
-            self._traces[key] = trace_step(with_layers(self.config, layers), settings, self._shapes)
+            alike = replace(settings, seq_len=0, micro_batch=0, sequences=0), layers
+            if alike not in self._trainings:
+                config = with_layers(self.config, layers)
+                self._trainings[alike] = WeightlessTraining(config, settings, self._shapes)
+            self._traces[key] = self._trainings[alike].trace(settings)
         return self._traces[key]
 
     def _estimate(self, settings: StepSettings, trace: Trace) -> Estimate:

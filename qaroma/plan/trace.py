@@ -76,6 +76,7 @@ class Trace:
             ``forward``, ``loss``, ``backward``, ``update``. Loading the base is no part of it.
         host: the most in host memory.
         streamed: of which the layers' weights wait there.
+        parked: of which the layers' inputs wait there, without what torch rounds up.
         work: of each phase of the step itself, from ``forward`` on.
     """
 
@@ -83,6 +84,7 @@ class Trace:
     peaks: dict[str, Peak]
     host: int
     streamed: int = 0
+    parked: int = 0
     work: dict[str, Work] = field(default_factory=dict)
 
     @property
@@ -90,45 +92,77 @@ class Trace:
         return max(self.peaks.values(), key=lambda peak: peak.bytes)
 
 
-def trace_step(config: Any, settings: StepSettings, shapes: KnownShapes | None = None) -> Trace:
-    """Run one training step on weightless tensors and count.
+class WeightlessTraining:
+    """A model without contents that is set up for training, whose steps of any length are counted one by one.
 
     Args:
         config: transformers' configuration of a causal language model.
-        settings: of the step.
-        shapes: of traces before, which make this one faster.
+        settings: of the steps; their length and number of sequences do not matter yet.
+        shapes: of traces before, which make these faster.
 
     Raises:
         QaromaError: a model whose step depends on values, which weightless tensors do not have.
     """
-    s = settings
-    head = LEVELS[s.level].packed_head
-    model = weightless_model(config, dtype=s.dtype, packed=s.quantized, double=s.double_quantization, packed_head=head)
-    if s.repeated_keys:
-        repeat_keys(model)
-    if s.card:
-        use_torchs_norms(model)
-    if s.one_by_one:
-        keep_documents_apart(model)
-    with weightless(), LiveStorages(shapes or KnownShapes(), card=s.card) as counter:
-        counter.phase("load", "base")
-        counter.device.add(WORKSPACE, FIXED if s.card else 0)
-        materialise(model)
+
+    def __init__(self, config: Any, settings: StepSettings, shapes: KnownShapes | None = None) -> None:
+        s = settings
+        head = LEVELS[s.level].packed_head
+        self._model = model = weightless_model(
+            config, dtype=s.dtype, packed=s.quantized, double=s.double_quantization, packed_head=head
+        )
+        if s.repeated_keys:
+            repeat_keys(model)
+        if s.card:
+            use_torchs_norms(model)
+        if s.one_by_one:
+            keep_documents_apart(model)
+        self._counter = counter = LiveStorages(shapes or KnownShapes(), card=s.card)
+        with self._counting():
+            counter.phase("load", "base")
+            counter.device.add(WORKSPACE, FIXED if s.card else 0)
+            materialise(model)
+            self._method = _set_up(model, settings, counter, counter.few_pieces)
+            self._resident = counter.device.now
+
+    def trace(self, settings: StepSettings) -> Trace:
+        """Run one step and count.
+
+        Args:
+            settings: of the step, otherwise those that the model was set up for.
+
+        Raises:
+            QaromaError: see above.
+        """
+        model, counter = self._model, self._counter
+        apply_level(model, settings.level, host=counter, pieces=counter.few_pieces)  # with no inputs parked on the host
+        counter.forget_phases(but=("load", "setup"))
+        with self._counting(), _booked_by_place(model, counter):
+            _step(model, self._method, settings, counter, counter.few_pieces)
+        peaks = {phase: peak for phase, peak in counter.device.peaks.items() if phase != "load"}
+        stream = getattr(model, "layer_stream", None)
+        work = {
+            phase: Work(counter.kernels[phase], counter.sent[phase], counter.fetched[phase])
+            for phase in peaks
+            if phase != "setup"
+        }
+        streamed = stream.bytes if stream else 0
+        return Trace(self._resident, peaks, counter.host.peak.bytes, streamed, counter.parked, work)
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
         try:
-            resident = count_step(model, settings, counter, counter.few_pieces)
+            with weightless(), self._counter:
+                yield
         except (NotImplementedError, RuntimeError) as error:
             raise QaromaError(
-                f"{type(model).__name__} cannot be planned: its training step needs more than shapes "
+                f"{type(self._model).__name__} cannot be planned: its training step needs more than shapes "
                 f"({str(error).splitlines()[0]}). Type, to measure instead: qaroma finetune --max-steps 3"
             ) from error
-    peaks = {phase: peak for phase, peak in counter.device.peaks.items() if phase != "load"}
-    stream = getattr(model, "layer_stream", None)
-    work = {
-        phase: Work(counter.kernels[phase], counter.sent[phase], counter.fetched[phase])
-        for phase in peaks
-        if phase != "setup"
-    }
-    return Trace(resident, peaks, counter.host.peak.bytes, stream.bytes if stream else 0, work)
+
+
+def trace_step(config: Any, settings: StepSettings, shapes: KnownShapes | None = None) -> Trace:
+    """Set a model up on weightless tensors and count one step; see :class:`WeightlessTraining`."""
+    return WeightlessTraining(config, settings, shapes).trace(settings)
 
 
 def count_step(model: Any, settings: StepSettings, counter: LiveStorages, pieces: Pieces = every_piece) -> int:
@@ -156,7 +190,7 @@ def _set_up(model: Any, settings: StepSettings, counter: LiveStorages, pieces: P
     counter.adopt(tensors_of(model.get_output_embeddings()), "head")
     counter.adopt(tensors_of(model.get_input_embeddings()), "embeddings")  # where a table is both, it stands here
     counter.category = "layer_buffers"
-    apply_level(model, settings.level, copy_out=counter.copy_to_host, pieces=pieces)
+    apply_level(model, settings.level, host=counter, pieces=pieces)
     counter.phase("setup", "adapter")
     targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
     adapter = attach(model, targets, inner_rank=settings.inner_rank)

@@ -64,8 +64,10 @@ class Work:
         return max(self.to_host, self.to_card) / (COPIES * card.pcie * 1e9)
 
     def computing(self, card: Card) -> float:
-        """Seconds of the kernels: the longer of what they take and of launching them."""
+        """Seconds of the kernels: the longer of what they take and of launching them. What goes over the bus takes the
+        card's memory once."""
         busy = sum(count * kernel.seconds(card) for kernel, count in self.kernels.items())
+        busy += (self.to_host + self.to_card) / (BANDWIDTH * card.bandwidth * 1e9)
         return max(busy, self.kernels.total() * LAUNCH)
 
     def seconds(self, card: Card) -> float:

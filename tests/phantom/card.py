@@ -283,7 +283,7 @@ class _Watch(TorchDispatchMode):
         for tensor in made:
             order.memory(tensor)
         if not on_card and not made:
-            for tensor in tensors:
+            for tensor in [] if func.is_view else tensors:
                 order.host_reads(tensor)
             return
         if func.is_view or name in _NO_KERNEL:

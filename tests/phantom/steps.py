@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from phantom.card import CARD, Card
@@ -137,15 +138,38 @@ def repeated(card: Card) -> None:
         assert set(card.attention) == {taken}
 
 
+def _steps_around_a_failure(card: Card, model: Any, method: Any) -> None:
+    """The second one ends where a layer's input is on its way back and nothing has waited for it."""
+    start = card.kernels
+    step(model, method, [batch(1, 32)])
+    card.fail_at = card.kernels + (card.kernels - start) // 2
+    with pytest.raises(torch.OutOfMemoryError):
+        step(model, method, [batch(1, 32)])
+    step(model, method, [batch(1, 32)])
+
+
+@scenario("steps at level 2, one of which fails")
+def failed(card: Card) -> None:
+    _steps_around_a_failure(card, *trained(2))
+
+
+@scenario("micro-batches of many lengths at level 2", waits=A_STEP)
+def lengths(card: Card) -> None:
+    model, method = trained(2)
+    card.clear()
+    step(model, method, [batch(2, 64, lengths=(40, 14, 10)), batch(1, 31), batch(3, 90), batch(2, 64)])
+
+
 _MUTANTS = {
-    "copied out without a wait": ("stream.wait_stream(torch.cuda.current_stream(tensor.device))", "side stream reads"),
-    "fetched before it is out": ("back.wait_stream(out)", "side stream reads"),
-    "used before it is back": ("current.wait_stream(self.streams[1])", "default stream reads"),
-    "given back while copied out": ("tensor.record_stream(stream)\n", "freed on the default stream"),
-    "given back while in use": (
-        "tensor.record_stream(torch.cuda.current_stream(self.device))",
-        "freed on the side stream",
+    "copied out without a wait": (
+        "self.out.wait_stream(torch.cuda.current_stream(tensor.device))",
+        "side stream reads",
     ),
+    "fetched before it is out": ("self.back.wait_stream(self.out)", "side stream reads"),
+    "used before it is back": ("current.wait_stream(self.back)", "default stream reads"),
+    "given back while copied out": ("tensor.record_stream(self.out)", "freed on the default stream"),
+    "given back while in use": ("tensor.record_stream(current)", "freed on the side stream"),
+    "written over on its way back": ("self.out.wait_stream(self.back)", "side stream writes what the side stream"),
 }
 
 
@@ -154,10 +178,10 @@ def _mutant(statement: str) -> Callable[[Card], None]:
         text = inspect.getsource(checkpointing)
         assert text.count(statement) == 1
         mutant: Any = types.ModuleType("mutant")
-        exec(compile(text.replace(statement, "pass\n"), checkpointing.__file__, "exec"), mutant.__dict__)
+        exec(compile(text.replace(statement, "pass"), checkpointing.__file__, "exec"), mutant.__dict__)
         model, method = trained(1)
         mutant.enable_checkpointing(model, offload=True)
-        step(model, method, [batch(1, 32)])
+        _steps_around_a_failure(card, model, method)
 
     return run
 
