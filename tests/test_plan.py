@@ -25,7 +25,7 @@ from qaroma.engine.loss import LMHead
 from qaroma.engine.pieces import every_piece
 from qaroma.errors import QaromaError
 from qaroma.method.attach import attach
-from qaroma.method.base import FactorTrainer
+from qaroma.method.on_adapter import FactorTrainer
 from qaroma.model.base import load_base
 from qaroma.model.documents import keep_documents_apart
 from qaroma.plan import trace, workspaces

@@ -115,7 +115,7 @@ def test_a_run_prefers_the_chosen_answers_and_says_so(
     assert validations[-1]["loss"] < validations[0]["loss"]
     assert (validations[-1]["accuracy"], validations[-1]["examples"]) == (1.0, 2)
     page = (run / "report.html").read_text(encoding="utf-8")
-    assert "Best validation accuracy" in page
+    assert "Validation accuracy" in page
     assert "Margin of the chosen answer (running mean)" in page
 
 

@@ -225,7 +225,7 @@ def test_the_first_figure_shows_parameters_ranks_and_the_tasks_metric(tmp_path: 
     bests = {name: validation_of(run, name) for name in ("accuracy", "loss")}
     assert {name: best and (best.best_step, best.best) for name, best in bests.items()} == {
         "accuracy": (12, 0.6),
-        "loss": (6, 1.0),  # the first of equals
+        "loss": (12, 1.0),  # of the same adapter
     }
     (run.path / "summary.json").write_text('{"metric": "f1"}', encoding="utf-8")
     assert read_run(run.path).metric == "f1"
@@ -309,7 +309,7 @@ def test_an_adapter_of_rank_zero_has_no_ratio(tmp_path: Path) -> None:
 def test_key_figures_and_settings_are_the_runs(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "run"))
     assert key_figures(run, read_spectra(run)) == {
-        "Best validation loss": "0.8 at step 12",
+        "Validation loss": "0.8 at step 12",
         "Rank of the best adapter": "1.83 on average, 0 to 3",
         "Effective rank": "1.50 on average, 81.8 % of the rank",
         # Eleven directions of an 8 x 12 module each, and a head of 2 x 8.

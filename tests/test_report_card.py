@@ -137,7 +137,8 @@ def test_a_rank_that_was_chosen_is_no_map(tmp_path: Path) -> None:
 
 def test_the_curve_marks_what_was_kept_and_has_a_time_beside_each_step(tmp_path: Path) -> None:
     validations = [{"event": "validation", "step": s, "loss": loss} for s, loss in ((0, 2.0), (6, 1.0), (12, 1.5))]
-    run = read_run(make_run(tmp_path / "run", lines=[*(step_line(s) for s in range(1, 13)), *validations]))
+    lines = [*(step_line(s) for s in range(1, 13)), *validations]
+    run = read_run(make_run(tmp_path / "run", lines=lines, adapter=False))
     panel = learning_panel(run)
     assert panel.kept == (6, 1.0)
     assert panel.seconds.points[5] == (6, 3.0)

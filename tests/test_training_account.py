@@ -21,9 +21,9 @@ from qaroma.config.schema import Config
 from qaroma.errors import QaromaError
 from qaroma.method.adapter import Adapter
 from qaroma.method.aroma import GrowthController
-from qaroma.method.base import HEAD
 from qaroma.method.growth import GrowthSettings
 from qaroma.method.lora import PlainLora
+from qaroma.method.on_adapter import HEAD
 from qaroma.method.peft_lora import PeftLora, inject_lora
 from qaroma.method.schedule import warm_cosine
 from qaroma.model.found import find_model

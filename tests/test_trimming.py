@@ -89,7 +89,7 @@ def trained(trim_share: float) -> tuple[JointController, BudgetGrowthSection]:
 def test_validation_has_the_last_word(metric: str, best: float, value: float, taken: bool) -> None:
     method, growth = trained(0.03)
     before = method.factors()["0"]
-    found = trim_method(method, growth, lambda: value, metric=metric, best=best)
+    found = trim_method(method, growth, lambda: {metric: value}, metric=metric, best=best)
     assert found is not None
     assert (found.before, found.after, found.taken) == (4, 1 if taken else 4, taken)
     assert method.ranks() == {"0": 1 if taken else 4}
@@ -101,6 +101,6 @@ def test_what_is_not_measured_is_trimmed_and_what_asks_for_none_is_not() -> None
     method, growth = trained(0.03)
     found = trim_method(method, growth, None, metric="loss", best=None)
     assert found is not None
-    assert (found.after, found.value) == (1, None)
+    assert (found.after, found.figures) == (1, {})
     assert trim_method(method, growth, None, metric="loss", best=None) is None  # nothing is left to leave out
     assert trim_method(*trained(0.0), None, metric="loss", best=None) is None

@@ -95,24 +95,11 @@ def command(
     so the same command continues whatever stopped it. Needs pip install 'qaroma[bench]' for PEFT's
     methods, and 'qaroma[report]' for the plot.
     """
-    context = click.get_current_context()
     if suite is not None:
         if gpus is not None:
             raise QaromaError(f"got --gpus {gpus} with --suite; a suite runs on the CPU. Type: --jobs {gpus}")
-        from qaroma.compare.suite.suite import run_suite
-
-        typed = context.get_parameter_source("seeds") == click.core.ParameterSource.COMMANDLINE
-        judged = partial(
-            run_suite,
-            folder=output,
-            data=_data_folder(parameters),
-            command=_typed(context),
-            ours=ours,
-            beds=beds,
-            tables=tables,
-            seeds=tuple(parse_seeds(seeds)) if typed else None,
-            jobs=jobs,
-            table_only=table_only,
+        judged = _suite(
+            output, seeds, parameters, ours=ours, beds=beds, tables=tables, jobs=jobs, table_only=table_only
         )
         _tell(judged, json_output)
         return
@@ -139,11 +126,27 @@ def command(
         methods=methods,
         seeds=seeds,
         folder=output,
-        command=_typed(context),
+        command=_typed(click.get_current_context()),
         gpus=gpus,
         table_only=table_only,
     )
     _tell(judged, json_output)
+
+
+def _suite(output: str, seeds: str, parameters: Mapping[str, Any], **asked: Any) -> Callable[[], Mapping[str, Any]]:
+    """What judges growth on a suite's beds; what was asked for is handed on as it is."""
+    from qaroma.compare.suite.suite import run_suite
+
+    context = click.get_current_context()
+    typed = context.get_parameter_source("seeds") == click.core.ParameterSource.COMMANDLINE
+    return partial(
+        run_suite,
+        folder=output,
+        data=_data_folder(parameters),
+        command=_typed(context),
+        seeds=tuple(parse_seeds(seeds)) if typed else None,
+        **asked,
+    )
 
 
 def _tell(judged: Callable[[], Mapping[str, Any]], json_output: bool) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from qaroma import __version__
+from qaroma.config.metrics import metric_facts
 from qaroma.export.compress import Compression
 from qaroma.export.format_facts import FORMAT_FACTS
 from qaroma.export.selftest import SelfTest
 from qaroma.model.builtin import SMOLLM2_HUB_ID, hub_answers, resolve_model
 from qaroma.runs.adapter_info import AdapterInfo
+from qaroma.runs.reading import validation_of_adapter
 
 RANK_MAP = "rank_map.svg"
 UNKNOWN = "not known"
@@ -60,7 +62,8 @@ class CardFacts:
         ranks: rank of each module, as exported.
         licence: of the base.
         data: the run's data sources, as they may be read; empty where they are not known.
-        records: the run's metrics log.
+        parameters: numbers that are exported; None where they are not known.
+        records: of the run's metrics log, those that are of this adapter.
         template: kind of the chat template.
         repo: ``NAMESPACE/NAME`` where the files lie on the hub; None in a folder.
     """
@@ -71,6 +74,7 @@ class CardFacts:
     ranks: Mapping[str, int]
     licence: str
     data: Sequence[str] = ()
+    parameters: int | None = None
     records: Sequence[Mapping[str, Any]] = ()
     template: str = "none"
     base_on_hub: bool = True
@@ -116,8 +120,8 @@ def model_card(facts: CardFacts, kind: str, outcome: Outcome | None = None) -> s
         f"- Base model: {facts.base} (fingerprint {held.fingerprint if held else UNKNOWN}); its licence: "
         f"{facts.licence}",
         f"- Data: {', '.join(facts.data) or 'not known (the adapter lies outside its run)'}",
-        *[f"- {line}" for line in _growth_lines(facts.records, info.step, facts.ranks)],
-        *[f"- {line}" for line in _metric_lines(facts.records)],
+        *[f"- {line}" for line in _growth_lines(facts)],
+        *[f"- {line}" for line in _metric_lines(facts, outcome.compression)],
         *_compression_lines(outcome.compression),
         *_loss_lines(outcome.losses),
         f"- Chat template: {facts.template}",
@@ -204,8 +208,8 @@ def source_text(path: str, weight: float) -> str:
     return path + (f" (weight {weight:g})" if weight != 1 else "")
 
 
-def _growth_lines(records: Sequence[Mapping[str, Any]], step: int | None, ranks: Mapping[str, int]) -> list[str]:
-    values = list(ranks.values())
+def _growth_lines(facts: CardFacts) -> list[str]:
+    records, step, values = facts.records, facts.info.step, list(facts.ranks.values())
     zero = sum(rank == 0 for rank in values)
     lines = [
         f"Rank: smallest {min(values)}, mean {sum(values) / len(values):.2f}, largest {max(values)} over "
@@ -219,20 +223,30 @@ def _growth_lines(records: Sequence[Mapping[str, Any]], step: int | None, ranks:
             f"Growth: {committed} components committed in {len(events)} growth events, {steps[-1]['step']} steps; "
             f"this adapter is of step {step or steps[-1]['step']}"
         )
-        first, last = steps[0]["trainable_parameters"], steps[-1]["trainable_parameters"]
-        lines.append(f"Trainable parameters: {first:,} at the start, {last:,} at the end")
-    return lines
+    trained = [record["trainable_parameters"] for record in steps if step is None or record["step"] <= step]
+    return [*lines, *_parameter_lines(facts.parameters, max(trained, default=None))]
 
 
-def _metric_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    validations = [record for record in records if record.get("event") == "validation"]
-    answers = [record for record in records if record.get("event") == "answers"]
-    losses = {when: [r["loss"] for r in validations if (r["step"] > 0) == (when == "after")] for when in _WHEN}
+def _parameter_lines(held: int | None, trained: int | None) -> list[str]:
+    """How many there are after trimming, with what froze; and how many trained together where those are others."""
+    at_most = f"at most {trained:,} trained together" if trained is not None else ""
+    if held is None:
+        return [f"Parameters: {at_most}"] if at_most else []
+    return [f"Parameters: {held:,} in the adapter" + (f", {at_most}" if at_most and trained != held else "")]
+
+
+def _metric_lines(facts: CardFacts, compression: Compression | None) -> list[str]:
+    validations = [record for record in facts.records if record.get("event") == "validation"]
+    answers = [record for record in facts.records if record.get("event") == "answers"]
     matches = {when: [r["exact_match"] for r in answers if r["when"] == when] for when in _WHEN}
+    base = next((record for record in validations if record["step"] == 0), {})
+    own = validation_of_adapter(facts.info, validations)
+    whole = ", before it was compressed" if compression else ""
     lines = []
-    if validations:
-        shown = [f"{min(losses[when]):.4g} {when}" for when in _WHEN if losses[when]]
-        lines.append(f"Validation loss: {', '.join(shown)}")
+    for name in dict.fromkeys(("loss", facts.info.task.metric or "loss")):
+        values = {"before": base.get(name), "after": own.get(name)}
+        shown = [f"{metric_facts(name).text(value)} {when}" for when, value in values.items() if value is not None]
+        lines += [f"Validation {name}: {', '.join(shown)}{whole}"] if shown else []
     if answers:
         shown = [f"{100 * matches[when][-1]:.1f} % {when}" for when in _WHEN if matches[when]]
         lines.append(f"Exact match on held-out requests: {', '.join(shown)}")

@@ -26,7 +26,7 @@ from qaroma.export.in_ollama import Asked, check_name, hand_over
 from qaroma.export.live import LiveModel
 from qaroma.export.rank_map import rank_map_svg
 from qaroma.export.selftest import SelfTest
-from qaroma.export.subject import Subject, open_subject, records_of, settings_of
+from qaroma.export.subject import Subject, open_subject, records_about, settings_of
 from qaroma.method.factors import Factors
 from qaroma.model.base import resolve_device
 from qaroma.runs.files import directory_written_aside, disk_full, unused, written_aside
@@ -262,7 +262,8 @@ def _facts(subject: Subject, update: Mapping[str, Factors], licence: str) -> car
         ranks={name: factors.rank for name, factors in update.items()},
         licence=licence,
         data=[card.source_text(*one) for one in card.data_sources(settings_of(subject.run))],
-        records=records_of(subject.run),
+        parameters=sum(factors.A.numel() + factors.B.numel() for factors in update.values()),
+        records=records_about(subject.folder, subject.info),
         template=subject.template.kind,
     )
 

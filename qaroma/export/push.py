@@ -20,10 +20,11 @@ from qaroma.errors import QaromaError
 from qaroma.export import card
 from qaroma.export.hub_failures import TOKENS_PAGE, explained
 from qaroma.export.rank_map import rank_map_svg
-from qaroma.export.subject import records_of, run_of, settings_of
+from qaroma.export.subject import records_about, run_of, settings_of
 from qaroma.model.builtin import portable_name
 from qaroma.runs.adapter_info import AdapterInfo, require_undamaged, sealed
 from qaroma.runs.directory import CONFIG, GROWTH, WEIGHTS, RunDirectory, adapter_folder
+from qaroma.runs.figures import adapter_parameters
 from qaroma.runs.peft_lora import read_config
 from qaroma.text.paths import local_path
 
@@ -284,15 +285,18 @@ def _files(folder: Path, info: AdapterInfo, repo_id: str, base: str | None, lice
     public = replace(info, base=replace(held, name=shown)) if held else info
     config = read_config(folder, whole=info.task.head)
     config["base_model_name_or_path"] = base
-    run = run_of(folder)
     facts = card.CardFacts(
         name=_name(folder),
         info=public,
         base=shown,
         ranks=info.ranks(),
         licence=licence,
-        data=[card.source_text(public_path(path), weight) for path, weight in card.data_sources(settings_of(run))],
-        records=records_of(run),
+        data=[
+            card.source_text(public_path(path), weight)
+            for path, weight in card.data_sources(settings_of(run_of(folder)))
+        ],
+        parameters=adapter_parameters(folder, info),
+        records=records_about(folder, info),
         template=str(info.task.template["kind"]) if info.task.template else "none",  # a classifier sees its texts bare
         base_on_hub=base is not None,
         repo=repo_id,

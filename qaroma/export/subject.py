@@ -131,6 +131,23 @@ def records_of(run: RunDirectory | None) -> list[dict[str, Any]]:
     return read_records(run) if run else []
 
 
+def records_about(folder: Path, info: AdapterInfo) -> list[dict[str, Any]]:
+    """The metrics log of the run that an adapter lies in, without what it says of other adapters than this one.
+
+    Of another one than the run's own (a checkpoint, the last one) that is what came after its step, and the answers
+    of the end.
+
+    Args:
+        folder: of the adapter.
+        info: what it remembers.
+    """
+    run = run_of(folder)
+    records = records_of(run)
+    if run is None or info.step is None or run.adapter.resolve() == folder.resolve():
+        return records
+    return [r for r in records if r.get("step", 0) <= info.step and r.get("when") != "after"]
+
+
 def _network(config: Any, base: RememberedBase) -> Any:
     """The model that a configuration describes; no weight is read or made."""
     try:

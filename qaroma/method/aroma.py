@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qaroma.errors import QaromaError
 from qaroma.method.adapter import Adapter
-from qaroma.method.base import AdapterMethod, FactorTrainer, MethodOptions, MethodState
+from qaroma.method.base import MethodOptions, MethodState
 from qaroma.method.budget import BudgetSettings
 from qaroma.method.criteria import (
     change_norm_sq,
@@ -22,6 +22,7 @@ from qaroma.method.criteria import (
 from qaroma.method.dequantise import dense_weight
 from qaroma.method.growth import GrowthEvent, GrowthSettings, GrowthState, Measurement
 from qaroma.method.joint import JointController
+from qaroma.method.on_adapter import AdapterMethod, FactorTrainer
 from qaroma.method.probe import GradientProbe
 from qaroma.method.schedule import cosine, jagged_cosine, warm_cosine
 

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from qaroma.method.adapter import Adapter
-from qaroma.method.base import AdapterMethod, FactorTrainer, MethodState
+from qaroma.method.base import MethodState
 from qaroma.method.budget import BudgetSettings, BudgetState, allotted
 from qaroma.method.growth import GrowthEvent
+from qaroma.method.on_adapter import AdapterMethod, FactorTrainer
 from qaroma.method.rate import MeasuredRate
 from qaroma.method.schedule import cosine, warm_cosine
 

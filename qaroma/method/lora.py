@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from qaroma.method.adapter import Adapter
-from qaroma.method.base import AdapterMethod, FactorTrainer, MethodOptions, MethodState
+from qaroma.method.base import MethodOptions, MethodState
 from qaroma.method.growth import GrowthEvent
+from qaroma.method.on_adapter import AdapterMethod, FactorTrainer
 from qaroma.method.schedule import warm_cosine
 
 

@@ -57,12 +57,12 @@ def _exact_answers(run: Run, figures: Figures) -> Finding | None:
 
 def _preference(run: Run, judged: Validation) -> Finding | None:
     """How often the chosen answer gained more; the base is its own measure, so there is no figure before."""
-    share = dict(run.validation("accuracy").points).get(judged.best_step)
-    if share is None:
+    pairs = validation_of(run, "accuracy")
+    if pairs is None:
         return _judged(run, judged)
     better = judged.before is None or metric_facts(judged.name).better(judged.best, judged.before)
     note = "Of the pairs held out, those whose chosen answer has become likelier against the rejected one."
-    return Finding(f"{percent(share)} of pairs the right way round", note, better)
+    return Finding(f"{percent(pairs.best)} of pairs the right way round", note, better)
 
 
 def _judged(run: Run, judged: Validation) -> Finding:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from statistics import median
 
@@ -69,7 +69,7 @@ def key_figures(run: Run, spectra: Spectra | None = None) -> dict[str, str]:
         measured = validation_of(run, name)
         if measured is not None and measured.best_step:
             best = metric_facts(name).text(measured.best)
-            found[f"Best validation {name}"] = f"{best} at step {measured.best_step:,}"
+            found[f"Validation {name}"] = f"{best} at step {measured.best_step:,}"
     scores = {"before": figures.exact_match_before, "after": figures.exact_match}
     exact = [f"{METRICS['exact_match'].text(score)} {when}" for when, score in scores.items() if score is not None]
     if exact:
@@ -156,16 +156,25 @@ def _absolute(text: str) -> PurePath | None:
 
 
 def validation_table(run: Run, most: int = 25) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the validations, at most ``most`` of them, evenly chosen, the last included."""
+    """Header and rows of the validations, at most ``most`` of them, evenly chosen, the last included.
+
+    The last row is that of the adapter, where trimming has changed its figures.
+    """
     metrics = run.metrics()
-    columns: list[dict[int, float]] = [dict(run.validation(metric).points) for metric in metrics]
-    chosen = evenly([int(line["step"]) for line in run.validations], most)
+    columns = {name: dict(run.validation(name).points) for name in metrics}
+    measured = {
+        int(line["step"]): {name: columns[name].get(line["step"]) for name in metrics} for line in run.validations
+    }
+    shown: list[tuple[str, Mapping[str, float | None]]]
+    shown = [(f"{step:,}", measured[step]) for step in evenly(list(measured), most)]
+    info = run.adapter
+    logged = measured.get(info.step or 0, {}) if info and info.validation else {}
+    if info and any(info.validation.get(name) != value for name, value in logged.items()):
+        shown.append((f"{info.step:,}, trimmed", info.validation))
+    texts = {name: metric_facts(name).text for name in metrics}
     rows = [
-        [
-            f"{step:,}",
-            *(metric_facts(name).text(c[step]) if step in c else "" for name, c in zip(metrics, columns, strict=True)),
-        ]
-        for step in chosen
+        [when, *("" if (value := found.get(name)) is None else text(value) for name, text in texts.items())]
+        for when, found in shown
     ]
     return ["step", *metrics], rows
 

@@ -23,6 +23,7 @@ VERSION = 2  # 1: qaroma 0.1.0, which did not say how the base attends and wheth
 Rank = Annotated[int, Field(ge=0, le=1 << 20)]
 Packing = Annotated[str, Field(pattern="^(nf4|fp4|none)$")]
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
+Figure = Annotated[float, Field(allow_inf_nan=False)]
 Revision = Annotated[str, Field(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$")]  # never out of the hub's cache
 
 
@@ -96,6 +97,7 @@ class AdapterInfo:
         base: None where a loop of the user's own saved it and did not say.
         task: what it was trained for.
         settings: of its growth, for people.
+        validation: its figures on the validation rows, as it stands; empty where it was not measured.
     """
 
     components: Mapping[str, list[Rank]]
@@ -106,6 +108,7 @@ class AdapterInfo:
     base: BaseInfo | None = None
     task: TaskInfo = field(default_factory=TaskInfo)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    validation: Mapping[str, Figure] = field(default_factory=dict)
 
     def ranks(self) -> dict[str, int]:
         """Rank of each module."""

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qaroma.errors import QaromaError
-from qaroma.method import base, peft_lora
+from qaroma.method import on_adapter, peft_lora
 from qaroma.method.base import MethodState
 from qaroma.method.factors import Factors
 from qaroma.runs.adapter_info import AdapterInfo
@@ -165,7 +165,7 @@ def adapter_in(path: Path) -> tuple[AdapterInfo, dict[str, Factors]]:
         checkpoint, _ = _load(path)
         state = checkpoint.method_state()
         # Methods on our own adapter have components; PEFT's have its parameters.
-        factors_in = base.factors_in if "components" in state.values else peft_lora.factors_in
+        factors_in = on_adapter.factors_in if "components" in state.values else peft_lora.factors_in
         return AdapterInfo.from_json(checkpoint.values["adapter"]), factors_in(state)
     except _DAMAGED as error:
         raise QaromaError(f"{path} is damaged ({error!r}); name another checkpoint of its run") from error

@@ -6,21 +6,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from math import prod
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from qaroma.config.metrics import METRICS, metric_facts
+from qaroma.runs.adapter_info import AdapterInfo
 from qaroma.runs.directory import WEIGHTS, RunDirectory
-from qaroma.runs.reading import Run
+from qaroma.runs.reading import Record, Run, validation_of_adapter
 
 _LARGEST = 1e18  # of a figure that anybody means; no NaN and no infinity is below it
 
 
 @dataclass(frozen=True)
 class Validation:
-    """One metric of a run's validations: of the untrained model, the best after it, and the last.
+    """One metric of a run's validations: of the untrained model, of the adapter that is kept, and the last.
 
-    Of the metric that chooses the adapter, the best is the one that was chosen.
+    The best is that of the kept adapter, whatever the metric, and as it stands: of one that was trimmed, after that.
     """
 
     name: str
@@ -28,6 +30,11 @@ class Validation:
     best: float
     best_step: int
     last: float
+
+    @property
+    def after(self) -> float | None:
+        """The best, where anything was measured after the beginning."""
+        return self.best if self.best_step else None
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ def figures_of(run: Run) -> Figures:
         exact_match=_exact_match(run, "after"),
         **_ranks(run),
         **_trainable(run),
-        adapter_parameters=_adapter_parameters(run),
+        adapter_parameters=adapter_parameters(RunDirectory(run.path).adapter, run.adapter) if run.adapter else None,
         **_seconds(run),
         memory_bytes=int(max(memory)) if memory else None,
         growth_events=len(run.growth),
@@ -91,14 +98,37 @@ def figures_of(run: Run) -> Figures:
 
 def validation_of(run: Run, metric: str) -> Validation | None:
     """One metric of a run's validations; the untrained model's figure counts as 'before' alone."""
-    points = run.validation(metric).points
+    points, after = run.validation(metric).points, _after_start(run, metric)
     if not points:
         return None
-    after = [point for point in points if point[0] > 0] or points
-    chosen = run.chosen_step if metric == run.metric else None
-    best_step, best = next((p for p in after if p[0] == chosen), None) or metric_facts(metric).best(after)
+    best_step, figures = kept_validation(run)
+    best = _number(figures.get(metric))
+    if best is None:
+        best_step, best = metric_facts(metric).best(after)
     before = points[0][1] if points[0][0] == 0 else None
     return Validation(metric, before, best, best_step, after[-1][1])
+
+
+def kept_validation(run: Run) -> tuple[int, Record]:
+    """Step and figures of the validation of the adapter that a run keeps; no figures where there are none of it.
+
+    The adapter remembers them, those after trimming where it was trimmed. Of an older one, or of none, the log has
+    them: of its step, of the one that was chosen last, or of the best.
+    """
+    if run.adapter is not None and run.adapter.step:
+        found = validation_of_adapter(run.adapter, run.validations)
+        if found:
+            return run.adapter.step, found
+    step, after = run.chosen_step, _after_start(run, run.metric)
+    if step is None and after:
+        step, _ = metric_facts(run.metric).best(after)
+    return step or 0, next((line for line in run.validations if line["step"] == step), {})
+
+
+def _after_start(run: Run, metric: str) -> list[tuple[int, float]]:
+    """Step and value of the validations after step 0, or of that alone where there is no other."""
+    points = run.validation(metric).points
+    return [point for point in points if point[0] > 0] or points
 
 
 def _validations(run: Run) -> Iterator[Validation]:
@@ -133,20 +163,23 @@ def _trainable(run: Run) -> dict[str, Any]:
     }
 
 
-def _adapter_parameters(run: Run) -> int | None:
+def adapter_parameters(folder: Path, info: AdapterInfo) -> int | None:
+    """How many numbers an adapter holds, its head's among them; None where its file cannot be read.
+
+    Args:
+        folder: of the adapter.
+        info: what it remembers.
+    """
     from safetensors import SafetensorError, safe_open
 
-    ranks = run.adapter_ranks()
-    if not ranks:
-        return None
     try:
         # numpy's shapes: torch would take seconds to import.
-        with safe_open(RunDirectory(run.path).adapter / WEIGHTS, framework="np") as file:
+        with safe_open(folder / WEIGHTS, framework="np") as file:
             sizes: dict[str, int] = {name: prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
         return None
     # Where no module has a rank, the one pair that is there was written for PEFT's sake, all zeros.
-    return sum(size for name, size in sizes.items() if any(ranks.values()) or ".lora_" not in name)
+    return sum(size for name, size in sizes.items() if any(info.ranks().values()) or ".lora_" not in name)
 
 
 def _seconds(run: Run) -> dict[str, Any]:

@@ -240,6 +240,16 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
         return Run(**known, state="broken", problem=f"the system refuses to read it ({refused.strerror})")
 
 
+def validation_of_adapter(info: AdapterInfo, validations: Sequence[Record]) -> Record:
+    """The validation figures of an adapter: as it remembers them, or as a log has them of its step; else empty.
+
+    Args:
+        info: what the adapter remembers.
+        validations: lines of the log.
+    """
+    return info.validation or next((line for line in validations if line["step"] == info.step), {})
+
+
 def _written(run: RunDirectory) -> float:
     """The time of the last change of what a run writes."""
     times = [_changed(file) for file in (run.metrics, run.config, run.summary)]

@@ -24,7 +24,7 @@ from qaroma.report.page import PAGE
 from qaroma.report.summary import BeforeAfter, RunSummary, Score, print_summary
 from qaroma.runs.checkpoint import list_checkpoints
 from qaroma.runs.directory import RunDirectory
-from qaroma.runs.figures import figures_of
+from qaroma.runs.figures import Figures, figures_of
 from qaroma.runs.files import write_atomically
 from qaroma.runs.lock import locked
 from qaroma.runs.reading import read_run
@@ -219,7 +219,7 @@ def _figures(session: Session, state: FitState, ending: Ending, elapsed: float) 
         session, state, ending: of the run.
         elapsed: seconds of this command; a run that was resumed took longer.
     """
-    run, metric, scored = read_run(session.run.path), session.task.metric, state.best is not None
+    run, metric = read_run(session.run.path), session.task.metric
     figures = figures_of(run)
     loss, judged = figures.of("loss"), figures.of(metric)
     training_loss = run.series("loss").values
@@ -232,12 +232,12 @@ def _figures(session: Session, state: FitState, ending: Ending, elapsed: float) 
         "ended": ending,
         "loss": training_loss[-1] if training_loss else None,
         "validation_loss_before": loss.before if loss else None,
-        "validation_loss": dict(run.validation("loss").points).get(state.best_step) if scored else None,
+        "validation_loss": loss.after if loss else None,
         "metric": metric,
         "metric_before": judged.before if judged else None,
-        "metric_best": state.best,
+        "metric_best": judged.after if judged else None,
         "metric_last": judged.last if judged else None,
-        "best_step": state.best_step if scored else state.step,
+        "best_step": state.best_step if state.best is not None else state.step,
         "exact_match_before": figures.exact_match_before,
         "exact_match": figures.exact_match,
         "growth_events": figures.growth_events,
@@ -257,16 +257,7 @@ def _figures(session: Session, state: FitState, ending: Ending, elapsed: float) 
 def _summary(session: Session, figures: Mapping[str, Any], before: Answers | None, after: Answers | None) -> RunSummary:
     """What is printed of a run whose ``summary.json`` is written."""
     run, base = read_run(session.run.path), cast(Any, session.model).config
-    scores = []
-    if figures["validation_loss_before"] is not None:
-        scores.append(Score("validation loss", figures["validation_loss_before"], figures["validation_loss"]))
-        if session.task.metric != "loss":
-            scores.append(
-                Score(session.task.metric, figures["metric_before"], figures["metric_best"], session.task.metric)
-            )
-        for name in metrics_of(PREFERENCE)[1:] if session.task.name == PREFERENCE else ():
-            values = dict(run.validation(name).points)
-            scores.append(Score(name, values.get(0), values.get(figures["best_step"]), name))
+    scores = _validated(session, figures_of(run))
     if after:
         scores.append(Score("exact match", before.exact_match if before else None, after.exact_match, "exact_match"))
     shown = session.config.evaluation.show
@@ -284,6 +275,17 @@ def _summary(session: Session, figures: Mapping[str, Any], before: Answers | Non
         outputs=session.remember.outputs,
         in_gguf=base.model_type in ARCHITECTURES,
     )
+
+
+def _validated(session: Session, figures: Figures) -> list[Score]:
+    """The adapter's scores on the validation rows; none where there are no such rows."""
+    of_pairs = metrics_of(PREFERENCE) if session.task.name == PREFERENCE else ()
+    found = [figures.of(name) for name in dict.fromkeys(("loss", session.task.metric, *of_pairs))]
+    return [
+        Score("validation loss" if one.name == "loss" else one.name, one.before, one.after, one.name)
+        for one in found
+        if one is not None
+    ]
 
 
 def _side_by_side(before: Answers | None, after: Answers) -> list[BeforeAfter]:

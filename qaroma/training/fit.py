@@ -263,7 +263,7 @@ def _validate(session: Session, state: FitState, view: ProgressView) -> None:
     track(session.accelerator, record, "validation/")
     view.validation(state.step, figures, session.task.metric, best=chosen)
     if chosen:
-        session.ranks.first(lambda: session.save_adapter(session.run.adapter, state.step))
+        session.ranks.first(lambda: session.save_adapter(session.run.adapter, state.step, figures))
 
 
 def _sample(session: Session, state: FitState, view: ProgressView) -> None:

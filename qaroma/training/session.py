@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -87,12 +88,19 @@ class Session:
             self._validation_batches, self._validation_size = [self.task.collate(chunk) for chunk in chunks], size
         return self._validation_batches
 
-    def save_adapter(self, folder: Path, step: int) -> None:
-        """Write the adapter, and the head where one is trained, as they stand."""
+    def save_adapter(self, folder: Path, step: int, figures: Mapping[str, Any] | None = None) -> None:
+        """Write the adapter, and the head where one is trained, as they stand.
+
+        Args:
+            folder: of the adapter.
+            step: optimiser steps that it was trained for.
+            figures: its validation; None where there is none of what is written.
+        """
+        finite = {name: value for name, value in (figures or {}).items() if math.isfinite(value)}
         write_adapter(
             folder,
             self.method.factors(),
-            self.info(step),
+            replace(self.info(step), validation=finite),
             base=portable_name(self.base_name),
             head=self.head.tensors() if self.head else None,
         )

@@ -18,8 +18,9 @@ from qaroma.config.methods import METHODS
 from qaroma.config.resolved import ResolvedConfig
 from qaroma.config.tasks import PREFERENCE
 from qaroma.errors import QaromaError
-from qaroma.method.base import AdapterMethod, Method, MethodOptions
+from qaroma.method.base import Method, MethodOptions
 from qaroma.method.head import TrainedHead, head_names, is_inside
+from qaroma.method.on_adapter import AdapterMethod
 from qaroma.method.targets import find_targets, unadaptable
 from qaroma.model.base import fingerprint, load_base
 from qaroma.model.precision import dtype_note, resolve_dtype

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from rich.console import Console
 
@@ -27,20 +28,20 @@ class Trimming:
 
     Attributes:
         before, after: sums over all modules; the same where the smaller update was not taken.
-        value: validation figure of the smaller update; None where nothing was validated.
+        figures: of the smaller update's validation; empty where nothing was validated.
         taken: whether it took the place of the whole one.
     """
 
     before: int
     after: int
-    value: float | None
+    figures: Mapping[str, Any]
     taken: bool
 
 
 def trim_method(
     method: Method,
     growth: ResolvedGrowthSection,
-    measure: Callable[[], float] | None,
+    validate: Callable[[], Mapping[str, Any]] | None,
     *,
     metric: str,
     best: float | None,
@@ -50,9 +51,9 @@ def trim_method(
     Args:
         method: its factors are replaced where the smaller update is as good.
         growth: of the run.
-        measure: the validation figure of the method's model as it stands; None where there is no validation row.
-        metric: what that figure is.
-        best: the same figure of the whole update.
+        validate: the validation figures of the method's model as it stands; None where there is no validation row.
+        metric: the one that judges.
+        best: its value with the whole update.
 
     Returns:
         None where growth leaves nothing out, or nothing could go.
@@ -65,11 +66,11 @@ def trim_method(
     if after == before:
         return None
     method.load_factors(smaller, {name: [factors.rank] for name, factors in smaller.items()})
-    value = measure() if measure is not None else None
-    taken = value is None or best is None or _as_good(value, best, metric)
+    figures = validate() if validate is not None else {}
+    taken = not figures or best is None or _as_good(figures[metric], best, metric)
     if not taken:
         method.load_factors(whole, components)
-    return Trimming(before, after if taken else before, value, taken)
+    return Trimming(before, after if taken else before, figures, taken)
 
 
 def _as_good(value: float, best: float, metric: str) -> bool:
@@ -77,7 +78,7 @@ def _as_good(value: float, best: float, metric: str) -> bool:
 
 
 def trim_adapter(session: Session, state: FitState, console: Console) -> None:
-    """Trim the adapter of a run that has ended, and write it to ``run.adapter``; logged and said.
+    """Trim the adapter of a run that has ended, and write it to ``run.adapter`` with its figures; logged and said.
 
     Args:
         session: the adapter that is to be kept stands in its model.
@@ -86,27 +87,24 @@ def trim_adapter(session: Session, state: FitState, console: Console) -> None:
     """
     metric = session.task.metric
 
-    def measure() -> float:
-        return float(with_relief(session, lambda: validation_metrics(session), "validation", console)[metric])
+    def validate() -> dict[str, Any]:
+        return with_relief(session, lambda: validation_metrics(session), "validation", console)
 
     found = trim_method(
         session.method,
         session.config.growth,
-        measure if session.validation else None,
+        validate if session.validation else None,
         metric=metric,
         best=state.best,
     )
     if found is None:
         return
     session.log.write_new([{"event": "trim", "step": state.step, **asdict(found)}])
+    told = f"validation {metric} {metric_facts(metric).text(found.figures[metric])}" if found.figures else ""
     if not found.taken:
-        console.print(f"every direction is kept: without the smallest ones {_told(metric, found)}", highlight=False)
+        console.print(f"every direction is kept: without the smallest ones {told}", highlight=False)
         return
-    session.save_adapter(session.run.adapter, state.best_step if state.best is not None else state.step)
+    step = state.best_step if state.best is not None else state.step
+    session.save_adapter(session.run.adapter, step, found.figures)
     gone = f"{found.before - found.after} of {found.before} directions were hardly used and are left out"
-    console.print(f"{gone}: {_told(metric, found)}" if found.value is not None else gone, highlight=False)
-
-
-def _told(metric: str, found: Trimming) -> str:
-    assert found.value is not None
-    return f"validation {metric} {metric_facts(metric).text(found.value)}"
+    console.print(f"{gone}: {told}" if told else gone, highlight=False)

@@ -232,7 +232,7 @@ def carry_out(cell: Cell, bed: Bed, place: Place) -> Figures:
         trim_method(
             method,
             trial.config.growth,
-            lambda: float(trial.bench.validate()[trial.bench.metric]),
+            trial.bench.validate,
             metric=trial.bench.metric,
             best=course.choice.best,
         )
