@@ -92,9 +92,12 @@ def test_an_empty_argument_is_refused_by_every_command(name: str, capsys: pytest
 
 
 def test_json_of_any_depth_is_a_value_error() -> None:
-    for text in ("[" * 3000 + "]" * 3000, "9" * 5000, "{"):
+    for text in ("[" * 3000 + "]" * 3000, '{"a":[' * 300 + "]}" * 300, "9" * 5000, "{"):
         with pytest.raises(ValueError, match=r".+"):
             parse_json(text)
+    wide, deep = [[number] for number in range(1000)], '{"a":[' * 200 + "]}" * 200
+    assert parse_json(json.dumps(wide)) == wide
+    assert parse_json(deep)["a"][0]["a"]
 
 
 def test_paths_that_no_system_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
