@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qaroma.model.base import load_base, load_tokenizer
     from qaroma.runs.adapter import load_adapter, save_adapter
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 _HOMES = {
     "Adapter": "qaroma.method.adapter",
