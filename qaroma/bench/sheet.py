@@ -59,11 +59,13 @@ class SheetPlan:
     longest: dict[int, tuple[int, int]]
 
     @classmethod
-    def of(cls, planner: Planner, dtype: torch.dtype, lengths: tuple[int, ...] = LENGTHS) -> SheetPlan:
-        """The plan of a model, which takes a minute or so for a deep one."""
+    def of(
+        cls, planner: Planner, dtype: torch.dtype, lengths: tuple[int, ...] = LENGTHS, *, card: bool = True
+    ) -> SheetPlan:
+        """The plan of a model, which takes half a minute for a deep one; ``card`` as in a step's settings."""
 
         def settings(level: int, length: int) -> StepSettings:
-            return StepSettings(level, length, frozen_rank=0, dtype=dtype)
+            return StepSettings(level, length, frozen_rank=0, dtype=dtype, card=card)
 
         def longest(gib: int) -> Estimate | None:
             return planner.longest_context(settings(LONGEST_AT, GRAIN), gib * 2**30 - RESERVE)
@@ -144,7 +146,8 @@ def fill_sheet(
     folder.mkdir(parents=True, exist_ok=True)
     planned = folder / "plan.json"
     if not planned.exists():
-        write_atomically(planned, json.dumps(asdict(SheetPlan.of(Planner(config), dtype, lengths))))
+        plan = SheetPlan.of(Planner(config), dtype, lengths, card=target.type == "cuda")
+        write_atomically(planned, json.dumps(asdict(plan)))
     cells = cells_of(SheetPlan.read(planned), free_bytes(target) - FRAGMENTS)
     missing = [cell for cell in cells if not (folder / f"{cell.name}.json").exists()]
     bench: _Bench | None = _Bench(config, target, dtype) if missing else None
