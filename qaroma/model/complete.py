@@ -38,9 +38,10 @@ def require_shapes(model: str, network: Any) -> None:
         weight = getattr(module, "weight", None)
         table: Any = module if hasattr(module, "embedding_dim") else None
         declared = layer_shape(module) if table is None else (table.num_embeddings, table.embedding_dim)
-        if weight is None or declared is None:
+        held = getattr(weight, "quant_state", weight)  # None where packed bytes have no values, as on ``meta``
+        if held is None or declared is None:
             continue
-        shape = tuple(getattr(weight, "quant_state", weight).shape)
+        shape = tuple(held.shape)
         if sorted(shape) != sorted(declared):
             raise QaromaError(
                 f"The weights of '{model}' do not have the shapes that its config.json says: {name} has "
