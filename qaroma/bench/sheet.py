@@ -23,9 +23,9 @@ import torch
 from qaroma.bench.contestants import Step, examples, growing, peft_step, random_base, step_of, twin
 from qaroma.bench.measure import Spread, busy_seconds, peak_bytes, seconds_per_step, synchronise
 from qaroma.bench.sheet_table import sheet_table
-from qaroma.config.levels import LEVELS
+from qaroma.config.levels import FRAGMENTS, LEVELS
 from qaroma.engine.levels import apply_level
-from qaroma.engine.no_memory import FRAGMENTS, card_is_full
+from qaroma.engine.no_memory import card_is_full
 from qaroma.method.aroma import GrowthController
 from qaroma.model.base import device_name, resolve_device
 from qaroma.model.norms import use_torchs_norms

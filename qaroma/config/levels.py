@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+FRAGMENTS = int(0.25 * 2**30)  # bytes of a card that lie between tensors and fit none
+
 
 @dataclass(frozen=True)
 class Level:

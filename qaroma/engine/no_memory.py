@@ -6,7 +6,6 @@ import re
 
 import torch
 
-FRAGMENTS = int(0.25 * 2**30)  # bytes of a card that lie between tensors and fit none
 # A library of kernels, pinned host memory and a card that one program holds alone have no error of their own for it.
 _CARD = re.compile(r"CUDA error: out of memory|CUDA out of memory|CU(?:BLAS|DNN|SOLVER)_STATUS_ALLOC_FAILED")
 _HOST = re.compile(r"can't allocate memory|not enough memory")

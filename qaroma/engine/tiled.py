@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qaroma.engine.no_memory import FRAGMENTS
+from qaroma.config.levels import FRAGMENTS
 from qaroma.engine.pieces import Pieces, every_piece
 from qaroma.method.dequantise import weights_kept_dense
 from qaroma.method.kept_input import KeptInput, keep_input

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from qaroma.engine.no_memory import FRAGMENTS
+from qaroma.config.levels import FRAGMENTS
 from qaroma.errors import QaromaError
 
 CONTEXT = int(0.4 * 2**30)  # of a card's memory: what CUDA takes in a process before its first tensor

@@ -12,12 +12,12 @@ import psutil
 import torch
 from rich.console import Console
 
-from qaroma.config.levels import LEVELS
+from qaroma.config.levels import FRAGMENTS, LEVELS
 from qaroma.config.resolved import ResolvedConfig
 from qaroma.config.tasks import PREFERENCE
 from qaroma.config.words import memory_size
 from qaroma.engine.levels import apply_level
-from qaroma.engine.no_memory import FRAGMENTS, card_is_full
+from qaroma.engine.no_memory import card_is_full
 from qaroma.engine.streaming import bytes_of_layers
 from qaroma.errors import QaromaError
 from qaroma.model.attention import wants_repeated_keys
