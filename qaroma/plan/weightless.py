@@ -110,7 +110,7 @@ def _first(args: Any) -> Any:
 def _shapes(value: Any) -> Any:
     """What decides an operation's result, to look it up by."""
     if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device.type
+        return value.shape, value.stride(), value.dtype, value.is_meta
     if isinstance(value, (tuple, list)):
         return tuple(map(_shapes, value))
     return type(value), value
