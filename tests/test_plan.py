@@ -22,10 +22,10 @@ from qaroma.config.gpus import micro_batches_each
 from qaroma.config.levels import LEVELS
 from qaroma.config.words import memory_size
 from qaroma.engine.loss import LMHead
-from qaroma.engine.pieces import every_piece
 from qaroma.errors import QaromaError
 from qaroma.method.attach import attach
 from qaroma.method.on_adapter import FactorTrainer
+from qaroma.method.pieces import every_piece
 from qaroma.model.base import load_base
 from qaroma.model.documents import keep_documents_apart
 from qaroma.plan import trace, workspaces
@@ -273,7 +273,11 @@ def test_a_model_that_some_of_its_layers_do_not_tell_of_is_traced_whole(monkeypa
     assert planner._sample is None
 
 
-def test_a_plan_within_a_card_traces_few_layers_and_each_step_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("tied", "set_up"), [(True, [0, 3, 4]), (False, [0, 2, 3, 4])])
+def test_a_plan_within_a_card_traces_few_layers_and_each_step_once(
+    monkeypatch: pytest.MonkeyPatch, tied: bool, set_up: list[int]
+) -> None:
+    """Levels at which the same lies at the same places share what is done before a step."""
     asked = []
 
     class Counted(WeightlessTraining):
@@ -287,11 +291,13 @@ def test_a_plan_within_a_card_traces_few_layers_and_each_step_once(monkeypatch: 
             return super().trace(settings)
 
     monkeypatch.setattr("qaroma.plan.search.WeightlessTraining", Counted)
-    monkeypatch.setattr("qaroma.plan.report.model_config", lambda *_, **__: tiny_config(num_hidden_layers=40))
+    config = tiny_config(num_hidden_layers=40, tie_word_embeddings=tied)
+    monkeypatch.setattr("qaroma.plan.report.model_config", lambda *_, **__: config)
     plan = make_plan("tiny", StepSettings(0, 2048), vram=RESERVE + 100 * MIB)
     assert plan.longest is not None
     assert max(layers for layers, *_ in asked) == 3
-    assert len(set(asked)) == len(asked) <= 2 * len(LEVELS) + 2 * (len(LEVELS) + 7)
+    assert [one[2] for one in asked if one[:2] == (3, "set up")] == set_up
+    assert len(set(asked)) == len(asked) <= 2 * len(set_up) + 2 * (len(LEVELS) + 7)
 
 
 @pytest.mark.parametrize("level", range(len(LEVELS)))
@@ -301,7 +307,19 @@ def test_steps_of_other_lengths_leave_nothing_behind(level: int) -> None:
     training = WeightlessTraining(config, settings)
     for tokens, rows in ((1500, 1), (90_000, 2), (300, 3), (1500, 1)):
         step = replace(settings, seq_len=tokens, micro_batch=rows)
-        assert training.trace(step) == trace_step(config, step)
+        assert (found := training.trace(step)) == trace_step(config, step)
+        assert list(found.peaks) == ["setup", "forward", "loss", "backward", "update"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_levels_that_share_a_set_up_give_what_each_gives_alone(tied: bool) -> None:
+    planner = Planner(tiny_config(tie_word_embeddings=tied))
+    for level in (2, 0, 1, 2, 4, 3):
+        step = StepSettings(level, seq_len=90_000)
+        found, alone = planner.exact(step), trace_step(planner.config, step)
+        peaks = {phase: peak.bytes for phase, peak in alone.peaks.items()}
+        assert (found.phases, found.host, found.work) == (peaks, alone.host, alone.work)
+        assert (found.resident, found.streamed) == (alone.resident, alone.streamed)
 
 
 @pytest.mark.parametrize(("key_heads", "repeated"), [(2, 4), (4, 0)])
@@ -626,14 +644,15 @@ def test_operations_that_are_known_give_what_torch_works_out(level: int, monkeyp
 
 @pytest.mark.parametrize("level", [1, 4])
 def test_of_pieces_that_are_alike_one_stands_for_the_others(level: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seven tiles, chunks and blocks of the vocabulary, the last ones smaller."""
+    """Seven tiles, chunks and blocks of the vocabulary and of weights, the last ones smaller."""
+    monkeypatch.setattr("qaroma.method.criteria.ROWS", 5)
     monkeypatch.setattr("qaroma.engine.loss.BLOCK_ROWS", 40)
     monkeypatch.setattr("qaroma.engine.loss.CHUNK_BYTES", 2**20)
     monkeypatch.setattr("qaroma.engine.loss.HIDDEN_SHARE", 1 / 5)
     config, settings = tiny_config(tie_word_embeddings=False), StepSettings(level, seq_len=400_000)
     few = trace_step(config, settings)
     asked = []
-    monkeypatch.setattr(LiveStorages, "few_pieces", lambda _, *rows: asked.append(rows) or every_piece(*rows))
+    monkeypatch.setattr(LiveStorages, "few_pieces", lambda _, *rows, **__: asked.append(rows) or every_piece(*rows))
     assert trace_step(config, settings) == few
     assert min(math.ceil(rows / size) for rows, size in asked) >= 5
 

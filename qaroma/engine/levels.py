@@ -7,10 +7,10 @@ from typing import Any
 from qaroma.config.levels import LEVELS
 from qaroma.engine.checkpointing import disable_checkpointing, enable_checkpointing
 from qaroma.engine.host import THIS_HOST, Host
-from qaroma.engine.pieces import Pieces, every_piece
 from qaroma.engine.placement import move_embeddings_to_host, quantise_head
 from qaroma.engine.streaming import stream_layers
 from qaroma.engine.tiled import tile_tokenwise, untile
+from qaroma.method.pieces import Pieces, every_piece
 
 
 def apply_level(

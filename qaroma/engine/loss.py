@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qaroma.engine.pieces import Pieces, every_piece
 from qaroma.method.dequantise import block_maxima, dense_rows, dense_weight, product_in_fp32
+from qaroma.method.pieces import Pieces, every_piece
 
 CHUNK_BYTES = 256 * 2**20  # that a chunk of tokens may take, however few there are
 FEW_CHUNKS = 4  # that are no matter: a chunk takes no more than the head itself where these are enough

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from qaroma.config.levels import FRAGMENTS
-from qaroma.engine.pieces import Pieces, every_piece
 from qaroma.method.dequantise import weights_kept_dense
 from qaroma.method.kept_input import KeptInput, keep_input
+from qaroma.method.pieces import Pieces, every_piece
 
 TILE = 1024 * 4096  # values of a tile of the input: 1,024 tokens of an 8B model
 
@@ -96,8 +96,9 @@ class _Tiles(NamedTuple):
     rows: int
     pieces: Pieces
 
-    def slices(self, x_TD: Tensor) -> Iterable[slice]:
-        return self.pieces(x_TD.shape[0], self.rows)
+    def slices(self, x_TD: Tensor, *, first: int = 0) -> Iterable[slice]:
+        """Tiles of an input; ``first`` as in :class:`~qaroma.method.pieces.Pieces`."""
+        return self.pieces(x_TD.shape[0], self.rows, first=first)
 
     def one_pass(self, x_TD: Tensor) -> AbstractContextManager[None]:
         """Inside, where there is room, weights that were unpacked for a tile are there for the next."""
@@ -121,7 +122,8 @@ class _Tiled(torch.autograd.Function):
         # Added up here and not where they accumulate: a micro-batch's gradient is one sum, whatever stands there.
         sums: list[Tensor | None] = [None] * len(ctx.parameters)
         with ctx.random.again(), ctx.tiles.one_pass(x_TD):
-            for tile in ctx.tiles.slices(x_TD):
+            # A tile's output and gradients are there until the next one's are, and sums from the second tile on.
+            for tile in ctx.tiles.slices(x_TD, first=2 if sums else 1):
                 with torch.enable_grad():
                     part = x_TD[tile].detach().requires_grad_()
                     y = ctx.tiles.forward(part)

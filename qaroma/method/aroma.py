@@ -23,6 +23,7 @@ from qaroma.method.dequantise import dense_weight
 from qaroma.method.growth import GrowthEvent, GrowthSettings, GrowthState, Measurement
 from qaroma.method.joint import JointController
 from qaroma.method.on_adapter import AdapterMethod, FactorTrainer
+from qaroma.method.pieces import Pieces, every_piece
 from qaroma.method.probe import GradientProbe
 from qaroma.method.schedule import cosine, jagged_cosine, warm_cosine
 
@@ -57,6 +58,7 @@ class GrowthController(AdapterMethod):
         weight_decay, max_grad_norm: of the optimiser.
         head: parameters trained in full beside the adapter until the last module is done.
         head_learning_rate: peak of their cosine, which no reinit interrupts; None is ``learning_rate``.
+        pieces: which rows of a weight are summed at the beginning, where its norm is asked for.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class GrowthController(AdapterMethod):
         max_grad_norm: float = 1.0,
         head: Sequence[nn.Parameter] = (),
         head_learning_rate: float | None = None,
+        pieces: Pieces = every_piece,
     ) -> None:
         self.adapter, self.settings = adapter, settings
         self.name = "aroma" if settings.criteria else "relora"
@@ -81,7 +84,7 @@ class GrowthController(AdapterMethod):
             self.growth.modules[name].frozen_rank = layer.frozen_rank
         self._rows = {name: row for row, name in enumerate(adapter.layers)}
         self._weighs = settings.criteria and settings.outer_criterion == "weight"
-        self._weight_norm_sq = self._initial_weight_norms()
+        self._weight_norm_sq = self._initial_weight_norms(pieces)
         self._previous: dict[str, tuple[Tensor, Tensor]] = {}  # factors at the last check, criterion "product"
         self.trainer = FactorTrainer(
             adapter,
@@ -173,7 +176,7 @@ class GrowthController(AdapterMethod):
         self._carry_out(events)
         return events
 
-    def _initial_weight_norms(self) -> Tensor:
+    def _initial_weight_norms(self, pieces: Pieces) -> Tensor:
         """``||W0 + frozen||_F^2`` of every layer, fp64 on the device, as the compute dtype holds it.
 
         Zeros where no criterion asks for it.
@@ -185,9 +188,9 @@ class GrowthController(AdapterMethod):
                 continue
             W_MN = dense_weight(layer.base, layer.A.dtype)
             A, B = layer.frozen_factors()
-            norm = dense_norm_sq(W_MN)
+            norm = dense_norm_sq(W_MN, pieces)
             if len(A):
-                norm = norm + 2 * dense_inner_product(W_MN, A, B) + product_norm_sq(A, B)
+                norm = norm + 2 * dense_inner_product(W_MN, A, B, pieces) + product_norm_sq(A, B)
             norms.append(norm)
         return torch.stack(norms)
 

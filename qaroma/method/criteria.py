@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qaroma.method.pieces import Pieces, every_piece
+
 # Rows of a dense weight that are cast to fp64 at a time: bounds the transient memory.
 ROWS = 1024
 
@@ -42,18 +44,18 @@ def change_norm_sq(A_rN: Tensor, B_rM: Tensor, A_old_rN: Tensor, B_old_rM: Tenso
     return product_norm_sq(left, right).clamp_min(0.0)
 
 
-def dense_norm_sq(W_MN: Tensor) -> Tensor:
+def dense_norm_sq(W_MN: Tensor, pieces: Pieces = every_piece) -> Tensor:
     """``||W||_F^2`` as an fp64 scalar, in blocks of rows."""
     total = torch.zeros((), dtype=torch.float64, device=W_MN.device)
-    for rows in torch.split(W_MN, ROWS):
-        total += rows.double().square().sum()
+    for rows in pieces(len(W_MN), ROWS):
+        total += W_MN[rows].double().square().sum()
     return total
 
 
-def dense_inner_product(W_MN: Tensor, A_rN: Tensor, B_rM: Tensor) -> Tensor:
+def dense_inner_product(W_MN: Tensor, A_rN: Tensor, B_rM: Tensor, pieces: Pieces = every_piece) -> Tensor:
     """``<W, B^T A> = tr(B W A^T)`` as an fp64 scalar: one skinny product, in blocks of rows."""
     A_Nr, B_Mr = A_rN.double().T, B_rM.double().T
     total = torch.zeros((), dtype=torch.float64, device=W_MN.device)
-    for W_rows, B_rows in zip(torch.split(W_MN, ROWS), torch.split(B_Mr, ROWS), strict=True):
-        total += ((W_rows.double() @ A_Nr) * B_rows).sum()
+    for rows in pieces(len(W_MN), ROWS):
+        total += ((W_MN[rows].double() @ A_Nr) * B_Mr[rows]).sum()
     return total

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qaroma.engine.host import as_torch_takes_it
-from qaroma.engine.pieces import every_piece
+from qaroma.method.pieces import every_piece
 from qaroma.plan.weightless import KnownShapes
 from qaroma.plan.work import Kernel
 from qaroma.plan.workspaces import workspace_bytes
@@ -128,12 +129,13 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.phase_now, self.category = name, category
         self._note()
 
-    def forget_phases(self, but: Container[str]) -> None:
-        """Forget what was counted in all phases but these, and what was asked of :meth:`pinned_bytes`."""
+    def forget_phases(self, but: Sequence[str]) -> None:
+        """Forget what was counted in all phases but these, the last of which goes on, and what was asked of
+        :meth:`pinned_bytes`."""
         for of_phases in (self.device.peaks, self.host.peaks, self.kernels, self.sent, self.fetched):
             for phase in [phase for phase in of_phases if phase not in but]:
                 del of_phases[phase]
-        self.parked = 0
+        self.phase_now, self.parked = but[-1], 0
 
     def adopt(self, tensors: Iterable[Tensor], category: str) -> None:
         """Count tensors that were made outside the block, or book known ones under another category."""
@@ -163,20 +165,19 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._move(entry, entry.category, self.host)
         return tensor
 
-    def few_pieces(self, rows: int, size: int) -> Iterator[slice]:
-        """In place of :func:`qaroma.engine.pieces.every_piece` where nothing has contents: the pieces that differ.
+    def few_pieces(self, rows: int, size: int, *, first: int = 0) -> Iterator[slice]:
+        """In place of :func:`qaroma.method.pieces.every_piece` where nothing has contents: the pieces that differ.
 
-        The first two begin with less in memory than those that follow: what a loop has summed or not yet let go. The
-        last may be smaller. The third stands for all between.
+        These are the first ones, one that stands for all after them, and the last where it is smaller.
         """
-        pieces = list(every_piece(rows, size))
-        yield from pieces[:2]
-        alike = len(pieces[2:-1])
-        if alike:
+        yield from islice(every_piece(rows, size), first)
+        alike = rows // size - first
+        if alike > 0:
             self._times *= alike
-            yield pieces[2]
+            yield slice(first * size, (first + 1) * size)
             self._times //= alike
-        yield from pieces[2:][-1:]
+        if rows % size and rows // size >= first:
+            yield slice(rows - rows % size, rows)
 
     def _crosses(self, args: tuple[Any, ...], result: Tensor) -> bool:
         """Whether a copy goes over the bus, where it is counted, and not by a kernel."""

@@ -145,12 +145,21 @@ class Planner:
     def _trace(self, settings: StepSettings, layers: tuple[int, ...]) -> Trace:
         key = (settings, layers)
         if key not in self._traces:
-            alike = replace(settings, seq_len=0, micro_batch=0, sequences=0), layers
-            if alike not in self._trainings:
+            before = replace(settings, level=self._set_up_as(settings.level), seq_len=0, micro_batch=0, sequences=0)
+            if (before, layers) not in self._trainings:
                 config = with_layers(self.config, layers)
-                self._trainings[alike] = WeightlessTraining(config, settings, self._shapes)
-            self._traces[key] = self._trainings[alike].trace(settings)
+                self._trainings[before, layers] = WeightlessTraining(config, before, self._shapes)
+            self._traces[key] = self._trainings[before, layers].trace(settings)
         return self._traces[key]
+
+    def _set_up_as(self, level: int) -> int:
+        """The first level at which all lies where it does at this one, before a step."""
+        shared = self.base.get_input_embeddings().weight is self.base.get_output_embeddings().weight
+        places = [
+            (chosen.packed_head, chosen.host_embeddings and (chosen.packed_head or not shared), chosen.streamed)
+            for chosen in LEVELS
+        ]
+        return places.index(places[level])
 
     def _estimate(self, settings: StepSettings, trace: Trace) -> Estimate:
         phase = max(trace.peaks, key=lambda name: trace.peaks[name].bytes)

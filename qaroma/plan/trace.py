@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from qaroma.config.levels import LEVELS
 from qaroma.engine.levels import apply_level
 from qaroma.engine.loss import LMHead, linear_cross_entropy
-from qaroma.engine.pieces import Pieces, every_piece
 from qaroma.errors import QaromaError
 from qaroma.method.aroma import GrowthController
 from qaroma.method.attach import attach
 from qaroma.method.growth import GrowthSettings
 from qaroma.method.head import backbone
+from qaroma.method.pieces import Pieces, every_piece
 from qaroma.model.attention import repeat_keys
 from qaroma.model.documents import keep_documents_apart
 from qaroma.model.norms import use_torchs_norms
@@ -200,7 +200,7 @@ def _set_up(model: Any, settings: StepSettings, counter: LiveStorages, pieces: P
     counter.category = "optimiser"
     growth = GrowthSettings(t_in=1000)
     method = GrowthController(
-        adapter, growth, learning_rate=1e-4, total_steps=growth.t_in, optimizer=settings.optimizer
+        adapter, growth, learning_rate=1e-4, total_steps=growth.t_in, optimizer=settings.optimizer, pieces=pieces
     )
     counter.adopt((factor for layer in adapter.layers.values() for factor in (layer.A, layer.B)), "adapter")
     stream = getattr(model, "layer_stream", None)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from qaroma.plan.work import Kernel, kernel_of
 
-_empty_strided = torch.ops.aten.empty_strided.default
+_META = torch.device("meta")
 
 
 @contextmanager
@@ -65,7 +65,14 @@ class KnownShapes:
         self._views: set[Any] = set()
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Kernel | None]:
-        """What an operation returns, and the kernel that it is to a card."""
+        """What an operation returns, and the kernel that it is to a card.
+
+        Modes for torch's functions have done with it, and would be asked once more by what is called here.
+        """
+        with torch._C.DisableTorchFunction():
+            return self._run(func, args, kwargs)
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Kernel | None]:
         if func in self._views:
             return func(*args, **kwargs), None
         key = (func, _shapes(args), _shapes(tuple(kwargs.items())) if kwargs else None)
@@ -103,7 +110,7 @@ def _first(args: Any) -> Any:
 def _shapes(value: Any) -> Any:
     """What decides an operation's result, to look it up by."""
     if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device.type
+        return value.shape, value.stride(), value.dtype, value.is_meta
     if isinstance(value, (tuple, list)):
         return tuple(map(_shapes, value))
     return type(value), value
@@ -111,7 +118,7 @@ def _shapes(value: Any) -> Any:
 
 def _maker(tensor: Tensor) -> Callable[[Any], Tensor]:
     size, stride, dtype = tensor.shape, tensor.stride(), tensor.dtype
-    return lambda _: _empty_strided(size, stride, dtype=dtype, device="meta")
+    return lambda _: torch.empty_strided(size, stride, dtype=dtype, device=_META)
 
 
 def _is_cpu(value: Any) -> bool:
