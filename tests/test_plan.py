@@ -37,9 +37,9 @@ from qaroma.plan.report import make_plan
 from qaroma.plan.search import GRAIN, LONGEST, Planner, _longest
 from qaroma.plan.shapes import HUB_IDS, SHAPES, model_config
 from qaroma.plan.trace import StepSettings, Trace, WeightlessTraining, count_step, trace_step
-from qaroma.plan.weightless import weightless
+from qaroma.plan.weightless import KnownShapes, weightless
 from qaroma.plan.weightless_model import adapter_parameters, materialise, tensors_of, weightless_model
-from qaroma.plan.work import step_seconds
+from qaroma.plan.work import Kernel, step_seconds
 from qaroma.plan.workspaces import FIXED
 
 MIB, GIB = 2**20, 2**30
@@ -339,6 +339,22 @@ def test_what_kernels_take_inside_a_card_counts_while_they_run(key_heads: int, r
     assert found.categories["kernel_workspaces"] == fixed + inside  # where the MLP is as narrow, attention is the peak
     assert found.bytes <= before.bytes + fixed + inside
     assert sum(found.categories.values()) == found.bytes
+
+
+def test_what_writes_into_a_tensor_it_is_given_or_returns_a_list_is_a_kernel() -> None:
+    shapes, aten = KnownShapes(), torch.ops.aten
+    x, out = (torch.empty(8, 16, device="meta") for _ in range(2))
+    for _ in range(2):  # the second time it is known
+        found, kernel = shapes.run(aten._log_softmax.out, (x, 1, False), {"out": out})
+        assert found is out
+        assert kernel == Kernel(0, 2 * 8 * 16 * 4, fp32=False)
+        found, kernel = shapes.run(aten.neg.out, (x[:4],), {"out": out[4:]})
+        assert kernel == Kernel(0, 2 * 4 * 16 * 4, fp32=False)
+        assert found._base is out
+        found, kernel = shapes.run(aten._foreach_mul.Scalar, ([x, x[:4]], 2.0), {})
+        assert [one.shape for one in found] == [(8, 16), (4, 16)]
+        assert kernel == Kernel(0, 2 * (8 + 4) * 16 * 4, fp32=False)
+        assert shapes.run(aten.view.default, (x, [16, 8]), {})[1] is None
 
 
 def test_layer_types_are_cut_with_the_layers() -> None:

@@ -61,7 +61,7 @@ class KnownShapes:
     """
 
     def __init__(self) -> None:
-        self._known: dict[Any, tuple[Callable[[Any], Any], Kernel | None]] = {}
+        self._known: dict[Any, tuple[Callable[[Any, Any], Any], Kernel | None]] = {}
         self._views: set[Any] = set()
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Kernel | None]:
@@ -81,30 +81,31 @@ class KnownShapes:
             inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             before = {id(tensor.untyped_storage()): tensor.untyped_storage().nbytes() for tensor in inputs}
             result = func(*args, **kwargs)
-            again = _again(result, args, before)
+            again = _again(result, args, kwargs, before)
             if again is None:
                 self._views.add(func)
                 return result, None
             known = self._known[key] = again, kernel_of(func, args, kwargs, result)
             return result, known[1]
-        return known[0](args), known[1]
+        return known[0](args, kwargs), known[1]
 
 
-def _again(result: Any, args: tuple[Any, ...], before: dict[int, int]) -> Callable[[Any], Any] | None:
+def _again(
+    result: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: dict[int, int]
+) -> Callable[[Any, Any], Any] | None:
     """What gives an operation's result for other inputs of the same shapes; None where it views one of them."""
-    made = [result] if isinstance(result, Tensor) else result if isinstance(result, tuple) else []
+    made = [result] if isinstance(result, Tensor) else result if isinstance(result, (tuple, list)) else []
     if not made or not all(isinstance(one, Tensor) and one.is_meta for one in made):
         return None
-    if result is args[0] and before.get(id(result.untyped_storage())) == result.untyped_storage().nbytes():
-        return _first
+    if isinstance(result, Tensor) and before.get(id(result.untyped_storage())) == result.untyped_storage().nbytes():
+        if result is args[0]:
+            return lambda args, _: args[0]
+        if result is kwargs.get("out"):
+            return lambda _, kwargs: kwargs["out"]
     if any(id(one.untyped_storage()) in before for one in made):
         return None
-    makers = [_maker(one) for one in made]
-    return makers[0] if isinstance(result, Tensor) else lambda given: tuple(make(given) for make in makers)
-
-
-def _first(args: Any) -> Any:
-    return args[0]
+    makers, kind = [_maker(one) for one in made], list if isinstance(result, list) else tuple
+    return (lambda *_: makers[0]()) if isinstance(result, Tensor) else lambda *_: kind(make() for make in makers)
 
 
 def _shapes(value: Any) -> Any:
@@ -116,9 +117,9 @@ def _shapes(value: Any) -> Any:
     return type(value), value
 
 
-def _maker(tensor: Tensor) -> Callable[[Any], Tensor]:
+def _maker(tensor: Tensor) -> Callable[[], Tensor]:
     size, stride, dtype = tensor.shape, tensor.stride(), tensor.dtype
-    return lambda _: torch.empty_strided(size, stride, dtype=dtype, device=_META)
+    return lambda: torch.empty_strided(size, stride, dtype=dtype, device=_META)
 
 
 def _is_cpu(value: Any) -> bool:

@@ -98,7 +98,8 @@ def kernel_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: 
     if packet in _NO_KERNEL:
         return None
     made = _bytes(result)
-    taken = made if packet in _CHOSEN_ROWS else _bytes((args, kwargs))
+    read = args, {name: value for name, value in kwargs.items() if name != "out"}
+    taken = made if packet in _CHOSEN_ROWS else _bytes(read)
     tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
     flops = _flops(packet, args, kwargs, result)
     return Kernel(flops, taken + made, bool(flops) and tensors[0].dtype == torch.float32)
