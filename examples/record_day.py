@@ -26,6 +26,7 @@ class Command:
     tail: int = 6
 
 
+WHERE_PIP_LOOKS = ("WARNING: Location", "Looking in ")  # lines about this machine's indexes
 REQUEST = "Dim the lights in the attic to 35 percent."
 DATA = "alpaca_en_demo.json"
 KILLED = (
@@ -66,8 +67,9 @@ def record(checkout: Path, data: Path) -> Iterator[str]:
     yield "# One day, from a new environment to an answer in llama.cpp\n"
     yield "Real commands and what they print, shortened where a line says `...`; made by"
     yield "`python examples/record_day.py CHECKOUT alpaca_en_demo.json`."
-    yield f"{os.cpu_count()} cores of an {_processor()}, no GPU, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS')}."
-    yield f"{_load()} at the beginning: the computing time is the command's own, the other that of a busy machine.\n"
+    threads = os.environ.get("OMP_NUM_THREADS", "as many threads as torch takes")
+    yield f"{os.cpu_count()} cores of an {_processor()}, no GPU, {threads}."
+    yield f"{_load()} at the beginning: the computing time is the command's own, the other what went by.\n"
     taken = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -106,7 +108,7 @@ def _typed(line: str, folder: Path) -> tuple[list[str], tuple[float, float]]:
     computing = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     text = done.stdout.replace(str(folder), ".").replace(str(Path.home()), "~")
     print(f"{whole:6.0f} s  {done.returncode}  {line}", file=sys.stderr)
-    return text.splitlines(), (computing, whole)
+    return [line for line in text.splitlines() if not line.startswith(WHERE_PIP_LOOKS)], (computing, whole)
 
 
 def _shortened(lines: list[str], command: Command) -> list[str]:
