@@ -75,7 +75,7 @@ def test_on_a_card_that_is_known_the_time_is_told_by_arithmetic(
     def never(*_: object) -> None:
         raise QaromaError("its step depends on values")
 
-    monkeypatch.setattr("qaroma.plan.search.trace_step", never)
+    monkeypatch.setattr("qaroma.plan.search.WeightlessTraining", never)
     assert forecast.forecast(data).seconds is None
 
 
