@@ -75,6 +75,8 @@ def growing(model: Any, *, frozen: int = 0) -> GrowthController:
         model: base.
         frozen: components that each module has already.
     """
+    if compute_device(model).type == "cuda":  # as load_base does
+        use_torchs_norms(model)
     adapter = attach(model, inner_rank=1, alpha=2.0)
     for layer in adapter.layers.values():
         if frozen:
@@ -101,8 +103,6 @@ def step_of(model: Any, method: GrowthController, rows: list[Example]) -> Step:
 
 def qaroma_step(model: Any, rows: list[Example], *, level: int, frozen: int = 0) -> tuple[Step, GrowthController]:
     """qaroma's step at a memory level, and the method; see :func:`growing` and :func:`step_of`."""
-    if compute_device(model).type == "cuda":  # as load_base does
-        use_torchs_norms(model)
     method = growing(model, frozen=frozen)
     apply_level(model, level)
     return step_of(model, method, rows), method

@@ -1,8 +1,7 @@
 """Every table that waits for a card, filled in one go: ``qaroma bench --sheet FOLDER``.
 
 One base is made and taken down the memory levels, so that its weights are packed once. Each cell is a JSON file,
-written as soon as it is measured: a sheet that was cut goes on where it was. So is the plan that all are held against,
-which can be made before there is a card.
+written as soon as it is measured: a sheet that was cut goes on where it was. So is the plan that all are held against.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from qaroma.engine.levels import apply_level
 from qaroma.engine.no_memory import card_is_full
 from qaroma.method.aroma import GrowthController
 from qaroma.model.base import device_name, resolve_device
-from qaroma.model.norms import use_torchs_norms
 from qaroma.model.precision import resolve_dtype
 from qaroma.plan.card import CONTEXT, RESERVE
 from qaroma.plan.search import GRAIN, Estimate, Planner
@@ -77,8 +75,9 @@ class SheetPlan:
     @classmethod
     def read(cls, path: Path) -> SheetPlan:
         """A plan that was written as JSON, where numbers cannot be keys."""
-        peaks, longest = read_json(path)["peaks"], read_json(path)["longest"]
-        return cls({int(n): one for n, one in peaks.items()}, {int(n): (one[0], one[1]) for n, one in longest.items()})
+        plan = read_json(path)
+        peaks = {int(length): found for length, found in plan["peaks"].items()}
+        return cls(peaks, {int(gib): (length, peak) for gib, (length, peak) in plan["longest"].items()})
 
 
 @dataclass(frozen=True)
@@ -176,13 +175,8 @@ class _Bench:
         self.device, self.vocabulary = device, int(config.get_text_config().vocab_size)
         self.base = random_base(config, dtype=dtype, device=device)
         self.plain: Any = twin(self.base)  # the same weights without an adapter, while they lie on the device
-        self.method = self._growing(self.base)
+        self.method = growing(self.base)
         self.level = -1
-
-    def _growing(self, model: Any, frozen: int = 0) -> GrowthController:
-        if self.device.type == "cuda":  # as load_base does
-            use_torchs_norms(model)
-        return growing(model, frozen=frozen)
 
     def measured(self, cell: Cell) -> dict[str, Any]:
         """Figures of a cell; where there is no memory for it, that alone."""
@@ -256,7 +250,7 @@ class _Bench:
 
     def _frozen(self, cell: Cell) -> dict[str, Any]:
         other = twin(self.plain)
-        method = self._growing(other, FROZEN)
+        method = growing(other, frozen=FROZEN)
         apply_level(other, cell.level)
         rows = self._rows(cell)
         steps = {"1": step_of(self.base, self.method, rows), str(FROZEN): step_of(other, method, rows)}
