@@ -231,8 +231,8 @@ CHILD = """
 import sys, time
 from qaroma.cli.attached import attach
 attach()
-print("up", flush=True)
-try:
+try:  # the parent may be killed as soon as it has read this
+    print("up", flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     open(sys.argv[1], "w").close()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import tiny_config
 from model_bases import linear_grad
+from own_memory import needs_rss_anon, run_measured
 from torch import nn
 from transformers import AutoConfig
 
@@ -281,45 +282,29 @@ def test_bitsandbytes_asks_no_hub_for_kernels(tmp_path):
 
 
 MEASURE = """
-import json, re, sys, threading, time
-from pathlib import Path
+import json, sys, time
 import torch
 torch.set_num_threads(1)
 import transformers.models.llama.modeling_llama, transformers.integrations.bitsandbytes
+from own_memory import sampled_peak
 from qaroma.model.base import bnb, load_base
 
-def anonymous():
-    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024
-
 bnb.functional.quantize_4bit(torch.randn(64, 64))
-peak, done = 0, threading.Event()
-def sample():
-    global peak
-    while not done.is_set():
-        peak = max(peak, anonymous())
-        time.sleep(0.001)
-
-before = anonymous()
-thread = threading.Thread(target=sample)
-thread.start()
 started = time.perf_counter()
-model = load_base(sys.argv[1], quantization=sys.argv[2], device="cpu")
+with sampled_peak() as peak:
+    model = load_base(sys.argv[1], quantization=sys.argv[2], device="cpu")
 seconds = time.perf_counter() - started
-done.set()
-thread.join()
 quantised = sum(p.numel() * p.element_size() for p in model.parameters())
 for module in model.modules():
     if isinstance(module, bnb.nn.Linear4bit):
         state = module.weight.quant_state
         quantised += state.absmax.numel() * state.absmax.element_size() + 4 * state.state2.absmax.numel()
-print(json.dumps({"peak": peak - before, "quantised": quantised, "seconds": seconds}))
+print(json.dumps({"peak": peak.bytes, "quantised": quantised, "seconds": seconds}))
 """
 
 
 def measure_loading(folder: Path, quantization: str) -> dict[str, float]:
-    command = [sys.executable, "-c", MEASURE, str(folder), quantization]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
-    return json.loads(result.stdout.splitlines()[-1])
+    return json.loads(run_measured(MEASURE, str(folder), quantization).splitlines()[-1])
 
 
 def save_random(folder: Path, shard: str, **sizes) -> tuple[int, int]:
@@ -347,7 +332,7 @@ def check_memory(folder: Path, total: int, largest: int) -> None:
     assert told["peak"] < allowed
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
+@needs_rss_anon
 def test_loading_needs_the_quantised_model_and_a_tensor_or_two(tmp_path):
     check_memory(
         tmp_path,
@@ -359,7 +344,7 @@ def test_loading_needs_the_quantised_model_and_a_tensor_or_two(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
+@needs_rss_anon
 def test_loading_a_gigabyte_needs_the_quantised_model_and_a_tensor_or_two(tmp_path):
     check_memory(
         tmp_path,
