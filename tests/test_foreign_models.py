@@ -114,10 +114,10 @@ def test_a_lora_with_settings_of_another_kind(adapter: Path, values: dict[str, A
 def test_an_expression_in_alpha_pattern_has_an_end(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(Patterns.__init__.__kwdefaults__, "seconds", 0.02)
     changed(adapter / "adapter_config.json", alpha_pattern={r"(\w|\w\w|\.)+(?<!\w)": 4})
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(QaromaError, match="takes too long to match"):
         read_lora(adapter)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_alphas_are_found_by_name_and_by_expression(adapter: Path) -> None:
