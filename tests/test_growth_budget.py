@@ -40,6 +40,24 @@ def test_rank_is_added_by_as_much_as_the_fall_is_too_slow() -> None:
     assert growth.born == [0, 16]
 
 
+PAIRS = (3.137, 2.703, 2.222, 1.917, 1.696, 1.509, 1.339, 1.192, 1.055)
+
+
+def test_a_fall_that_slows_is_not_taken_to_go_on_as_fast() -> None:
+    """2,048 random pairs at rank 8, which does not learn them all: by straight lines half of the steps were enough."""
+    growth = state(start=8, steps=6400)
+    follow(growth, lambda step: PAIRS[step // 320] if step else 5.11, until=1919)
+    assert growth.born == [0, 1600]
+    assert growth.rank == 10  # the exponential needs 1.15 times the steps that are left
+
+
+def test_what_slows_less_than_an_exponential_lies_between() -> None:
+    growth = state(start=8, largest=32)
+    follow(growth, lambda step: (1 - 0.7 * step / STEPS) ** 2, until=24)  # as fast as its square root is large
+    assert growth.born == [0, 24]  # before, two intervals told of no slowing: a line needs 0.76 of the steps left
+    assert growth.rank == 11  # 154 steps for 120, by the square root, which falls along a line
+
+
 @pytest.mark.parametrize(
     "loss",
     [

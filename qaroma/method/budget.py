@@ -57,7 +57,7 @@ class BudgetState:
         step: optimiser steps done.
         born: step at which each component began, oldest first.
         first_loss: mean training loss of the first step.
-        losses: of the last two intervals between checks.
+        losses: of the last three intervals between checks.
         halted: validation has worsened: nothing grows any more.
         learnt: step at which nothing was left to learn; the rate then falls to zero, and the run ends.
     """
@@ -103,7 +103,7 @@ class BudgetState:
         self.step += 1
         if self.first_loss is None:
             self.first_loss = loss
-        self.losses = [*self.losses, loss][-max(2 * self.interval, LEARNT_STEPS) :]
+        self.losses = [*self.losses, loss][-max(3 * self.interval, LEARNT_STEPS) :]
         recent = self.losses[-LEARNT_STEPS:]
         if self.learnt is None and len(recent) == LEARNT_STEPS and _mean(recent) < LEARNT * self.first_loss:
             self.learnt = self.step
@@ -144,24 +144,29 @@ class BudgetState:
     def _missing_rank(self) -> int:
         """The rank that is missing, progress going as the rank, for the loss to reach its goal in time.
 
-        The loss is taken to fall on as it did over the last two intervals, along the steeper of a straight line
-        and an exponential.
+        A fall that slows as the loss becomes less is taken to go on as an exponential, one that does not slow along a
+        straight line, and one that slows less along a power of what is left of the time.
         """
         assert self.first_loss is not None
-        goal, interval = GOAL * self.first_loss, self.interval
-        before, now = _mean(self.losses[-2 * interval : -interval]), _mean(self.losses[-interval:])
-        if now <= goal:
+        goal, left = GOAL * self.first_loss, GOAL_TIME * self.total_steps - self.step
+        *earlier, before, now = self._means()
+        if not now > goal > 0:
             return 0
-        left = GOAL_TIME * self.total_steps - self.step
-        straight = _needed(now - goal, (before - now) / interval, interval, left)
-        exponential = math.inf
-        if min(before, now) > 0:
-            exponential = _needed(math.log(now / goal), math.log(before / now) / interval, interval, left)
-        missing = min(straight, exponential)
+        intervals = math.inf
+        if now < before:
+            power = 1.0 - (_slowing(earlier[0], before, now) if earlier else 0.0)
+            far, near, end = (loss**power if power else math.log(loss) for loss in (before, now, goal))  # fall evenly
+            intervals = (near - end) / (far - near) - 0.5  # the mean is where the loss was half an interval ago
+        missing = intervals * self.interval / left
         if missing <= 1:
             return 0
         wanted = math.ceil(self.rank * min(missing, LARGEST_GROWTH))
         return max(0, min(wanted, self.settings.max_rank) - self.rank)
+
+    def _means(self) -> list[float]:
+        """Mean loss of the last whole intervals, oldest first."""
+        whole = len(self.losses) // self.interval
+        return [_mean(self.losses[-k * self.interval :][: self.interval]) for k in range(whole, 0, -1)]
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the settings and the budget, as JSON values; floats survive exactly."""
@@ -193,18 +198,16 @@ def allotted(rank: int, credit: Mapping[str, float], sizes: Mapping[str, int]) -
     return added
 
 
-def _needed(distance: float, speed: float, interval: int, left: float) -> float:
-    """How many times the present speed covers a distance in the steps that are left.
+def _slowing(first: float, before: float, now: float) -> float:
+    """The power of the loss that the speed of its fall goes with, from 0 (a straight line) to 1 (an exponential).
 
     Args:
-        distance: from the mean of the last interval, which is where the loss was half an interval ago.
-        speed: of the fall, a step; infinitely many times where nothing falls.
-        interval: between two checks, in steps.
-        left: steps.
+        first, before, now: mean loss of three intervals, of which the last one's is less than the one's before.
     """
-    if speed <= 0 or left <= 0:
-        return math.inf
-    return (distance - speed * interval / 2) / (speed * left)
+    if not before < first < math.inf:
+        return 0.0
+    power = math.log((before - now) / (first - before)) / math.log((before + now) / (first + before))
+    return min(1.0, max(0.0, power))
 
 
 def _mean(values: list[float]) -> float:
