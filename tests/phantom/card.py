@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,6 +100,11 @@ class Card:
         for stream in (self.order.default, self.order.current):
             self.order.host.wait_stream(stream)
 
+    def _wait_for(self, event: Event) -> None:
+        if any(self.order.host.seen.get(stream, 0) < time for stream, time in event.seen.items()):
+            self.waits[f"an event in {place()}"] += 1
+        self.order.host.wait_event(event)
+
     def _stand_ins(self) -> Iterator[tuple[Any, str, Any]]:
         """What takes the place of what: target, name, stand-in."""
         order = self.order
@@ -137,7 +143,7 @@ class Card:
             "_exchange_device": lambda *_: 0, "_maybe_exchange_device": lambda *_: 0,
             "set_per_process_memory_fraction": nothing, "get_per_process_memory_fraction": lambda *_: 1.0,
             "current_stream": lambda *_: order.current, "default_stream": lambda *_: order.default,
-            "Stream": Stream, "Event": Event, "stream": on,
+            "Stream": Stream, "Event": partial(Event, wait=self._wait_for), "stream": on,
         }  # fmt: skip
         yield from ((torch.cuda, name, stand_in) for name, stand_in in cuda.items())
         yield torch.Tensor, "record_stream", lambda t, stream: order.memory(t).recorded.add(stream)
@@ -285,6 +291,8 @@ class _Watch(TorchDispatchMode):
         if not on_card and not made:
             for tensor in [] if func.is_view else tensors:
                 order.host_reads(tensor)
+            if func._schema.is_mutable and tensors:
+                order.host_writes(tensors[0])
             return
         if func.is_view or name in _NO_KERNEL:
             return
