@@ -1,4 +1,5 @@
-"""Layer inputs in host memory: each comes back as it was, and little more is taken than lies there."""
+"""Layer inputs and embeddings in host memory: what comes from there is as it was, and little more is taken than lies
+there."""
 
 from __future__ import annotations
 
@@ -8,17 +9,22 @@ from unittest.mock import Mock
 import pytest
 import torch
 from conftest import tiny_config
-from torch import Tensor
+from own_memory import needs_rss_anon, run_measured
+from torch import Tensor, nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from qaroma.data.encode import Example
 from qaroma.engine import host as host_module
+from qaroma.engine import placement
 from qaroma.engine.checkpointing import enable_checkpointing
-from qaroma.engine.host import Parking, ThisHost, aligned, piece_sizes, pinned_for
+from qaroma.engine.host import Parking, ThisHost, aligned, as_torch_takes_it, piece_sizes, pinned_for
 from qaroma.engine.levels import apply_level
+from qaroma.engine.placement import PIECE, HostEmbedding, move_embeddings_to_host
 from qaroma.method.aroma import GrowthController
 from qaroma.method.attach import attach
 from qaroma.method.growth import GrowthSettings
 from qaroma.model.base import load_base
+from qaroma.plan.counter import LiveStorages
 from qaroma.plan.trace import StepSettings, trace_step
 from qaroma.tasks.causal_lm import CausalLM
 
@@ -106,14 +112,14 @@ def rows(count: int, length: int, lengths: tuple[int, ...] = ()):
 BATCHES = [rows(3, 41), rows(1, 7), rows(2, 60, (33, 20, 7)), rows(3, 41), rows(1, 61)]
 
 
-def trained(folder, dtype: torch.dtype):
+def trained(folder, dtype: torch.dtype, level: int = 2):
     model = load_base(folder, compute_dtype=dtype, device="cpu")
     adapter = attach(model, inner_rank=2)
     method = GrowthController(adapter, GrowthSettings(t_in=1000), learning_rate=1e-2, total_steps=100)
     for _, layer in adapter.active_layers():
         torch.nn.init.normal_(layer.active_B, std=0.1, generator=torch.Generator().manual_seed(1))
     adapter.refresh()
-    apply_level(model, 2)
+    apply_level(model, level)
     return model.train(), method
 
 
@@ -152,9 +158,88 @@ def test_a_step_that_fails_leaves_no_place_taken(tiny_folder, monkeypatch: pytes
     assert host.asked == asked
 
 
+def embedding(kind: str, dtype: torch.dtype = torch.bfloat16) -> nn.Embedding:
+    scaled = kind == "scaled"
+    made = Gemma3TextScaledWordEmbedding(300, 48, 0, embed_scale=48**0.5) if scaled else nn.Embedding(300, 48)
+    return made.to(dtype).requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["plain", "scaled"])
+def test_rows_that_go_piece_by_piece_are_those_of_the_table(kind: str, dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner, host = embedding(kind, dtype), Apart()
+    asked = [torch.randint(0, 300, shape) for shape in ((2, 37), (1, 1), (3, 40), (1, 7))]
+    expected = [inner(ids) for ids in asked]
+    monkeypatch.setattr(placement, "PIECE", 7 * 48 * dtype.itemsize)
+    table = HostEmbedding(inner, CPU, host)
+    for context in (torch.enable_grad, torch.inference_mode, torch.no_grad):
+        with context():
+            found = [table(ids) for ids in asked]
+        assert all(
+            torch.equal(one, other) and one.shape == other.shape for one, other in zip(found, expected, strict=True)
+        )
+        assert not any(rows.requires_grad for rows in found)
+    assert host.asked == [placement.PIECE] * 2  # once and for all
+
+
+@pytest.mark.parametrize(("kind", "pieces"), [("plain", 3), ("scaled", 4)])  # before and after they are scaled
+def test_of_rows_on_their_way_the_host_holds_three_pieces(kind: str, pieces: int) -> None:
+    inner = embedding(kind)
+    ids = torch.zeros(2, 3 * PIECE // 96, dtype=torch.int64)
+    with LiveStorages() as counter:
+        table = HostEmbedding(inner, CPU, counter)
+        assert counter.device.now == 0
+        rows = table(ids)
+        counter.adopt([rows], "rows")
+    assert counter.device.categories["rows"] == rows.nbytes
+    held = counter.host.peak.bytes - table.weight.nbytes
+    assert held == pytest.approx(pieces * PIECE, abs=3 * rows[0, 0].nbytes)
+
+
+_LOOKS_UP = """
+import torch
+from own_memory import sampled_peak
+from torch import nn
+from qaroma.engine.host import ThisHost
+from qaroma.engine.placement import HostEmbedding
+
+class Apart(ThisHost):
+    is_apart = lambda self, device: True
+    pinned_bytes = lambda self, size, device: torch.ones(size, dtype=torch.uint8)
+
+inner = nn.Embedding(500, 2048, dtype=torch.bfloat16).requires_grad_(False)
+ids = torch.randint(0, 500, (1, 40_960))
+with sampled_peak() as peak:
+    rows = HostEmbedding(inner, torch.device("cpu"), Apart())(ids)
+print(peak.bytes - rows.nbytes)
+"""
+
+
+@needs_rss_anon
+def test_a_process_takes_no_more_than_these_for_160_mib_of_rows() -> None:
+    """It took 416 MiB while all rows were looked up, and then copied to pinned memory, which torch rounds up."""
+    assert 2 * PIECE < int(run_measured(_LOOKS_UP)) < 3.1 * PIECE
+
+
+@pytest.mark.parametrize("level", [2, 3])
+def test_a_plan_counts_what_a_step_asks_of_the_host(level: int, tmp_path, small_pieces: None) -> None:
+    from transformers import LlamaForCausalLM
+
+    config, host = tiny_config(tie_word_embeddings=False), Apart()
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    (plain, method), (model, again) = trained(tmp_path, torch.bfloat16, level), trained(tmp_path, torch.bfloat16, level)
+    model.set_input_embeddings(model.get_input_embeddings().inner)
+    assert move_embeddings_to_host(model, host)
+    enable_checkpointing(model, offload=True, host=host)
+    step = [rows(2, 41)]
+    assert torch.equal(gradients(model, again, step), gradients(plain, method, step))
+    planned = trace_step(model.config, StepSettings(level, seq_len=41, micro_batch=2)).host
+    assert sum(map(as_torch_takes_it, host.asked)) + model.get_input_embeddings().weight.nbytes == planned
+
+
 def test_a_plan_counts_what_is_taken_in_a_deep_model() -> None:
     config = tiny_config(num_hidden_layers=9, hidden_size=320, tie_word_embeddings=False)
     found = trace_step(config, StepSettings(2, seq_len=700, micro_batch=3))
     assert found.parked == 9 * aligned(3 * 700 * 320 * 2)
     embeddings = 2 * config.vocab_size * 320
-    assert found.host == embeddings + pinned_for(found.parked)
+    assert found.host == embeddings + 2 * PIECE + pinned_for(found.parked)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from conftest import tiny_config
@@ -125,17 +127,38 @@ def test_a_layer_is_linear_by_what_a_call_of_it_gives(device):
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_a_layer_of_which_only_the_weight_is_used_stays_as_it_is(quantization, tmp_path):
     from transformers import MambaConfig, MambaForCausalLM
+    from transformers.models.mamba import modeling_mamba
 
     config = MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=1, state_size=8)
     MambaForCausalLM(config).save_pretrained(tmp_path)
     model = load_base(tmp_path, quantization=quantization, device="cpu")
     mixer = "backbone.layers.0.mixer"
+    if "self.dt_proj(" in inspect.getsource(modeling_mamba):  # as in transformers 5.4, where it is a layer as any
+        assert find_targets(model, "dt_proj") == [f"{mixer}.dt_proj"]
+        return
     assert find_targets(model) == [f"{mixer}.{name}" for name in ("in_proj", "x_proj", "out_proj")]
     assert f"1 layers ({mixer}.dt_proj, ...) are never called" in " ".join(unadaptable(model))
     assert model.get_submodule(f"{mixer}.dt_proj").weight.is_floating_point()
     assert model.get_submodule(f"{mixer}.in_proj").weight.is_floating_point() == (quantization == "none")
     with pytest.raises(QaromaError, match=r"'dt_proj' is never called, only its weight is used"):
         find_targets(model, "dt_proj")
+
+
+def test_a_router_that_is_a_linear_layer_by_its_class_stays_dense(tmp_path):
+    """transformers 5.4 would put it into 4 bits, and a plain layer in its place."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "intermediate_size_mlp": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    Llama4ForCausalLM(
+        Llama4TextConfig(vocab_size=128, num_local_experts=2, interleave_moe_layer_step=1, **sizes, **heads)
+    ).save_pretrained(tmp_path)
+    model = load_base(tmp_path, device="cpu")
+    feed_forward = model.model.layers[0].feed_forward
+    assert type(feed_forward.router).__name__ == "Llama4Router"
+    assert feed_forward.router.weight.is_floating_point()
+    assert not feed_forward.shared_expert.up_proj.weight.is_floating_point()
+    assert model(input_ids=torch.tensor([[3, 4, 5]])).logits.isfinite().all()
 
 
 def test_fused_experts_are_left_out_with_a_note_and_refused_by_name():

@@ -10,18 +10,56 @@ import torch
 from torch import Tensor, nn
 
 from qaroma.engine.host import THIS_HOST, Host
-from qaroma.model.devices import to_device
+
+PIECE = 8 * 2**20  # bytes of rows that are looked up, and copied to a device, at a time
+
+
+class _Ferry:
+    """Two pieces of pinned memory, one of which is filled while what lies in the other is copied to a device.
+
+    The host fills neither again before the copy out of it has ended. Copies take their turn among what the device has
+    to do, but the host waits for that only where one micro-batch has more rows than both pieces hold: the copy before
+    the last is otherwise of a micro-batch that the device is done with, or at.
+
+    Args:
+        host: whose memory they are.
+        device: where what is sent goes.
+    """
+
+    def __init__(self, host: Host, device: torch.device) -> None:
+        self._pieces = [host.pinned_bytes(PIECE, device) for _ in range(2)]
+        self._ended: list[Any] = []
+        if device.type == "cuda":
+            self._ended = [torch.cuda.Event(blocking=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+
+    def send(self, rows: Tensor, target: Tensor) -> None:
+        """Queue a copy.
+
+        Args:
+            rows: on the host, at most :data:`PIECE` bytes.
+            target: of their shape, on the device.
+        """
+        if self._ended:
+            self._ended[0].synchronize()
+        piece = self._pieces[0][: rows.nbytes].view(rows.dtype).view(rows.shape)
+        target.copy_(piece.copy_(rows), non_blocking=True)
+        if self._ended:
+            self._ended[0].record(torch.cuda.current_stream(target.device))
+        self._pieces.reverse()
+        self._ended.reverse()
 
 
 class HostEmbedding(nn.Module):
     """An embedding whose table stays in host memory: only the rows that are looked up travel.
 
-    The table is none of the model's parameters, the first of which tells transformers where a model computes.
+    They go piece by piece, so that however many there are the host holds three pieces of :data:`PIECE` bytes: one that
+    is looked up, and two of pinned memory on their way. The table is none of the model's parameters, the first of which
+    tells transformers where a model computes.
 
     Args:
         inner: the embedding; moved to the host.
         device: where its output goes.
-        host: where the table goes.
+        host: where the table goes, and whose pinned memory its rows go through.
 
     Attributes:
         at_hand: ids of the pass to come, (B, L) on the host already; None where only the device has them.
@@ -35,6 +73,7 @@ class HostEmbedding(nn.Module):
         inner.weight = nn.Parameter(host.copy_to_host(table.data, pinned=False), requires_grad=False)
         inner.to("cpu")
         self._unregistered, self.device, self.at_hand = (inner,), device, None
+        self._ferry = _Ferry(host, device) if host.is_apart(device) else None
 
     @property
     def inner(self) -> nn.Module:
@@ -46,8 +85,15 @@ class HostEmbedding(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(B, L) on any device -> (B, L, D) on the model's device."""
-        rows: Tensor = self.inner(input_ids.to("cpu") if self.at_hand is None else self.at_hand)
-        return to_device(rows, self.device)
+        ids = input_ids.to("cpu") if self.at_hand is None else self.at_hand
+        if self._ferry is None:
+            return self.inner(ids).to(self.device)  # type: ignore[no-any-return]
+        row = self.inner(ids[:1, :1])[0, 0]  # by the module itself: some scale their rows, or normalise them
+        found = torch.empty(*ids.shape, len(row), dtype=row.dtype, device=self.device)
+        flat = (ids.reshape(1, -1), found.view(1, -1, len(row)))
+        for part, target in zip(*(torch.split(t, PIECE // row.nbytes, 1) for t in flat), strict=True):
+            self._ferry.send(self.inner(part), target)
+        return found
 
 
 @contextmanager

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qaroma.errors import QaromaError
 from qaroma.method.head import classifier_around, classifier_head, unsaid_about_the_head
-from qaroma.method.linear import uncalled_layers
+from qaroma.method.linear import is_linear, uncalled_layers
 from qaroma.model.attention import repeat_keys, wants_repeated_keys
 from qaroma.model.bnb import bnb
 from qaroma.model.builtin import ResolvedModel, resolve_model
@@ -234,15 +234,17 @@ def _bnb_config(quantization: str, double_quantization: bool, dtype: torch.dtype
 
 
 def _left_dense(found: FoundModel, config: Any, quantize_head: bool, classifier: bool) -> list[str]:
-    """Modules that stay dense: the head, and layers whose weights the model's own code multiplies by."""
+    """Modules that stay dense: the head, layers whose weights the model's own code multiplies by, and those of a
+    subclass of ``nn.Linear`` that do more than multiply (Llama 4's router), which transformers 5.4 would replace."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
     network = skeleton(config, trust_remote_code=found.trust_remote_code, classifier=classifier)
-    uncalled = sorted(uncalled_layers(network))
+    subclasses = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear) and type(m) is not nn.Linear}
+    inside = sorted(uncalled_layers(network)) + [name for name, module in subclasses.items() if not is_linear(module)]
     if classifier:
-        return [*classifier_head(config), "pooler", *uncalled]
+        return [*classifier_head(config), "pooler", *inside]
     packed_head = quantize_head and not config.get_text_config().tie_word_embeddings
-    return uncalled if packed_head else [*get_keys_to_not_convert(network), *uncalled]
+    return inside if packed_head else [*get_keys_to_not_convert(network), *inside]
 
 
 def _read(

@@ -75,7 +75,8 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         phase_now: name of the phase.
         device, host: the two memories; everything is on the device but what :meth:`copy_to_host` and
-            :meth:`pinned_bytes` made, which take the place of :class:`qaroma.engine.host.ThisHost`'s.
+            :meth:`pinned_bytes` made, which take the place of :class:`qaroma.engine.host.ThisHost`'s, and what is
+            computed from that, which is no kernel of a card's.
         parked: bytes that were asked of :meth:`pinned_bytes`.
         category: what new storages are booked under.
         kernels: that ran in each phase on weightless tensors.
@@ -109,6 +110,9 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(leaf, Tensor):
                 self._see(leaf)
         if func in _COPIES and self._crosses(args, result):
+            kernel = None
+        elif self.host.now and any(self._is_on_host(value) for value in args):
+            self._on_host(result)
             kernel = None
         if kernel is not None:
             self.kernels[self.phase_now][kernel] += self._times
@@ -178,6 +182,10 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._times //= alike
         if rows % size and rows // size >= first:
             yield slice(rows - rows % size, rows)
+
+    def _is_on_host(self, value: Any) -> bool:
+        entry = self._entries.get(id(value.untyped_storage())) if isinstance(value, Tensor) else None
+        return entry is not None and entry.memory is self.host
 
     def _crosses(self, args: tuple[Any, ...], result: Tensor) -> bool:
         """Whether a copy goes over the bus, where it is counted, and not by a kernel."""

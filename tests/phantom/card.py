@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
+from phantom.known import KnownResults
 from phantom.streams import Event, Order, Stream
 from qaroma.plan.weightless import OneKernelNorm
 
@@ -99,6 +101,11 @@ class Card:
         for stream in (self.order.default, self.order.current):
             self.order.host.wait_stream(stream)
 
+    def _wait_for(self, event: Event) -> None:
+        if any(self.order.host.seen.get(stream, 0) < time for stream, time in event.seen.items()):
+            self.waits[f"an event in {place()}"] += 1
+        self.order.host.wait_event(event)
+
     def _stand_ins(self) -> Iterator[tuple[Any, str, Any]]:
         """What takes the place of what: target, name, stand-in."""
         order = self.order
@@ -137,7 +144,7 @@ class Card:
             "_exchange_device": lambda *_: 0, "_maybe_exchange_device": lambda *_: 0,
             "set_per_process_memory_fraction": nothing, "get_per_process_memory_fraction": lambda *_: 1.0,
             "current_stream": lambda *_: order.current, "default_stream": lambda *_: order.default,
-            "Stream": Stream, "Event": Event, "stream": on,
+            "Stream": Stream, "Event": partial(Event, wait=self._wait_for), "stream": on,
         }  # fmt: skip
         yield from ((torch.cuda, name, stand_in) for name, stand_in in cuda.items())
         yield torch.Tensor, "record_stream", lambda t, stream: order.memory(t).recorded.add(stream)
@@ -199,16 +206,20 @@ class Card:
 class _Watch(TorchDispatchMode):
     def __init__(self, card: Card) -> None:
         super().__init__()
-        self.card = card
+        self.card, self.results = card, KnownResults(card.mode)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # which costs a call or two a tensor
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name, card = kwargs or {}, str(func), self.card
+        kwargs, name, card = kwargs or {}, _name(func), self.card
         if name == "prim.device.default":
-            return func(*args, **kwargs)
+            return args[0].fake_device
         if name in _COPIES:  # real values become fake ones on their way to the card
             args = tree_map_only(Tensor, self._faked, args)
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        on_card = [t for t in tensors if t.is_cuda]
+        tensors = tensors_of((*args, *kwargs.values()))
+        on_card = [t for t in tensors if _on_card(t)]
         if name == "aten._local_scalar_dense.default":
             if on_card:
                 card.wait("item")
@@ -219,15 +230,15 @@ class _Watch(TorchDispatchMode):
             for t in tensors:  # the mode would compute with what it knows of small constants, a card does not
                 if isinstance(t, FakeTensor):
                     t.constant = None
-        result = func(*args, **kwargs)
-        out = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        result = self.results.run(func, args, kwargs)
+        out = tensors_of((result,))
         if kwargs.get("pin_memory"):
             for t in out:
                 card.order.memory(t).pinned = True
         if name in _COPIES:
             target, source = (args[0], args[1]) if name == "aten.copy_.default" else (out[0], args[0])
             self._look_at_copy(target, source, name, args, kwargs)
-        self._count(func, name, on_card, [t for t in out if t.is_cuda], tensors)
+        self._count(func, name, on_card, [t for t in out if _on_card(t)], tensors)
         return result
 
     def _faked(self, tensor: Tensor) -> Tensor:
@@ -235,8 +246,8 @@ class _Watch(TorchDispatchMode):
 
     def _look_for_mixes(self, name: str, args: Any, kwargs: Any, tensors: list[Tensor], on_card: list[Tensor]) -> None:
         card = self.card
-        if on_card and name not in _COPIES and any(not t.is_cuda and t.dim() > 0 for t in tensors):
-            if name.startswith(("aten.index.Tensor", "aten.index_put")) and args[0].is_cuda:
+        if on_card and name not in _COPIES and any(not _on_card(t) and t.dim() > 0 for t in tensors):
+            if name.startswith(("aten.index.Tensor", "aten.index_put")) and _on_card(args[0]):
                 card.pageable[f"an index on the host in {place()}"] += 1
             else:
                 card.mixes[f"{name} mixes devices in {place()}"] += 1
@@ -249,7 +260,7 @@ class _Watch(TorchDispatchMode):
     def _look_for_waits(self, name: str, args: Any, kwargs: Any, on_card: list[Tensor]) -> None:
         if not on_card:
             return
-        if any(word in name for word in _WAITS):
+        if _always_waits(name):
             self.card.wait(name)
         if name == "aten.repeat_interleave.Tensor" and kwargs.get("output_size") is None:
             self.card.wait("repeat_interleave without a size")
@@ -285,6 +296,8 @@ class _Watch(TorchDispatchMode):
         if not on_card and not made:
             for tensor in [] if func.is_view else tensors:
                 order.host_reads(tensor)
+            if func._schema.is_mutable and tensors:
+                order.host_writes(tensors[0])
             return
         if func.is_view or name in _NO_KERNEL:
             return
@@ -293,8 +306,34 @@ class _Watch(TorchDispatchMode):
         if card.fail_at is not None and card.kernels >= card.fail_at:
             card.fail_at = None
             raise card.failure()
-        changed = [tensors[0]] if func._schema.is_mutable and tensors and tensors[0].is_cuda else []
+        changed = [tensors[0]] if func._schema.is_mutable and tensors and _on_card(tensors[0]) else []
         order.queue(on_card, [*made, *changed])
+
+
+@cache
+def _name(func: Any) -> str:
+    return str(func)
+
+
+@cache
+def _always_waits(name: str) -> bool:
+    return any(word in name for word in _WAITS)
+
+
+def tensors_of(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among an operation's arguments or results, and in lists of such."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_of(value)
+    return found
+
+
+def _on_card(tensor: Tensor) -> bool:
+    """``tensor.is_cuda``, for which a fake tensor asks its mode."""
+    return isinstance(tensor, FakeTensor) and tensor.fake_device.type == "cuda"
 
 
 def place() -> str:

@@ -33,10 +33,19 @@ class Stream:
 
 
 class Event:
-    """Stands in for ``torch.cuda.Event``."""
+    """Stands in for ``torch.cuda.Event``.
 
-    def __init__(self, *_: object, **__: object) -> None:
+    Args:
+        wait: how the host waits for one.
+    """
+
+    def __init__(self, *, blocking: bool = False, wait: Callable[[Event], None] | None = None) -> None:
         self.seen: dict[Stream, int] = {}
+        self._wait = wait
+
+    def synchronize(self) -> None:
+        assert self._wait is not None
+        self._wait(self)
 
     def record(self, stream: Stream) -> None:
         self.seen = {**stream.seen, stream: stream.now}
@@ -109,6 +118,13 @@ class Order:
             stream, time = memory.write
             if self.host.seen.get(stream, 0) < time:
                 self.races[f"the host reads what the {stream.name} wrote in {self._place()}"] += 1
+
+    def host_writes(self, tensor: Tensor) -> None:
+        """An operation on the host: what the card's engine copies from there must have left."""
+        memory = self._memories.get(id(tensor.untyped_storage()))
+        for stream, time in memory.reads.items() if memory is not None and memory.pinned else ():
+            if self.host.seen.get(stream, 0) < time:
+                self.races[f"the host writes what the {stream.name} reads in {self._place()}"] += 1
 
     def _access(self, tensor: Tensor, *, write: bool) -> None:
         memory, stream = self.memory(tensor), self.current
