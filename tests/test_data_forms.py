@@ -115,6 +115,19 @@ def test_rows_of_no_form() -> None:
         recognise([Row({"sentence": "a", "label": 1}, "a.jsonl", 1)])
     with pytest.raises(QaromaError, match="got the data format 'dolly'"):
         recognise([], "dolly")
+    for file, row, way_on in (
+        (
+            "a.csv",
+            {"Frage": "a", "Antwort": "b"},
+            '--columns "prompt=Frage,completion=Antwort". Is the line with the names',
+        ),
+        ("a.json", {"id": 1, "asked of": "a", "n": 2, "said": "b"}, '--columns "prompt=asked of,completion=said".'),
+        ("a.json", {"title": "a", "mapping": {}}, "--columns prompt=ASKED,completion=ANSWERED."),
+    ):
+        with pytest.raises(QaromaError) as refused:
+            recognise([Row(row, file, 1)])
+        assert way_on in str(refused.value)
+        assert ("Is the line" in str(refused.value)) == (file == "a.csv")
     fitting = [Row({"wrong": 1}, "a.jsonl", 1), Row({"prompt": "a", "completion": "b"}, "a.jsonl", 2)]
     assert recognise(fitting) == "completion"
     assert parse_rows(fitting).bad == ["a.jsonl:1: the field 'prompt' is missing"]
