@@ -230,10 +230,15 @@ def test_folder_with_splits_gives_the_training_files_and_says_so(tmp_path: Path)
     assert found.validation == [str(tmp_path / "dev.json")]
 
 
-def test_missing_paths_name_near_files(tmp_path: Path) -> None:
+def test_missing_paths_name_near_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _write(tmp_path / "train.jsonl", "{}")
     with pytest.raises(QaromaError, match=r"Did you mean '.*train\.jsonl'\?"):
         read_rows([(str(tmp_path / "trian.jsonl"), 1.0)])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("the hub was asked for a file"))
+    for name in ("train.jsn", "train.json5", "train.xlsx", "my.train"):
+        with pytest.raises(QaromaError, match=f"there is no file or folder '{name}'. "):
+            read_rows([(name, 1.0)])
     with pytest.raises(QaromaError, match=r"folder '.*nowhere' does not exist"):
         read_rows([(str(tmp_path / "nowhere" / "a.jsonl"), 1.0)])
     with pytest.raises(QaromaError, match=r"Data files in .*: train\.jsonl"):
