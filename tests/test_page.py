@@ -235,6 +235,7 @@ def test_a_run_is_shown_as_it_stands(page: Any) -> None:
     (LOGS / "done.export.log").write_text("qaroma export runs/done\nwrote it")
     assert "Written</b></p><pre>qaroma export runs/done\nwrote it" in page.get("run/done").text
     assert '<iframe title="Report of the run" sandbox' in finished
+    assert '<a href="run/done/report" target="_blank">' in finished
     (half / "report.html").touch()
     stopped = page.get("run/half").text
     assert "too little to chat with yet" in stopped
