@@ -523,6 +523,17 @@ def test_the_command_prints_a_page(capsys: pytest.CaptureFixture[str], tmp_path:
     assert all(card.title in page for card in CARDS.values())
 
 
+def test_the_times_of_all_cards_are_lines_of_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["plan", "--model", "llama3-8b", "--time"]) == 0
+    *_, table = capsys.readouterr().out.split("copies beside.\n")
+    lines = table.rstrip().splitlines()
+    assert len(lines) == 1 + len(CARDS)  # none is wrapped
+    assert max(map(len, lines)) <= 80
+
+
 @pytest.mark.parametrize(
     ("model", "sentence"),
     [
