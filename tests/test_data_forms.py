@@ -110,6 +110,12 @@ def test_files_of_different_forms_mix_but_one_file_does_not() -> None:
     assert len(parse_rows(mixed, "alpaca").bad) == 1
 
 
+@pytest.mark.parametrize(("label", "ignored"), [("bad", {"label"}), (3, {"label"}), (True, set()), ("1", set())])
+def test_a_label_that_says_nothing_known_of_the_answer_is_named_as_ignored(label: Any, ignored: set[str]) -> None:
+    rows = [Row({"prompt": "a", "completion": "b", "label": label}, "a.jsonl", 1)]
+    assert parse_rows(rows, feedback="good").ignored == ignored
+
+
 def test_rows_of_no_form() -> None:
     with pytest.raises(QaromaError, match=r"a\.jsonl:1: the keys \(sentence, label\) fit no known form; expected"):
         recognise([Row({"sentence": "a", "label": 1}, "a.jsonl", 1)])

@@ -323,7 +323,8 @@ def _conversations(row: Row, form: str, readers: Sequence[Reader], ignored: set[
     weight = loss_weight(fields, "the row")
     if weight != 1.0:
         talks = [[replace(turn, weight=turn.weight * weight) for turn in turns] for turns in talks]
-    fields.get(*LABELS)
+    if verdict(row, form, "good") is not None:
+        fields.get(*LABELS)
     ignored.update(fields.ignored())
     return [checked(turns) for turns in talks]
 
