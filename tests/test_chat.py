@@ -239,6 +239,16 @@ def test_commands_and_mistakes(tuned: TunedModel, capsys: pytest.CaptureFixture[
     assert "Ctrl-C stops an answer" in err
 
 
+def test_an_answer_that_fills_what_the_model_sees_says_so(
+    tuned: TunedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = Chat(tuned, Sampling(max_new_tokens=5000))
+    converse(chat, typing("count 3"))
+    err = capsys.readouterr().err
+    assert f"tokens; the model sees {chat.context} at once, which are full" in err
+    assert "--max-new-tokens" not in err
+
+
 def test_a_run_with_labels_is_refused(adapter: Path, tmp_path: Path) -> None:
     for task in ("classification", "regression"):
         growth = {**json.loads((adapter / "growth.json").read_text()), "task": task}

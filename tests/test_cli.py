@@ -378,6 +378,16 @@ def test_a_fault_of_ours_keeps_its_traceback(called: dict[str, Any], monkeypatch
         (["finetune", "--lr", "1"], "No such option '--lr'. Did you mean '--learning-rate'?"),
         (["finetune", "--per_device_train_batch_size", "1"], "--micro-batch"),
         (["finetune", "--learning-rate", "0"], "0.0 is not in the range 0<x<="),
+        (["finetune", "--learning-rate", "fast"], "'fast' is not a valid number."),
+        (
+            ["finetune", "--epochs", "3", "mine.csv"],
+            "unexpected extra argument (mine.csv). Did you mean '--data mine.csv'?",
+        ),
+        (["finetune", "smollm2-135m", "mine.csv"], "(smollm2-135m mine.csv). Did you mean '--model smollm2-135m'?"),
+        (["evaluate", "runs/x", "t.jsonl", "--data", "d"], "(t.jsonl). Did you mean '--data t.jsonl'?"),
+        (["chat", "runs/x", "runs/y"], "unexpected extra argument (runs/y)\n"),
+        (["finetune", "--columns", "a,b"], "error: --columns: got 'a,b'; expected KEY=NAME pairs"),
+        (["finetune", "--data", "a.jsonl:0"], "error: --data: got 0.0; expected a number above 0"),
         (["finetune", "--device", "gpu"], "'auto', 'cuda', 'cpu'"),
         (["finetunee"], "did you mean finetune?"),
         (["zzz"], "expected one of demo, finetune"),
@@ -433,12 +443,23 @@ def test_data_preview_marks_what_is_trained(
     assert "⟦[a0]<|im_end|>⟧" in out
     assert "[q1]" not in out
     assert "3 of 5 rows, form alpaca, template chat" in out
+    assert "3 examples of" in out
     assert main(["data", "preview", *arguments, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     ((whole,),) = told["examples"]
     assert whole["pieces"][-1] == [True, "[a0]<|im_end|>"]
     assert [trained for trained, _ in whole["pieces"]] == [False, True]
     assert told["form"] == "alpaca"
+    bad = [*rows, {"instruction": "[q5]", "output": ""}, "no object"]
+    (tmp_path / "rows.json").write_text(json.dumps(bad), encoding="utf-8")
+    assert main(["data", "preview", *arguments[:4], "--skip-bad-rows"]) == 0
+    out = capsys.readouterr().out
+    assert "7 of 7 rows, form alpaca" in out
+    assert "5 examples of" in out
+    assert "2 bad rows left out, the first: " in out
+    assert main(["data", "preview", *arguments[:4], "--skip-bad-rows", "--json"]) == 0
+    (note,) = json.loads(capsys.readouterr().out)["notes"]
+    assert note.startswith("2 bad rows left out, the first: ")
     long = [{"instruction": "long " * 400, "output": "[a]"}]
     (tmp_path / "rows.json").write_text(json.dumps(long), encoding="utf-8")
     assert main(["data", "preview", *arguments[:4]]) == 0
@@ -448,7 +469,6 @@ def test_data_preview_marks_what_is_trained(
     assert len(cut) < 700
     assert main(["data", "preview", *arguments[:4], "--full"]) == 0
     assert "long " * 400 in capsys.readouterr().out
-    assert "3 examples of" in out
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="torch has expandable segments on Linux alone")

@@ -212,6 +212,7 @@ def test_the_table_divides_by_the_lora_of_rank_8() -> None:
     assert cells == ["aroma", "2", "0.9 ± 0.071", "0.9 ± 0.071", "100", "40", "0", "0.125", "0.050", "10", "9.5",
                      "0.950", "35,000", "grown x 2", "1.500", "0.500"]  # fmt: skip
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+    assert "Claims that the paper makes of its method (aroma+preset=paper), held against every aroma here:" in text
     without = markdown(methods[2:], None, [], command="", machines=[])
     assert "| - |" in without
 

@@ -128,7 +128,7 @@ def test_all_problems_are_reported_at_once_with_their_places(tmp_path: Path) -> 
         f"{file} line 4: growth.reset: got 'of'; expected 'prune', 'full' or 'none'",
         f"{file} line 6: training.micro_batch: got 2.5; expected a whole number",
         f"{file} line 8: training.seed: given twice; keep one of the two",
-        "flag training.grad_accum: got 0; expected a number above 0",
+        "--grad-accum: got 0; expected a number above 0",
         "--set eps_out: unknown key; did you mean growth.eps_out?",
         "--set: got 'rank'; expected key=value, as growth.eps_out=1e-3",
         "--set training.epochs: got '['; expected a YAML value",

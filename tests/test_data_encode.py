@@ -189,7 +189,9 @@ def test_too_long_examples() -> None:
     ):
         limit_length(encoded, limit, "error")
     with pytest.raises(
-        QaromaError, match=r"no token to train on \(3 examples dropped as too long\): --max-length is 2"
+        QaromaError,
+        match=r"no token to train on \(3 examples dropped as too long\): --max-length is 2 and the shortest example "
+        r"has \d+; type a greater one, where the model sees as much, or --on-too-long truncate\.",
     ):
         limit_length(encoded, 2)
     with pytest.raises(QaromaError, match="got on_too_long 'wrap'"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -110,11 +111,30 @@ def test_files_of_different_forms_mix_but_one_file_does_not() -> None:
     assert len(parse_rows(mixed, "alpaca").bad) == 1
 
 
+@pytest.mark.parametrize(("label", "ignored"), [("bad", {"label"}), (3, {"label"}), (True, set()), ("1", set())])
+def test_a_label_that_says_nothing_known_of_the_answer_is_named_as_ignored(label: Any, ignored: set[str]) -> None:
+    rows = [Row({"prompt": "a", "completion": "b", "label": label}, "a.jsonl", 1)]
+    assert parse_rows(rows, feedback="good").ignored == ignored
+
+
 def test_rows_of_no_form() -> None:
     with pytest.raises(QaromaError, match=r"a\.jsonl:1: the keys \(sentence, label\) fit no known form; expected"):
         recognise([Row({"sentence": "a", "label": 1}, "a.jsonl", 1)])
     with pytest.raises(QaromaError, match="got the data format 'dolly'"):
         recognise([], "dolly")
+    for file, row, way_on in (
+        (
+            "a.csv",
+            {"Frage": "a", "Antwort": "b"},
+            '--columns "prompt=Frage,completion=Antwort". Is the line with the names',
+        ),
+        ("a.json", {"id": 1, "asked of": "a", "n": 2, "said": "b"}, '--columns "prompt=asked of,completion=said".'),
+        ("a.json", {"title": "a", "mapping": {}}, "--columns prompt=ASKED,completion=ANSWERED."),
+    ):
+        with pytest.raises(QaromaError) as refused:
+            recognise([Row(row, file, 1)])
+        assert way_on in str(refused.value)
+        assert ("Is the line" in str(refused.value)) == (file == "a.csv")
     fitting = [Row({"wrong": 1}, "a.jsonl", 1), Row({"prompt": "a", "completion": "b"}, "a.jsonl", 2)]
     assert recognise(fitting) == "completion"
     assert parse_rows(fitting).bad == ["a.jsonl:1: the field 'prompt' is missing"]

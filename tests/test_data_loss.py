@@ -117,6 +117,14 @@ def test_an_adapter_takes_the_place_of_adapters_alone(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis").read_text() == "x"
 
 
+def test_a_run_that_is_over_keeps_its_time_when_it_is_resumed(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "seconds": 12_345.0}))
+    assert resume(run)["seconds"] == 12_345.0
+    assert json.loads((run / "summary.json").read_text())["seconds"] == 12_345.0
+    assert resume(run, training={"max_steps": 7})["seconds"] < 12_345.0  # it goes on: the time was another run's
+
+
 # 2. A folder that is not ours, and no text at all
 
 

@@ -109,6 +109,13 @@ def test_bad_lines_are_collected_with_their_places(tmp_path: Path) -> None:
     assert "not UTF-8" in found.bad[2]
 
 
+@pytest.mark.parametrize("content", [b'text\n"one\ntwo"\n', b'text\n"one\ntwo"', b'text\r\n"one\r\ntwo"\r\n\r\n'])
+def test_a_quoted_field_of_csv_holds_lines(tmp_path: Path, content: bytes) -> None:
+    found = read_rows([(_write(tmp_path / "a.csv", content), 1.0)])
+    assert [row.value["text"].split() for row in found.rows] == [["one", "two"]]
+    assert found.bad == []
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -119,7 +126,17 @@ def test_bad_lines_are_collected_with_their_places(tmp_path: Path) -> None:
         ("a.csv", b"", "holds no rows"),
         ("a.txt", b"caf\xe9", "not UTF-8 text \\(byte 3 is 0xe9\\)"),
         ("a.parquet", b"PAR1 but no more", "not a whole parquet file"),
-        ("a.xlsx", b"x", "no known suffix"),
+        (
+            "a.csv",
+            b'text\none\n"two\nthree\n',
+            "row of line 3 is not closed, and takes in the rest of the file \\(2 lines\\)",
+        ),
+        ("a.csv", b'text\n"one\n', "row of line 2 is not closed, and takes in the rest of the file \\(1 lines\\)"),
+        (
+            "a.xlsx",
+            b"x",
+            "no known suffix; expected .*; end the name of any other text in .txt",
+        ),
     ],
 )
 def test_damaged_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -213,10 +230,15 @@ def test_folder_with_splits_gives_the_training_files_and_says_so(tmp_path: Path)
     assert found.validation == [str(tmp_path / "dev.json")]
 
 
-def test_missing_paths_name_near_files(tmp_path: Path) -> None:
+def test_missing_paths_name_near_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _write(tmp_path / "train.jsonl", "{}")
     with pytest.raises(QaromaError, match=r"Did you mean '.*train\.jsonl'\?"):
         read_rows([(str(tmp_path / "trian.jsonl"), 1.0)])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("the hub was asked for a file"))
+    for name in ("train.jsn", "train.json5", "train.xlsx", "my.train"):
+        with pytest.raises(QaromaError, match=f"there is no file or folder '{name}'. "):
+            read_rows([(name, 1.0)])
     with pytest.raises(QaromaError, match=r"folder '.*nowhere' does not exist"):
         read_rows([(str(tmp_path / "nowhere" / "a.jsonl"), 1.0)])
     with pytest.raises(QaromaError, match=r"Data files in .*: train\.jsonl"):

@@ -75,7 +75,7 @@ def test_a_run_becomes_a_model_of_ollamas(
     asked = one["ollama"]
     assert (asked["question"], asked["theirs"], asked["same"]) == (question, "- seven\nand eight", False)
     assert f"  this run  {asked['ours'].splitlines()[0]}" in told.err
-    assert "  Ollama    - seven\n            and eight\n  another answer" in told.err
+    assert "  Ollama    - seven\n            and eight\n  the two answers differ" in told.err
 
 
 def test_answers_are_the_same_up_to_where_ours_was_cut(ollama: Path, export_folder: Path) -> None:

@@ -213,7 +213,7 @@ def test_at_a_terminal_it_asks_until_the_answer_can_be_used(
     monkeypatch.setattr("sys.stdin", Terminal("".join(answer + "\n" for answer in answers)))
     assert main(["init"]) == 0
     told = capsys.readouterr()
-    for question in ("Model: a folder", "Data: a file", "Memory of the card", "Write to [rows.yaml]"):
+    for question in ("Model: a folder", "Data: a file", "The card: its memory", "Write to [rows.yaml]"):
         assert question in told.out + told.err
     for complaint in ("There is no folder", "there is no file or folder 'none.jsonl'", "expected a size"):
         assert complaint in told.err

@@ -56,6 +56,21 @@ def test_errors_of_the_hub(name, expected):
         assert "'org/model'" in str(told.value)
 
 
+@pytest.mark.parametrize("kind", ["RepositoryNotFoundError", "OfflineModeIsEnabled", "LocalEntryNotFoundError"])
+def test_a_misspelt_model_is_told_what_is_like_it(kind, tmp_path, monkeypatch):
+    (tmp_path / "my-llama").mkdir()
+    (tmp_path / "my-llama" / "config.json").touch()
+    (tmp_path / "gpt").mkdir()  # no model
+    monkeypatch.chdir(tmp_path)
+    for name, near in {"smollm2": "smollm2-135m", "SmolLM-135M": "smollm2-135m", "my-lama": "my-llama"}.items():
+        with pytest.raises(QaromaError, match=rf"\. Did you mean {near}\?$"), explained(name):
+            raise hub_error(kind)
+    for name in ("gpt2", "org/my-lama"):
+        with pytest.raises(QaromaError) as told, explained(name):
+            raise hub_error(kind)
+        assert "Did you mean" not in str(told.value)
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [

@@ -189,6 +189,10 @@ def test_the_data_screen_says_the_form_or_guesses_the_columns(page: Any) -> None
     assert "--columns &#39;prompt=asked,completion=&lt;script" in odd or "prompt=asked,completion=&lt;script" in odd
     assert "completion=when" in page.get("data?data=odd.csv&prompt=asked&completion=when").text
     assert "--task preference" in page.get("data?data=pairs.jsonl").text
+    assert "--skip-bad-rows" not in known
+    skipping = page.get("data?data=odd.csv&skip=1").text
+    assert '<input type="hidden" name="skip" value="1">' in skipping
+    assert "--skip-bad-rows --examples 3" in skipping
     broken = page.get("data?data=broken.json").text  # the command that is asked says what is wrong
     assert "qaroma data preview --model smollm2-135m --data qaroma-page/data/broken.json --examples 3" in broken
     assert "<select" not in broken
@@ -231,6 +235,7 @@ def test_a_run_is_shown_as_it_stands(page: Any) -> None:
     (LOGS / "done.export.log").write_text("qaroma export runs/done\nwrote it")
     assert "Written</b></p><pre>qaroma export runs/done\nwrote it" in page.get("run/done").text
     assert '<iframe title="Report of the run" sandbox' in finished
+    assert '<a href="run/done/report" target="_blank">' in finished
     (half / "report.html").touch()
     stopped = page.get("run/half").text
     assert "too little to chat with yet" in stopped
@@ -297,6 +302,13 @@ def test_an_error_of_a_command_is_shown_as_it_is(page: Any, monkeypatch: pytest.
     assert "There is no folder &#39;./nowhere&#39;" in screen
     assert "Go on" not in screen
     assert "Choose another file" in screen
+    error = "2 of 9 rows cannot be used. Mend them, or type --skip-bad-rows to go on without them."
+    monkeypatch.setattr("qaroma.page.screens.answer_of", lambda _: {"error": error})
+    skip = (
+        '<a class="button main" href="data?data=a.csv&amp;model=smollm2-135m&amp;skip=1">Go on without these rows</a>'
+    )
+    assert skip in page.get("data?data=a.csv").text
+    monkeypatch.setattr("qaroma.page.screens.answer_of", answer_of)
     plan = page.get("plan?data=a.csv&model=./nowhere").text
     assert "There is no folder &#39;./nowhere&#39;" in plan
     assert 'href="model?data=a.csv&amp;model=.%2Fnowhere">Choose another model<' in plan
@@ -387,7 +399,8 @@ def test_a_start_gives_the_memory_of_the_talk_to_the_run(page: Any, monkeypatch:
 def test_choices_survive_the_way_through_addresses(working_folder: Path) -> None:
     put("odd.csv", "a&b,c=d\n1,2\n")
     choice = Choice.read({"data": "odd.csv", "model": "./a folder"})
-    assert Choice.read(dict(parse_qsl(urlencode(choice.fields)))) == choice
+    for one in (choice, choice.skipping):
+        assert Choice.read(dict(parse_qsl(urlencode(one.fields)))) == one
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

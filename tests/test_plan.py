@@ -30,7 +30,8 @@ from qaroma.method.pieces import every_piece
 from qaroma.model.base import load_base
 from qaroma.model.documents import keep_documents_apart
 from qaroma.plan import trace, workspaces
-from qaroma.plan.card import CARDS, RESERVE, parse_card, parse_memory
+from qaroma.plan.card import CARDS, RESERVE, card_memory, parse_card, parse_memory
+from qaroma.plan.configure import room_for
 from qaroma.plan.counter import LiveStorages
 from qaroma.plan.gpus import SharedStep
 from qaroma.plan.layers import Sample, with_layers
@@ -523,6 +524,17 @@ def test_the_command_prints_a_page(capsys: pytest.CaptureFixture[str], tmp_path:
     assert all(card.title in page for card in CARDS.values())
 
 
+def test_the_times_of_all_cards_are_lines_of_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["plan", "--model", "llama3-8b", "--time"]) == 0
+    *_, table = capsys.readouterr().out.split("copies beside.\n")
+    lines = table.rstrip().splitlines()
+    assert len(lines) == 1 + len(CARDS)  # none is wrapped
+    assert max(map(len, lines)) <= 80
+
+
 @pytest.mark.parametrize(
     ("model", "sentence"),
     [
@@ -685,6 +697,12 @@ def test_the_tables_rates_are_those_of_the_whitepapers() -> None:
 @pytest.mark.parametrize("name", ["rtx3060", "RTX 3060", "3060", "NVIDIA GeForce RTX 3060"])
 def test_a_card_is_read_as_it_is_said(name: str) -> None:
     assert parse_card(name) is CARDS["rtx3060"]
+
+
+@pytest.mark.parametrize(("text", "gib"), [("t4", 15), ("RTX 3060", 12), ("3060", 12), ("12GiB", 12), ("8", 8)])
+def test_a_cards_memory_is_known_by_its_name_or_said(text: str, gib: int) -> None:
+    assert card_memory(text) == gib * GIB
+    assert room_for(text).words == f"a card of {gib}.00 GiB"
 
 
 def test_an_unknown_card_is_refused_with_those_near_it() -> None:

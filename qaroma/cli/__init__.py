@@ -8,8 +8,10 @@ inside its function. To add a command, write ``qaroma/cli/<name>.py`` with a cli
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
@@ -126,6 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.NoSuchOption as error:
         _with_our_name(error).show()
         return error.exit_code
+    except click.UsageError as error:
+        _with_the_option_meant(error).show()
+        return error.exit_code
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -172,6 +177,17 @@ def _with_our_name(error: click.NoSuchOption) -> click.NoSuchOption:
         return error
     said = f"No such option '{error.option_name}'. Did you mean '{ours}'?"
     return click.NoSuchOption(error.option_name, message=said, ctx=error.ctx)
+
+
+def _with_the_option_meant(error: click.UsageError) -> click.UsageError:
+    """The same error; for a word where a command takes options alone, with the option it may belong to."""
+    found = re.match(r"Got unexpected extra arguments? \(([^\s)]+)", error.message)
+    known = {name for parameter in error.ctx.command.params for name in parameter.opts} if error.ctx else set()
+    likely = ("--data", "--model") if found and Path(found[1]).suffix else ("--model", "--data")
+    wanted = next((name for name in likely if name in known), None)
+    if found is None or wanted is None:
+        return error
+    return click.UsageError(f"{error.message}. Did you mean '{wanted} {found[1]}'?", ctx=error.ctx)
 
 
 def _refuse_blanks(arguments: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qaroma.cli.options import config_option, count
+from qaroma.cli.options import config_option, count, number
 from qaroma.cli.output import figures_only
 from qaroma.cli.run_arguments import BASE_OPTION, TRUST_OPTION
 from qaroma.config.schema import LARGEST_SEED
@@ -44,13 +44,11 @@ _HELP = """\
 @click.option("--system", metavar="TEXT", help="What stands before the conversation.")
 @click.option("--max-new-tokens", type=count(1), default=512, show_default=True, metavar="INTEGER",
               help="Longest answer.")  # fmt: skip
-@click.option("--temperature", type=click.FloatRange(0, 1000), default=0.0, show_default=True, metavar="NUMBER",
+@click.option("--temperature", type=number(0, 1000), default=0.0, show_default=True, metavar="NUMBER",
               help="0 gives the same answer each time; higher values draw more freely.")  # fmt: skip
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, metavar="NUMBER",
+@click.option("--top-p", type=number(0, 1, min_open=True), default=1.0, show_default=True, metavar="NUMBER",
               help="Draw from the likeliest tokens of this share.")  # fmt: skip
-@click.option(
-    "--seed", type=click.IntRange(0, LARGEST_SEED), metavar="INTEGER", help="Draw the same answers each time."
-)
+@click.option("--seed", type=count(0, LARGEST_SEED), metavar="INTEGER", help="Draw the same answers each time.")
 @config_option("training.device", text="Where to compute.")
 @click.option("--json", "json_lines", is_flag=True, help="Read messages and write answers as JSON, one object a line.")
 def command(
@@ -203,7 +201,9 @@ def _tell(chat: Chat, reply: Reply) -> None:
     if reply.stopped:
         click.echo("stopped", err=True)
     elif reply.full:
-        click.echo(f"cut off after {reply.tokens} tokens; --max-new-tokens allows more", err=True)
+        asked_for = reply.tokens >= chat.sampling.max_new_tokens
+        why = "--max-new-tokens allows more" if asked_for else f"the model sees {chat.context} at once, which are full"
+        click.echo(f"cut off after {reply.tokens} tokens; {why}", err=True)
 
 
 def _line_editor() -> Callable[[str], str]:

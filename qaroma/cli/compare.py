@@ -69,7 +69,7 @@ Examples:
     metavar="NAMES",
     help="Tables of a suite: oracle, ladder, planted, rate, paper, cost.",
 )
-@click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Processes of a suite.")
+@click.option("--jobs", type=count(1), default=2, show_default=True, metavar="INTEGER", help="Processes of a suite.")
 @SET_OPTION
 @JSON_OPTION
 def command(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qaroma.cli.options import config_option
+from qaroma.cli.options import config_option, number
 from qaroma.cli.output import JSON_OPTION, figures_only
 from qaroma.cli.run_arguments import BASE_OPTION, RUN_ARGUMENT, TRUST_OPTION
 from qaroma.export.format_facts import FORMAT_FACTS, OUTTYPES
@@ -47,7 +47,7 @@ Examples:
               help="Of the matrices of a GGUF model; default: f16, or q4_k_m with --ollama.")  # fmt: skip
 @click.option("--ollama", metavar="NAME",
               help="Make the GGUF model one of Ollama's, and ask both it and the run a question.")  # fmt: skip
-@click.option("--compress", type=click.FloatRange(0, 1, max_open=True), metavar="ERR",
+@click.option("--compress", type=number(0, 1, max_open=True), metavar="ERR",
               help="Drop redundant directions up to this relative error in a module.")  # fmt: skip
 @click.option("--self-test/--no-self-test", default=True, show_default=True,
               help="Read the export back and compare it with the live model.")  # fmt: skip

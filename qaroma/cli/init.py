@@ -18,7 +18,7 @@ from qaroma.config.words import memory_size
 from qaroma.data.sources import read_rows
 from qaroma.errors import QaromaError
 from qaroma.model.builtin import require_model
-from qaroma.plan.card import parse_memory
+from qaroma.plan.card import card_memory
 from qaroma.plan.other_tools import Foreign, read_foreign
 from qaroma.runs.directory import quoted
 from qaroma.training.checks import check_sources
@@ -37,8 +37,8 @@ _FIRST_MODEL = "smollm2-135m"
 @config_option("data.train")
 @click.option("--from", "foreign", metavar="FILE", help="A configuration of Axolotl or LLaMA-Factory to begin with; "
               "what it says that cannot be done is listed.")  # fmt: skip
-@click.option("--vram", "--card", "vram", metavar="SIZE", help="Memory of the card, as 8GiB, or cpu. "
-              "Default: this machine's GPU, or its CPU.")  # fmt: skip
+@click.option("--vram", "--card", "vram", metavar="CARD", help="Memory of the card, as 8GiB, or one that is "
+              "known, as t4, or cpu. Default: this machine's GPU, or its CPU.")  # fmt: skip
 @click.option("--output", metavar="FILE", help="The YAML file to write; default: named after the data.")
 @click.option("--yes", is_flag=True, help="Ask nothing: what is not given has its default.")
 @click.option("--force", is_flag=True, help="Overwrite a file that is there.")
@@ -73,7 +73,7 @@ def command(
     model = model__name or (_ask("Model: a folder or a hub id", _FIRST_MODEL, _check_model) if asking else None)
     data = data__train or ((_ask("Data: a file, a folder or a hub id", None, _check_data),) if asking else ())
     if asking and vram is None:
-        answer = _ask("Memory of the card, as 8GiB, or cpu", "this machine", _check_size)
+        answer = _ask("The card: its memory, as 8GiB, its name, as t4, or cpu", "this machine", _check_size)
         vram = None if answer == "this machine" else answer
     if not data or not (model or yes):
         missing = " and ".join(name for name, there in (("--model", model or yes), ("--data", data)) if not there)
@@ -156,4 +156,4 @@ def _check_data(text: str) -> None:
 
 def _check_size(text: str) -> None:
     if text.strip().lower() not in ("this machine", "cpu"):
-        parse_memory(text)
+        card_memory(text)

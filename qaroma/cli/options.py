@@ -14,20 +14,12 @@ import click
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from qaroma.config.load import config_fields, read_settings
+from qaroma.config.load import config_fields, option_name, read_settings
 from qaroma.config.schema import LARGEST, Config
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _FIELDS = config_fields()
 _SEPARATOR = "__"
-
-# The option is the key's last name where none is given here.
-_NAMES = {
-    "model.name": "--model",
-    "data.train": "--data",
-    "data.format": "--data-format",
-    "evaluation.prompts": "--prompt",
-}
 
 CONFIG_OPTION = click.option("--config", metavar="FILE", help="YAML file, or the name of one that comes with qaroma.")
 SET_OPTION = click.option(
@@ -35,9 +27,22 @@ SET_OPTION = click.option(
 )
 
 
-def count(least: int = 1) -> click.IntRange:
+class _Integer(click.IntRange):
+    name = "integer"  # "is not a valid integer range" says nothing to who typed a word
+
+
+class _Number(click.FloatRange):
+    name = "number"
+
+
+def count(least: int = 1, most: int = LARGEST) -> click.IntRange:
     """The type of an option that counts something."""
-    return click.IntRange(least, LARGEST)
+    return _Integer(least, most)
+
+
+def number(least: float, most: float, *, min_open: bool = False, max_open: bool = False) -> click.FloatRange:
+    """The type of an option that takes a number between two, without those that are open."""
+    return _Number(least, most, min_open=min_open, max_open=max_open)
 
 
 def config_option(key: str, *, text: str | None = None) -> Callable[[_Function], _Function]:
@@ -52,7 +57,7 @@ def config_option(key: str, *, text: str | None = None) -> Callable[[_Function],
     """
     field = _FIELDS[key]
     kind, bounds = _kind(field)
-    name = _NAMES.get(key, "--" + key.rsplit(".", 1)[-1].replace("_", "-"))
+    name = option_name(key)
     help_text = (text or field.description or "") + _default(field)
     parameter = key.replace(".", _SEPARATOR)
     if key == "data.train":
@@ -131,8 +136,8 @@ def _click_type(kind: Any, bounds: Sequence[Any]) -> click.ParamType[Any]:
     least: Any = None if low is None else low.ge if isinstance(low, Ge) else low.gt
     most: Any = None if high is None else high.le if isinstance(high, Le) else high.lt
     if kind is int:
-        return click.IntRange(least, most, min_open=isinstance(low, Gt), max_open=isinstance(high, Lt))
-    return click.FloatRange(least, most, min_open=isinstance(low, Gt), max_open=isinstance(high, Lt))
+        return _Integer(least, most, min_open=isinstance(low, Gt), max_open=isinstance(high, Lt))
+    return _Number(least, most, min_open=isinstance(low, Gt), max_open=isinstance(high, Lt))
 
 
 def _metavar(kind: Any) -> str | None:

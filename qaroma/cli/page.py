@@ -7,6 +7,7 @@ import webbrowser
 
 import click
 
+from qaroma.cli.options import count
 from qaroma.errors import QaromaError
 
 _NEEDED = ("starlette", "uvicorn")
@@ -18,7 +19,7 @@ Examples:
 
 
 @click.command(epilog=_EPILOG)
-@click.option("--port", type=click.IntRange(0, 65535), default=0, metavar="INTEGER",
+@click.option("--port", type=count(0, 65535), default=0, metavar="INTEGER",
               help="Port on 127.0.0.1.  [default: one that is free]")  # fmt: skip
 @click.option("--browser/--no-browser", default=True, show_default=True, help="Open it in a browser.")
 def command(port: int, browser: bool) -> None:

@@ -45,7 +45,7 @@ def markdown(
         f"steps, beside {to}'s. Ranks are sums over the modules of the best adapter. Time is the median step times the "
         "steps.",
         "",
-        "Claims",
+        "Claims that the paper makes of its method (aroma+preset=paper), held against every aroma here:",
         "",
         *(f"- ({claim.key}) {claim.method}: **{claim.outcome}**: {claim.text}" for claim in claims),
         "",

@@ -103,7 +103,7 @@ def _decide_updates(config: Config, decide: Decide) -> None:
     if config.task == PREFERENCE:
         measured, why = False, "the rate that takes most off this loss leaves too little of the model"
     elif config.writes_text:
-        measured, why = True, "the rate below is where the measuring begins"
+        measured, why = True, "training.learning_rate is where the measuring begins"
     else:  # MiniLM on SST-2: one run of three went to chance with a measured rate
         measured, why = False, "gradients of a new head are too noisy to measure by"
     if decide("growth.measured_rate", measured, why):

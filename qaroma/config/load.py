@@ -41,6 +41,15 @@ _BOUNDS = {"greater_than": ("above", "gt"), "greater_than_equal": ("at least", "
 
 Location = tuple[str | int, ...]
 
+_OPTION = "option"  # the origin of what was typed as an option
+# An option is called as its key's last name where none is given here.
+_OPTIONS = {
+    "model.name": "--model",
+    "data.train": "--data",
+    "data.format": "--data-format",
+    "evaluation.prompts": "--prompt",
+}
+
 
 def read_settings(path: str | Path | None, flags: Mapping[str, Any], sets: Sequence[str]) -> Config:
     """The validated configuration of a run.
@@ -62,7 +71,7 @@ def read_settings(path: str | Path | None, flags: Mapping[str, Any], sets: Seque
         layers.add_file(file)
     for key, value in flags.items():
         if value is not None:
-            layers.put(tuple(key.split(".")), value, "flag")
+            layers.put(tuple(key.split(".")), value, _OPTION)
     for text in sets:
         layers.add_set(text)
     _normalise(layers.values)
@@ -179,6 +188,11 @@ def parse_source(text: str) -> tuple[str, float]:
     return match["path"], float(match["weight"])
 
 
+def option_name(key: str) -> str:
+    """The command-line option of a setting, as ``--micro-batch`` of ``training.micro_batch``."""
+    return _OPTIONS.get(key, "--" + key.rsplit(".", 1)[-1].replace("_", "-"))
+
+
 def config_fields() -> dict[str, FieldInfo]:
     """Every setting by its dotted key, in the order of declaration (a list of sections is one setting)."""
     return dict(_walk(Config, ""))
@@ -254,7 +268,8 @@ class _Layers:
         key = ".".join(str(part) for part in location)
         for length in range(len(location), 0, -1):
             if (origin := self.origins.get(location[:length])) is not None:
-                return f"{origin} {key}"
+                at = ".".join(str(part) for part in location[:length])
+                return option_name(at) if origin == _OPTION else f"{origin} {key}"
         # A --set below the key, as model.name.x=1, where model.name is a text.
         below = (origin for put, origin in self.origins.items() if put[: len(location)] == location)
         return f"{next(below, '')} {key}".strip()

@@ -244,7 +244,11 @@ def limit_length(encoded: Encoded[_E], max_length: int | None, on_too_long: str 
         truncated=encoded.truncated + truncated,
         dropped_too_long=encoded.dropped_too_long + dropped,
     )
-    advice = f"--max-length is {max_length} and the longest example has {max(encoded.lengths)}; raise it"
+    way = "" if on_too_long == "truncate" else ", or --on-too-long truncate"
+    advice = (
+        f"--max-length is {max_length} and the shortest example has {min(encoded.lengths)}; type a greater one, where "
+        f"the model sees as much{way}"
+    )
     _require_trained(limited, advice)
     return limited
 

@@ -20,6 +20,9 @@ from qaroma.errors import QaromaError
 from qaroma.text.json_text import parse_json
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+EXPECTED = (
+    f"expected {', '.join(SUFFIXES)} (also .gz); end the name of any other text in .txt, and save a spreadsheet as CSV"
+)
 
 _LARGEST_CSV_FIELD = 1 << 30
 _ROWS_AT_ONCE, _ROWS_IN_PYTHON = 10_000, 16
@@ -63,7 +66,7 @@ def known_suffix(path: Path) -> str:
     """
     suffix = data_suffix(path)
     if not suffix:
-        raise QaromaError(f"'{path}' has no known suffix; expected one of {', '.join(SUFFIXES)} (also .gz).")
+        raise QaromaError(f"'{path}' has no known suffix; {EXPECTED}.")
     return suffix
 
 
@@ -246,7 +249,14 @@ def _csv(stream: IO[bytes], file: str, remarks: Remarks) -> Iterator[Record]:
     delimiter = max(",;\t", key=header.count)
     spaced = f"{delimiter} " in header  # written by hand: the space belongs to the comma
     columns = next(csv.reader([header], delimiter=delimiter, skipinitialspace=spaced))
-    reader = csv.reader(text, delimiter=delimiter, skipinitialspace=spaced)
+    ended = False
+
+    def rest() -> Iterator[str]:
+        nonlocal ended
+        yield from text
+        ended = True
+
+    reader = csv.reader(rest(), delimiter=delimiter, skipinitialspace=spaced)
     last_line = 0
     while True:
         line = last_line + 2  # the header is line 1, and a quoted field may hold line breaks
@@ -258,6 +268,11 @@ def _csv(stream: IO[bytes], file: str, remarks: Remarks) -> Iterator[Record]:
             remarks.bad.append(f"{file}:{line}: not valid CSV ({error})")
             last_line = reader.line_num
             continue
+        if ended:  # more was asked for within a record: the quoted field took in all that follows
+            raise QaromaError(
+                f"'{file}': a quote in the row of line {line} is not closed, and takes in the rest of the file "
+                f'({reader.line_num - last_line:,} lines); close it, or write "" where it belongs to the text.'
+            )
         last_line = reader.line_num
         if len(cells) == len(columns):
             yield line, dict(zip(columns, cells, strict=True))

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from qaroma.data.files import SUFFIXES, data_suffix
+from qaroma.data.files import EXPECTED, data_suffix
 from qaroma.errors import QaromaError
 from qaroma.text.json_text import parse_json
 
@@ -56,7 +56,7 @@ def files_of_folder(folder: Path) -> FolderFiles:
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     )
     if not found:
-        raise QaromaError(f"the folder '{folder}' holds no data file; expected {', '.join(SUFFIXES)} (also .gz).")
+        raise QaromaError(f"the folder '{folder}' holds no data file; {EXPECTED}.")
     roles = {file: role_of(file.relative_to(folder)) for file in found}
     train = [file for file in found if roles[file] == "train"]
     notes = []

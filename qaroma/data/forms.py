@@ -20,26 +20,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from qaroma.data.calls import read_calls
 from qaroma.data.feedback import LABELS, chosen_turns, is_preference, rejected_turns, verdict
 from qaroma.data.fields import BadRow as BadRow
 from qaroma.data.fields import Fields, parsed_cell, shared_length, text
+from qaroma.data.files import data_suffix
 from qaroma.data.rows import ANSWERS, QUESTIONS, TURNS, Ignored, alpaca, completion, history, messages, opening
 from qaroma.data.sources import Row
 from qaroma.data.turns import Message as Message
 from qaroma.data.turns import checked, loss_weight, require_unicode
 from qaroma.errors import QaromaError
+from qaroma.runs.directory import quoted
 
 FORMS = ("alpaca", "completion", "messages", "sharegpt", "text")
 COLUMNS = ("prompt", "completion", "system", "context", "history", "tools", "weight", "messages", "text", "chosen",
            "rejected")  # fmt: skip
 
-_EXPECTED = (
-    "messages; conversations; instruction and output; prompt and completion; or text. "
-    "Say which is which, as --columns prompt=ASKED,completion=ANSWERED"
-)
+_EXPECTED = "messages; conversations; instruction and output; prompt and completion; or text"
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _SHOWN_BAD_ROWS = 10
 
@@ -108,7 +108,7 @@ def recognise(rows: Sequence[Row], forced: str = "auto") -> str:
         if form is not None:
             first.setdefault(form, row)
     if not first:
-        raise QaromaError(f"{rows[0].place}: {_unknown(rows[0].value)}")
+        raise QaromaError(f"{rows[0].place}: {_unknown(rows[0])}")
     if len(first) > 1:
         (a, row_a), (b, row_b) = list(first.items())[:2]
         raise QaromaError(
@@ -137,19 +137,27 @@ def _form_of(value: dict[str, Any] | str) -> str | None:
     return "text" if "text" in fields else None
 
 
-def _unknown(value: dict[str, Any] | str) -> str:
+def _unknown(row: Row) -> str:
     """Why the keys of a row fit no form, in words that help with the commonest cases."""
-    if not isinstance(value, dict):
+    if not isinstance(row.value, dict):
         return f"plain text; expected {_EXPECTED}."
-    fields = Fields(value)
+    fields = Fields(row.value)
     keys = f"the keys ({', '.join(fields.names)})"
+    way_on = f"expected {_EXPECTED}. Say which is which, as --columns {_columns_of(row.value)}."
     if "completions" in fields and "labels" in fields:
-        return f"{keys} are steps with a label each (stepwise supervision); expected whole answers: {_EXPECTED}."
+        return f"{keys} are steps with a label each (stepwise supervision); expected whole answers. {way_on}"
     if "segments" in fields:
-        return f"{keys} are segments of rendered text (Axolotl's input_output); expected {_EXPECTED}."
+        return f"{keys} are segments of rendered text (Axolotl's input_output); {way_on}"
     if any(key in fields for key in QUESTIONS):
-        return f"{keys} hold a question without an answer that is text; expected {_EXPECTED}."
-    return f"{keys} fit no known form; expected {_EXPECTED}. In a table, is the line with the names there?"
+        return f"{keys} hold a question without an answer that is text; {way_on}"
+    in_table = " Is the line with the names there?" if data_suffix(Path(row.file)) in (".csv", ".tsv") else ""
+    return f"{keys} fit no known form; {way_on}{in_table}"
+
+
+def _columns_of(value: dict[str, Any]) -> str:
+    """What ``--columns`` may be for a row: the first two of its keys that hold a text, where it has them."""
+    asked, answered = [*(name for name, held in value.items() if isinstance(held, str)), "", ""][:2]
+    return quoted(f"prompt={asked},completion={answered}") if answered else "prompt=ASKED,completion=ANSWERED"
 
 
 def read_as_calls(value: Any) -> bool:
@@ -315,7 +323,8 @@ def _conversations(row: Row, form: str, readers: Sequence[Reader], ignored: set[
     weight = loss_weight(fields, "the row")
     if weight != 1.0:
         talks = [[replace(turn, weight=turn.weight * weight) for turn in turns] for turns in talks]
-    fields.get(*LABELS)
+    if verdict(row, form, "good") is not None:
+        fields.get(*LABELS)
     ignored.update(fields.ignored())
     return [checked(turns) for turns in talks]
 

@@ -114,8 +114,14 @@ def require_source(name: str) -> None:
         return
     elif path.exists():
         known_suffix(path)
-    elif not _HUB_ID.fullmatch(name) or data_suffix(path):
+    elif not _may_be_on_hub(name) or data_suffix(path):
         raise QaromaError(f"there is no file or folder '{name}'. {_near(path)}")
+
+
+def _may_be_on_hub(name: str) -> bool:
+    """Whether a name can be a hub id: the hub is not asked for one with a dot and without an owner, a file's."""
+    asked = _HUB_ID.fullmatch(name)
+    return asked is not None and ("/" in asked["id"] or "." not in asked["id"])
 
 
 def _read_source(name: str, seed: int, found: RowSet) -> Iterator[tuple[str, int, dict[str, Any] | str]]:

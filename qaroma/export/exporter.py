@@ -296,8 +296,8 @@ def _lines(exported: Exported) -> list[str]:
             "architecture, and answers longer conversations otherwise than the base"
         )
     if exported.losses:
-        shown = ", ".join(f"{name} base {loss:.4f}" for name, loss in exported.losses.items())
-        lines.append(f"  validation loss merged into the {shown}")
+        shown = ", ".join(f"{name} {loss:.4f}" for name, loss in exported.losses.items())
+        lines.append(f"  validation loss by --merge-into: {shown}")
     lines.append(f"  self-test {exported.test.sentence()}" if exported.test else "  self-test not run")
     lines.append(f"  use it with: {exported.use}")
     return lines

@@ -40,7 +40,7 @@ class Asked:
     def lines(self) -> list[str]:
         """For people: one answer under the other."""
         indented = [text.replace("\n", "\n" + " " * 12) for text in (self.question, self.ours, self.theirs)]
-        told = "the same answer" if self.same else "another answer"
+        told = "the two answers are the same" if self.same else "the two answers differ"
         return [f"  asked     {indented[0]}", f"  this run  {indented[1]}", f"  Ollama    {indented[2]}", f"  {told}"]
 
     def to_json(self) -> dict[str, Any]:

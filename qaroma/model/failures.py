@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import struct
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qaroma.errors import QaromaError
+from qaroma.model.builtin import SMOLLM2_NAME
 from qaroma.text.bounded_calls import panicked
 
 # Tried in this order on the whole chain of an exception, by the name of its class: transformers wraps the hub's
@@ -44,6 +46,7 @@ _BY_CLASS: tuple[tuple[str, str], ...] = (
         "Unset HF_HUB_OFFLINE, or give a local folder: --model FOLDER",
     ),
 )
+_NOT_FOUND = frozenset({"RepositoryNotFoundError", "OfflineModeIsEnabled"})
 _UNREACHABLE = (
     "'{model}' is not a folder here and the hub cannot be reached to fetch it. "
     "Check the network and HF_HUB_OFFLINE, or give a local folder or .gguf file: --model FOLDER"
@@ -177,6 +180,13 @@ def unfinished_download(model: str) -> str | None:
     return None
 
 
+def _near(model: str) -> str:
+    """What a name without an owner may be a misspelling of: the built-in model, or a model's folder here."""
+    folders = [file.parent.name for file in Path().glob("*/config.json")]
+    close = difflib.get_close_matches(model.lower(), [SMOLLM2_NAME, *folders], n=1, cutoff=0.7)
+    return f". Did you mean {close[0]}?" if close and "/" not in model else ""
+
+
 def explain(error: Exception, model: str, *, gguf: bool = False) -> QaromaError | None:
     """Translate an exception of transformers, huggingface_hub or safetensors.
 
@@ -193,12 +203,13 @@ def explain(error: Exception, model: str, *, gguf: bool = False) -> QaromaError 
     names = {cls.__name__ for link in chain for cls in type(link).__mro__}
     for name, sentence in _BY_CLASS:
         if name in names:
-            return QaromaError(sentence.format(model=model, detail=_first_sentence(chain[-1])))
+            near = _near(model) if name in _NOT_FOUND else ""
+            return QaromaError(sentence.format(model=model, detail=_first_sentence(chain[-1])) + near)
     unfinished = unfinished_download(model)
     if unfinished is not None:
         return QaromaError(unfinished)
     if names & _UNREACHABLE_CLASSES:
-        return QaromaError(_UNREACHABLE.format(model=model))
+        return QaromaError(_UNREACHABLE.format(model=model) + _near(model))
     if "SafetensorError" in names:
         where = damaged_weights(Path(model)) or _first_sentence(error)
         return QaromaError(f"The weights of '{model}' are damaged ({where}). Download or copy that file again")

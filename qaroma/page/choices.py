@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -42,6 +42,7 @@ class Choice:
         names: of the columns that its rows have then.
         columns: what is which of them: as chosen, or else the first two.
         model: as ``--model`` takes it.
+        skip: whether rows that cannot be read are left out.
     """
 
     data: str
@@ -49,6 +50,7 @@ class Choice:
     names: tuple[str, ...]
     columns: Mapping[str, str]
     model: str
+    skip: bool = False
 
     @classmethod
     def read(cls, query: Mapping[str, str]) -> Choice:
@@ -63,12 +65,17 @@ class Choice:
         if not columns and len(names) > 1:
             columns = dict(zip(("prompt", "completion"), names, strict=False))
         model = query.get("other", "").strip() or query.get("model", "").strip() or SMOLLM2_NAME
-        return cls(data, form, names, columns, model)
+        return cls(data, form, names, columns, model, bool(query.get("skip")))
 
     @property
     def fields(self) -> dict[str, str]:
         """What :meth:`read` takes."""
-        return {"data": self.data, **self.columns, "model": self.model}
+        return {"data": self.data, **self.columns, "model": self.model, **({"skip": "1"} if self.skip else {})}
+
+    @property
+    def skipping(self) -> Choice:
+        """The same without the rows that cannot be read."""
+        return replace(self, skip=True)
 
     def preview(self) -> list[str]:
         return ["data", "preview", *self._words(), "--examples", "3"]
@@ -80,7 +87,8 @@ class Choice:
         source = DEMO if self.data == DEMO else (UPLOADS / self.data).as_posix()
         columns = ",".join(f"{meaning}={name}" for meaning, name in self.columns.items())
         task = ["--task", "preference"] if self.form == "preference" else []
-        return ["--model", self.model, "--data", source, *(["--columns", columns] if columns else []), *task]
+        skip = ["--skip-bad-rows"] if self.skip else []
+        return ["--model", self.model, "--data", source, *(["--columns", columns] if columns else []), *task, *skip]
 
 
 def _look(file: Path) -> tuple[str | None, tuple[str, ...]]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from qaroma.data.files import SUFFIXES, data_suffix
+from qaroma.data.files import EXPECTED, data_suffix
 from qaroma.errors import QaromaError
 from qaroma.runs.files import make_directory, unused
 
@@ -30,7 +30,7 @@ async def receive(name: str, pieces: AsyncIterator[bytes]) -> str:
     if not name or {"/", "\\", "\0"} & set(name) or name.startswith("."):
         raise QaromaError(f"got the file name '{name[:80]}'; expected one without folders")
     if not data_suffix(Path(name)):
-        raise QaromaError(f"got '{name[:80]}'; expected a file of the kind {', '.join(SUFFIXES)}, or such a .gz")
+        raise QaromaError(f"got '{name[:80]}'; {EXPECTED}")
     make_directory(UPLOADS)
     stem, _, kind = re.sub(r"[^\w.-]+", "-", name).strip("-").partition(".")
     path = unused(inside(UPLOADS, stem), f".{kind}")

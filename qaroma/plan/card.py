@@ -115,6 +115,18 @@ def parse_memory(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
+def card_memory(text: str) -> int:
+    """The bytes of a card by its name, as :func:`parse_card` takes it, or by its memory, as :func:`parse_memory` does.
+
+    Raises:
+        QaromaError: neither.
+    """
+    try:
+        return parse_card(text).gib * 2**30
+    except QaromaError:
+        return parse_memory(text)
+
+
 def this_card() -> tuple[int, Card | None] | None:
     """The memory of this machine's GPU in bytes, and what it is known to do; None where there is no GPU."""
     import torch

@@ -36,7 +36,7 @@ from qaroma.errors import QaromaError
 from qaroma.model.base import load_tokenizer, resolve_device
 from qaroma.model.found import find_model
 from qaroma.model.precision import dtype_name, in_range, resolve_dtype
-from qaroma.plan.card import RESERVE, parse_memory
+from qaroma.plan.card import RESERVE, card_memory
 from qaroma.plan.facts import conversation_facts, encoded_as_asked
 from qaroma.plan.search import Estimate, Planner
 from qaroma.plan.shapes import plannable
@@ -122,15 +122,15 @@ def room_for(card: str | None) -> Room:
     """The memory to plan for.
 
     Args:
-        card: as ``8GiB``, of a card that need not be here; ``cpu``; None for this machine's GPU, or its
+        card: as ``8GiB`` or ``t4``, of a card that need not be here; ``cpu``; None for this machine's GPU, or its
             CPU where it has none.
 
     Raises:
-        QaromaError: neither a size nor ``cpu``, or a card smaller than what is kept free.
+        QaromaError: neither a size, a known card nor ``cpu``, or a card smaller than what is kept free.
     """
     available = int(psutil.virtual_memory().available)
     if card is not None and card.strip().lower() != "cpu":
-        size = parse_memory(card)
+        size = card_memory(card)
         if size <= RESERVE:
             raise QaromaError(
                 f"got a card of {memory_size(size)}; expected more than the {memory_size(RESERVE)} that are kept free"

@@ -311,7 +311,7 @@ def _lines(plan: Plan) -> list[str]:
 
 def _time_table(plan: Plan) -> Table:
     """Seconds of a step at each level that fits a card; the last column is the run at the fastest."""
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # in 80 columns, as pipes have
     table.add_column("card", no_wrap=True)
     table.add_column("memory", justify="right")
     for found in plan.levels:

@@ -217,12 +217,13 @@ def _figures(session: Session, state: FitState, ending: Ending, elapsed: float) 
 
     Args:
         session, state, ending: of the run.
-        elapsed: seconds of this command; a run that was resumed took longer.
+        elapsed: seconds of this command; a run that was resumed took longer, one that was over took what it said.
     """
     run, metric = read_run(session.run.path), session.task.metric
     figures = figures_of(run)
     loss, judged = figures.of("loss"), figures.of(metric)
     training_loss = run.series("loss").values
+    said = run.summary.get("seconds") if run.summary.get("steps") == state.step else None
     return {
         "run": session.run.path.as_posix(),
         "adapter": session.run.adapter.as_posix(),
@@ -250,7 +251,7 @@ def _figures(session: Session, state: FitState, ending: Ending, elapsed: float) 
         "device": device_name(session.accelerator.device),
         "memory_bytes": figures.memory_bytes or 0,
         "training_seconds": state.seconds,
-        "seconds": max(elapsed, state.seconds),
+        "seconds": max(elapsed, state.seconds, said or 0.0),
     }
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from qaroma.config.schema import Config
     from qaroma.data.encode import Encoded
+    from qaroma.data.sources import RowSet
 
 _EPILOG = """\b
 Examples:
@@ -88,11 +89,11 @@ def command(
             return
     console = Console()
     _print_examples(console, shown, tokenizer, most)
-    _print_counts(console, encoded, min(rows, found), found)
+    _print_counts(console, encoded, rows, found)
 
 
-def _encoded(settings: Config, name: str, rows: int) -> tuple[Encoded[Any], PreTrainedTokenizerBase, int]:
-    """The first rows as training encodes them, the base's tokenizer, and how many rows there are."""
+def _encoded(settings: Config, name: str, rows: int) -> tuple[Encoded[Any], PreTrainedTokenizerBase, RowSet]:
+    """The first rows as training encodes them, the base's tokenizer, and all rows."""
     from qaroma.data.encode import encode_rows
     from qaroma.data.sources import read_rows
     from qaroma.data.templates import Template
@@ -118,7 +119,7 @@ def _encoded(settings: Config, name: str, rows: int) -> tuple[Encoded[Any], PreT
         skip_bad=data.skip_bad_rows,
         vocabulary=base.vocabulary,
     )
-    return encoded, tokenizer, len(found.rows)
+    return encoded, tokenizer, found
 
 
 def _print_examples(
@@ -149,21 +150,29 @@ def _as_json(
         ],
         "tokens": sum(encoded.lengths),
         "trained_tokens": encoded.trained_tokens,
-        "notes": encoded.notes,
+        "notes": [*_left_out(encoded), *encoded.notes],
     }  # fmt: skip
 
 
-def _print_counts(console: Console, encoded: Encoded[Any], looked_at: int, rows: int) -> None:
+def _left_out(encoded: Encoded[Any]) -> list[str]:
+    """Sentences about rows that are no examples, or not whole ones."""
+    said = []
+    if encoded.dropped_too_long or encoded.truncated:
+        said.append(f"too long: {encoded.dropped_too_long:,} dropped, {encoded.truncated:,} truncated")
+    if encoded.bad:
+        said.append(f"{len(encoded.bad):,} bad rows left out, the first: {encoded.bad[0]}")
+    return said
+
+
+def _print_counts(console: Console, encoded: Encoded[Any], rows: int, found: RowSet) -> None:
+    unread = len(found.bad)
+    looked_at, all_rows = min(rows, len(found.rows)) + unread, len(found.rows) + unread
     lengths = sorted(encoded.lengths)
     kind = "pairs" if len(lengths) > len(encoded.examples) else "examples"
     lines = [
-        f"{looked_at:,} of {rows:,} rows, form {encoded.form}, template {encoded.template.kind}",
+        f"{looked_at:,} of {all_rows:,} rows, form {encoded.form}, template {encoded.template.kind}",
         f"{len(encoded.examples):,} {kind} of {lengths[0]:,} to {lengths[-1]:,} tokens, half of them up to "
         f"{lengths[len(lengths) // 2]:,}; {encoded.trained_tokens:,} of {sum(lengths):,} tokens trained",
     ]
-    if encoded.dropped_too_long or encoded.truncated:
-        lines.append(f"too long: {encoded.dropped_too_long:,} dropped, {encoded.truncated:,} truncated")
-    if encoded.bad:
-        lines.append(f"{len(encoded.bad):,} bad rows left out, the first: {encoded.bad[0]}")
-    for line in [*lines, *encoded.notes]:
+    for line in [*lines, *_left_out(encoded), *encoded.notes]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
