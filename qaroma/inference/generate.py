@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from qaroma.data.templates import Template
 from qaroma.engine.no_memory import card_is_full
 from qaroma.engine.placement import compute_device
 from qaroma.errors import QaromaError
+from qaroma.model.positions import learnt_positions
 from qaroma.tasks.evaluation import evaluating
 
 
@@ -165,6 +167,10 @@ def _generate_batch(
     width = max(len(prompt) for prompt in prompts)
     rows = [[settings.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    positions = learnt_positions(model)
+    if positions is not None:  # the last token of an answer is not read any more
+        settings = copy.deepcopy(settings)
+        settings.max_new_tokens = max(1, min(int(settings.max_new_tokens), positions - width + 1))
     device = compute_device(model)
     produced: Any = model.generate(
         input_ids=torch.tensor(rows, device=device),

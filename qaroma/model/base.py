@@ -32,6 +32,7 @@ from qaroma.model.found import FoundModel, find_model, loader_keywords, stored_q
 from qaroma.model.gguf import load_gguf, load_gguf_tokenizer
 from qaroma.model.hostmemory import FreedMemoryGoesBack
 from qaroma.model.norms import use_torchs_norms
+from qaroma.model.positions import refuse_longer
 from qaroma.model.precision import resolve_dtype
 from qaroma.model.skeleton import skeleton
 from qaroma.model.tokenizer_file import require_bounded
@@ -213,6 +214,7 @@ def load_base(
     )  # fmt: skip
     require_complete(model.name, network, info["missing_keys"], classifier=classifier)
     require_shapes(model.name, network)
+    refuse_longer(model.name, network)
     _settle(network, dtype)
     if attention == "sdpa" and wants_repeated_keys(config, target, dtype):
         repeat_keys(network)

@@ -26,6 +26,8 @@ from qaroma.data.templates import Template
 from qaroma.errors import QaromaError
 from qaroma.model.base import load_tokenizer
 from qaroma.model.found import FoundModel, find_model
+from qaroma.model.positions import learnt_positions
+from qaroma.model.skeleton import skeleton
 from qaroma.plan.facts import conversation_facts, encoded_as_asked, model_facts
 from qaroma.runs.adapter_info import TaskInfo
 from qaroma.tasks.base import Task
@@ -112,6 +114,8 @@ def _prepare_conversations(config: Config, base: FoundModel, tokenizer: PreTrain
     train, held_out = _split(config, limited, share)
     if validation is not None:
         held_out = limit_length(validation, *limit)
+    lengths = limited.lengths + (held_out.lengths if validation is not None else [])
+    notes += _beyond_positions(config, base, base.longest_input or _NO_LIMIT, lengths)
     examples = train.examples
     if resolved.data.packing:
         examples = pack(examples, resolved.data.max_length)
@@ -170,6 +174,7 @@ def _prepare_labelled(config: Config, base: FoundModel, tokenizer: PreTrainedTok
         raise QaromaError(
             f"{long} texts are longer than {limit} tokens; type a greater --max-length, or --on-too-long truncate"
         )
+    notes += _beyond_positions(config, base, longest, [min(length, limit) for length in lengths])
     if long:
         notes.append(f"{long} texts cut at data.max_length ({limit} tokens)")
         _, train, held_out = _encode_labelled(config, kind, train_rows, dev_rows, tokenizer, limit, **options)
@@ -180,6 +185,25 @@ def _prepare_labelled(config: Config, base: FoundModel, tokenizer: PreTrainedTok
     return PreparedData(
         resolved, base, decisions, notes, tokenizer, task, train.examples, held_out.examples, remember=remember
     )
+
+
+def _beyond_positions(config: Config, base: FoundModel, longest: int, lengths: Sequence[int]) -> list[str]:
+    """A sentence, where examples are longer than the model was made for.
+
+    Raises:
+        QaromaError: it has learnt its positions one by one.
+    """
+    if max(lengths, default=0) <= longest:
+        return []
+    network = skeleton(base.config, trust_remote_code=base.trust_remote_code, classifier=not config.writes_text)
+    learnt = learnt_positions(network)
+    beyond = sum(length > (learnt or longest) for length in lengths)
+    if learnt is not None and beyond:
+        raise QaromaError(
+            f"{beyond} examples have more tokens than the {learnt} positions of '{base.name}'; type --max-length "
+            f"{learnt}, and --on-too-long truncate to keep them"
+        )
+    return [f"{beyond} examples have more tokens than the {longest:,} that the model was made for"]
 
 
 def _labelled_rows(config: Config) -> tuple[RowSet, RowSet | None]:
