@@ -246,7 +246,8 @@ except KeyboardInterrupt:
     open(sys.argv[1], "w").close()
 """
 PARENT = """
-import subprocess, sys
+import signal, subprocess, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that run under nohup pass on that they ignore it
 child = [sys.executable, "-c", sys.argv[1], sys.argv[2]]
 subprocess.Popen(child, stdin=subprocess.PIPE, start_new_session=True).wait()
 """
